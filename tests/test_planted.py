@@ -95,12 +95,12 @@ def test_the_parquet_file_says_what_the_catalogue_says(found, tmp_path):
         rows = pyarrow.parquet.read_table(tmp_path / "units.parquet").to_pylist()
         assert len(rows) == catalogue.num_units
         assert [row[catalogue.kind] for row in rows] == list(range(len(rows)))
-        assert [row["fired"] for row in rows] == catalogue.statistics.fired.tolist()
+        assert [row["fired"] for row in rows] == catalogue.statistics.firing_counts.tolist()
         for unit in (0, FEATURE):
             for i, example in enumerate(rows[unit]["examples"]):
                 shown = catalogue.top.tokens[unit, i]
                 inside = shown >= 0
-                assert example["strength"] == catalogue.top.strength[unit, i]
+                assert example["strength"] == catalogue.top.peak_strength[unit, i]
                 assert example["tokens"] == [catalogue.vocabulary[t] for t in shown[inside]]
                 expected = catalogue.top.strengths[unit, i][inside].tolist()
                 assert example["strengths"] == expected

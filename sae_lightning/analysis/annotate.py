@@ -1,7 +1,7 @@
 """`task=text`: which features fire on each token of the user's own text.
 
     BOS  The  king  is  dead
-     -    f    f    f    f        f = the features that fire; the SAE does not run on BOS
+     -    f    f    f    f        f = the features that fire; the SAE does not read BOS
 
 As in training, the text is cut into sequences of data.context tokens, each opened by BOS.
 """
@@ -22,7 +22,7 @@ from sae_lightning.analysis.task import check_at_least
 from sae_lightning.errors import UserError
 from sae_lightning.files import read_regular_file
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id, read_vocabulary
-from sae_lightning.report.annotated import MAX_LISTED, AnnotatedText, AnnotatedToken, FiredFeature
+from sae_lightning.report.annotated import MAX_LISTED, AnnotatedText, AnnotatedToken, Firing
 from sae_lightning.report.printer import print_section
 from sae_lightning.report.section import ResultTable, Section, show_token
 from sae_lightning.stream.flat import tokenise_documents
@@ -46,8 +46,8 @@ class TextTask(FeaturesTask):
     top: int = 3
     """How many features of each token to list: those that add most to its reconstruction."""
     tokens: int = 131_072
-    """Tokens to read for the catalogue of features, unless an earlier task has left one. If this,
-    examples or neurons is given, a new one is made."""
+    """Tokens to read for the catalogue of features, unless an earlier task has saved a catalogue.
+    If tokens, examples or neurons is given, a new catalogue is made."""
 
     def __post_init__(self):
         FeaturesTask.__post_init__(self)
@@ -58,14 +58,14 @@ class TextTask(FeaturesTask):
 
     def execute(self, given_settings: Collection[str]) -> None:
         text = self.text if self.file is None else read_text_file(self.file)
-        where = "text" if self.file is None else f"file={self.file}"
+        text_name = "text" if self.file is None else f"file={self.file}"
         subject = self.load_subject(given_settings)
         # before the LLM is loaded, as the text may be refused
-        sequences = len(make_sequences(subject, text, where).ids)
+        sequences = len(make_sequences(subject, text, text_name).ids)
         catalogue = self.find_catalogue(subject, given_settings)
-        annotated = AnnotatedText(annotate(subject, text, where), catalogue)
-        strongest = annotated.rank_fired()
-        summary = make_text_section(annotated, strongest, sequences)
+        annotated = AnnotatedText(annotate(subject, text, text_name), catalogue)
+        ranked = annotated.rank_firings()
+        summary = make_text_section(annotated, ranked, sequences)
         print_section(make_token_section(annotated, self.top))
         print_section(summary)
         results = {
@@ -75,16 +75,16 @@ class TextTask(FeaturesTask):
                     "read": token.read,
                     "active": len(token.features),
                     "features": [
-                        make_entry(fired, annotated)
-                        for fired in annotated.list_fired(place)[: self.top]
+                        make_entry(firing, annotated)
+                        for firing in annotated.list_firings(place)[: self.top]
                     ],
                 }
                 for place, token in enumerate(annotated.tokens)
             ],
-            "strongest": [make_entry(fired, annotated) for fired in strongest[:MAX_LISTED]],
+            "strongest": [make_entry(firing, annotated) for firing in ranked[:MAX_LISTED]],
         }
-        first = strongest[0].feature if strongest else None
-        self.publish(subject, results, [summary], [catalogue], first, annotated)
+        strongest = ranked[0].feature if ranked else None
+        self.publish(subject, results, [summary], [catalogue], strongest, annotated)
 
 
 def read_text_file(name: str) -> str:
@@ -106,70 +106,76 @@ def read_text_file(name: str) -> str:
         ) from error
 
 
-def make_sequences(subject: Subject, text: str, where: str = "text") -> Sequences:
-    """Tokenize the text and cut it as training does. UserError (naming `where` the text is from) if
-    it is empty or too long or has a token that the LLM does not know."""
+def make_sequences(subject: Subject, text: str, text_name: str = "text") -> Sequences:
+    """Tokenize a text and cut it into sequences as training does. UserError, in which the text is
+    called `text_name`, if it is empty or too long or has a token that the LLM does not know."""
     tokenizer, context = subject.tokenizer, subject.config.data.context
     separator = find_separator_id(tokenizer)
     ids = tokenise_documents(tokenizer, [text], separator)[0][:-1]
     if not text.strip() or not len(ids):
-        raise UserError(f"{where}: there is no word in it; give a text")
+        raise UserError(f"{text_name}: there is no word in it; give a text")
     if len(ids) > MAX_TEXT_TASK_TOKENS:
         raise UserError(
-            f"{where}: {len(ids):,} tokens; give at most {MAX_TEXT_TASK_TOKENS:,} (for more, use "
-            "task=features data=text data.path=...)"
+            f"{text_name}: {len(ids):,} tokens; give at most {MAX_TEXT_TASK_TOKENS:,} (for more, "
+            "use task=features data=text data.path=...)"
         )
-    check_ids(tokenizer, ids, where)
+    check_ids(tokenizer, ids, text_name)
     packing = Packing(min(context, 1 + len(ids)), find_bos_id(tokenizer), separator)
     windows = [ids[start : start + packing.width] for start in range(0, len(ids), packing.width)]
     return packing.pack_sequences(windows, torch.arange(len(windows)))
 
 
 @torch.no_grad()
-def annotate(subject: Subject, text: str, where: str = "text") -> list[AnnotatedToken]:
+def annotate(subject: Subject, text: str, text_name: str = "text") -> list[AnnotatedToken]:
     """List the tokens of a text, with BOS before each sequence, and the features firing on each.
 
-    UserError: the text is empty or too long, or has a token that the LLM does not know.
+    UserError, in which the text is called `text_name`: it is empty or too long, or has a token that
+    the LLM does not know.
     """
-    sequences, batch = make_sequences(subject, text, where), subject.config.llm.batch
+    sequences, batch = make_sequences(subject, text, text_name), subject.config.llm.batch
     parts = [Sequences(*part) for part in zip(*(x.split(batch) for x in sequences), strict=True)]
-    # max_norm is relative to the median norm of the first batch of the run's own text
-    first = [] if subject.config.data.max_norm is None else [subject.corpus.train.next(batch)]
-    reducer = FeaturesByToken(subject.sae.W_dec.norm(dim=1), sum(len(part.ids) for part in first))
-    total = reducer.skip + len(sequences.ids)
-    collect(subject, chain(first, parts), [reducer], total=total, label="reading your text")
+    # max_norm is relative to the median norm of the first batch, which is taken from the run's text
+    has_limit = subject.config.data.max_norm is not None
+    run_text = [subject.corpus.train.next(batch)] if has_limit else []
+    skipped = sum(len(part.ids) for part in run_text)
+    reducer = FeaturesByToken(subject.sae.W_dec.norm(dim=1), skipped)
+    total = skipped + len(sequences.ids)
+    collect(subject, chain(run_text, parts), [reducer], total=total, label="reading your text")
     vocabulary, ids = read_vocabulary(subject.llm), sequences.tokens
     is_shown = sequences.is_text.clone()
     is_shown[:, 0] = True  # BOS
     return [
-        AnnotatedToken(vocabulary[ids[place]], *reducer.by_token[place])
-        for place in map(tuple, is_shown.nonzero().tolist())
+        AnnotatedToken(vocabulary[ids[position]], *reducer.by_position[position])
+        for position in map(tuple, is_shown.nonzero().tolist())
     ]
 
 
 class FeaturesByToken:
-    """A reducer: the features that fire on each token, except in the first `skip` sequences."""
+    """A reducer: the features that fire on each token, except in the first `skipped` sequences."""
 
-    def __init__(self, decoder_norms: Tensor, skip: int):
+    def __init__(self, decoder_norms: Tensor, skipped: int):
         """decoder_norms [features]: each token's features are sorted by strength x decoder norm."""
-        self.decoder_norms, self.skip = decoder_norms, skip
-        self.by_token: dict[tuple[int, int], tuple[bool, Tensor, Tensor]] = {}
-        """(sequence, position) -> whether the SAE reads the token, features, their strengths."""
+        self.decoder_norms, self.skipped = decoder_norms, skipped
+        self.by_position: dict[tuple[int, int], tuple[bool, Tensor, Tensor]] = {}
+        """(sequence, index in it) -> whether the SAE reads the token, features, their strengths;
+        sequences are counted from the first one that is not skipped."""
 
     def add(self, batch: EncodedBatch) -> None:
-        strengths, units = batch.active_features
-        norms = self.decoder_norms[units]
-        for row, number in enumerate((batch.sequence_indices - self.skip).tolist()):
-            for position, values in enumerate(strengths[row] if number >= 0 else ()):
+        strengths, features = batch.active_features
+        norms = self.decoder_norms[features]
+        for row, sequence in enumerate((batch.sequence_indices - self.skipped).tolist()):
+            for i, values in enumerate(strengths[row] if sequence >= 0 else ()):
                 active = values.nonzero().squeeze(1)
                 active = active[(values * norms)[active].argsort(descending=True)]
-                keep = bool(batch.keep[row, position])
-                self.by_token[number, position] = keep, units[active.cpu()], values[active].cpu()
+                is_read = bool(batch.keep[row, i])
+                firing = features[active.cpu()], values[active].cpu()
+                self.by_position[sequence, i] = is_read, *firing
 
 
-def make_entry(fired: FiredFeature, annotated: AnnotatedText) -> dict[str, Any]:
-    """Make an entry of `text.json`: a feature that fires, and words on which it is strongest."""
-    return fired._asdict() | {"words": annotated.list_words(fired.feature)}
+def make_entry(firing: Firing, annotated: AnnotatedText) -> dict[str, Any]:
+    """Make an entry of `text.json`: a feature that fires, and `words`, the tokens on which it is
+    strongest."""
+    return firing._asdict() | {"words": annotated.list_peak_tokens(firing.feature)}
 
 
 def make_token_section(annotated: AnnotatedText, top: int) -> Section:
@@ -179,44 +185,45 @@ def make_token_section(annotated: AnnotatedText, top: int) -> Section:
     listed = places[: max(1, TOKEN_TABLE_LINES // top)]
     for place in listed:
         name = f"‘{show_token(annotated.tokens[place].text)}’"
-        for number, fired in enumerate(annotated.list_fired(place)[:top]):
-            rows.append([name if number == 0 else "", *make_cells(fired, annotated)])
+        for i, firing in enumerate(annotated.list_firings(place)[:top]):
+            rows.append([name if i == 0 else "", *make_cells(firing, annotated)])
         if not len(annotated.tokens[place].features):
             rows.append([name, "none", "", "", ""])
     hidden = len(places) - len(listed)
     more = f" {hidden:,} more tokens are in text.html and text.json." if hidden else ""
     return Section(
         "Token by token",
-        "The features that add most to each token's reconstruction. Strengths are in the feature's "
-        "own units, and as a share of its maximum in the catalogue's text; the last column shows "
-        f"tokens on which it is strongest in that text.{more}",
+        "The features that add most to each token's reconstruction. Strengths are activations, "
+        "also given as a share of the feature's maximum in the catalogue's text; the last column "
+        f"shows tokens on which it is strongest in that text.{more}",
         table=ResultTable(["token", *FEATURE_COLUMNS], rows),
     )
 
 
 def make_text_section(
-    annotated: AnnotatedText, strongest: Sequence[FiredFeature], sequences: int
+    annotated: AnnotatedText, ranked: Sequence[Firing], sequences: int
 ) -> Section:
-    """List the `strongest` features of the whole text, read as a number of `sequences`."""
+    """List the features of the whole text, in the order of `ranked`, and count what was read:
+    tokens in a number of `sequences`."""
     read = sum(token.read for token in annotated.tokens)
     active = sum(len(token.features) for token in annotated.tokens) / max(1, read)
     cut = f" in {sequences} sequences (of data.context, as in training)" * (sequences > 1)
     rows = [
-        [*make_cells(fired, annotated), f"‘{show_token(annotated.tokens[fired.place].text)}’"]
-        for fired in strongest[:SUMMARY_FEATURES]
+        [*make_cells(firing, annotated), f"‘{show_token(annotated.tokens[firing.place].text)}’"]
+        for firing in ranked[:SUMMARY_FEATURES]
     ]
     return Section(
         "Strongest in the whole text",
         f"The SAE reads {read:,} tokens{cut}, with {active:.1f} active features each and "
-        f"{len(strongest):,} different ones in all. They are sorted by strength as a share of "
+        f"{len(ranked):,} different ones in all. They are sorted by strength as a share of "
         "their maximum in the catalogue's text; above 100 % is stronger than anywhere there.",
         table=ResultTable([*FEATURE_COLUMNS, "on"], rows),
     )
 
 
-def make_cells(fired: FiredFeature, annotated: AnnotatedText) -> list[str]:
+def make_cells(firing: Firing, annotated: AnnotatedText) -> list[str]:
     """Format a feature as cells of a table row, in the order of FEATURE_COLUMNS."""
-    share = "–" if fired.share is None else f"{fired.share:.0%}"
-    words = " ".join(f"‘{word}’" for word in annotated.list_words(fired.feature))
-    more = f" +{fired.copies}" if fired.copies else ""
-    return [str(fired.feature), f"{fired.strength:.3g}", share, words + more]
+    share = "–" if firing.share is None else f"{firing.share:.0%}"
+    tokens = " ".join(f"‘{token}’" for token in annotated.list_peak_tokens(firing.feature))
+    copies = f" +{firing.copies}" if firing.copies else ""
+    return [str(firing.feature), f"{firing.strength:.3g}", share, tokens + copies]

@@ -9,8 +9,8 @@ from torch import Tensor
 from sae_lightning.report.catalogue import BEFORE, Catalogue
 from sae_lightning.report.section import show_token
 
-MAX_WORDS = 4  # shown to identify a feature
-FEW_TOKENS = 20  # features that fired on fewer tokens of the catalogue's text are ranked last
+MAX_PEAK_TOKENS = 4  # that identify a feature in lists
+FEW_TOKENS = 20  # features that fire on fewer tokens of the catalogue's text are ranked last
 MAX_LISTED = 100  # features in the page's list for the whole text
 
 
@@ -27,18 +27,18 @@ class AnnotatedToken(NamedTuple):
     """[k] their activations"""
 
 
-class FiredFeature(NamedTuple):
-    """A feature that fires on a token."""
+class Firing(NamedTuple):
+    """A feature and a token that it fires on."""
 
     feature: int
     strength: float
     """Its activation."""
     share: float | None
-    """strength / the feature's maximum in the catalogue's text; None if it never fired there."""
+    """strength / the feature's maximum in the catalogue's text; None if it never fires there."""
     place: int
     """Index of the token in the text."""
     copies: int = 0
-    """Number of its copies that fire there too."""
+    """Number of its copies that fire on the token too."""
 
 
 class AnnotatedText(NamedTuple):
@@ -47,59 +47,60 @@ class AnnotatedText(NamedTuple):
     tokens: Sequence[AnnotatedToken]
     catalogue: Catalogue
 
-    def list_fired(self, place: int) -> list[FiredFeature]:
-        """Features that fire on the token at index `place`, in its order; of features that are
-        copies of one another only the first is listed."""
+    def list_firings(self, place: int) -> list[Firing]:
+        """Features that fire on the token at index `place`, in the order of its `features`; of
+        copies, only the first is listed."""
         token = self.tokens[place]
-        by_original: dict[int, FiredFeature] = {}
+        by_original: dict[int, Firing] = {}
         maxima = self.catalogue.statistics.maximum[token.features]
         values = (token.features, token.strengths, maxima, self.resolve_copies(token.features))
         for feature, strength, maximum, original in zip(*(x.tolist() for x in values), strict=True):
-            if listed := by_original.get(original):
-                by_original[original] = listed._replace(copies=listed.copies + 1)
+            if first := by_original.get(original):
+                by_original[original] = first._replace(copies=first.copies + 1)
             else:
                 share = strength / maximum if maximum else None
-                by_original[original] = FiredFeature(feature, strength, share, place)
+                by_original[original] = Firing(feature, strength, share, place)
         return [*by_original.values()]
 
     def resolve_copies(self, features: Tensor) -> Tensor:
-        """The original of each feature that is a copy, else the feature itself; same shape as
-        `features`."""
+        """The original of each of `features` [n]: the feature itself unless it is a copy."""
         return features if self.catalogue.copy_of is None else self.catalogue.copy_of[features]
 
-    def rank_fired(self) -> list[FiredFeature]:
-        """Each feature at its strongest token, sorted by share of its maximum; features that fired
-        on fewer than FEW_TOKENS tokens of the catalogue's text come last, because their maximum
-        means little."""
-        best: dict[int, FiredFeature] = {}
+    def rank_firings(self) -> list[Firing]:
+        """The strongest firing of each feature, sorted by share of the feature's maximum; features
+        that fire on fewer than FEW_TOKENS tokens of the catalogue's text come last, because their
+        maximum means little."""
+        best: dict[int, Firing] = {}
         originals = self.resolve_copies(torch.arange(self.catalogue.num_units)).tolist()
         for place in range(len(self.tokens)):
-            for fired in self.list_fired(place):
-                previous = best.get(originals[fired.feature])
-                if previous is None or fired.strength > previous.strength:
-                    best[originals[fired.feature]] = fired
-        is_rare = (self.catalogue.statistics.fired < FEW_TOKENS).tolist()
+            for firing in self.list_firings(place):
+                previous = best.get(originals[firing.feature])
+                if previous is None or firing.strength > previous.strength:
+                    best[originals[firing.feature]] = firing
+        is_rare = (self.catalogue.statistics.firing_counts < FEW_TOKENS).tolist()
         return sorted(
-            best.values(), key=lambda fired: (is_rare[fired.feature], -(fired.share or 0))
+            best.values(), key=lambda firing: (is_rare[firing.feature], -(firing.share or 0))
         )
 
-    def list_words(self, feature: int) -> list[str]:
-        """Up to MAX_WORDS distinct tokens at the peaks of a feature's strongest examples in the
-        catalogue."""
+    def list_peak_tokens(self, feature: int) -> list[str]:
+        """Texts of up to MAX_PEAK_TOKENS distinct tokens at the peaks of a feature's strongest
+        examples in the catalogue."""
         ids = self.catalogue.top.tokens[feature, :, BEFORE].tolist()
         texts = [show_token(self.catalogue.vocabulary[i]) for i in ids if i >= 0]
-        distinct = {text.strip().lower(): text for text in reversed(texts)}
-        return [*distinct.values()][::-1][:MAX_WORDS]
+        distinct: dict[str, str] = {}
+        for text in texts:
+            distinct.setdefault(text.strip().lower(), text)
+        return [*distinct.values()][:MAX_PEAK_TOKENS]
 
     def to_page_data(self) -> dict[str, Any]:
         """The JSON that the page's script (templates/text.js) reads."""
         return {
-            "shown": [show_token(token.text) for token in self.tokens],
+            "tokens": [show_token(token.text) for token in self.tokens],
             "features": [token.features.tolist() for token in self.tokens],
             "strengths": [
                 [float(f"{s:.3g}") for s in token.strengths.tolist()] for token in self.tokens
             ],
-            "strongest": [
-                (fired.feature, fired.strength) for fired in self.rank_fired()[:MAX_LISTED]
+            "ranked": [
+                (firing.feature, firing.strength) for firing in self.rank_firings()[:MAX_LISTED]
             ],
         }

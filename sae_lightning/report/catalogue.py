@@ -31,7 +31,7 @@ class Statistics(NamedTuple):
 
     tokens: int
     """Number of tokens that the statistics are over."""
-    fired: Tensor
+    firing_counts: Tensor
     """Number of tokens on which each unit is active, int64."""
     mean: Tensor
     """Mean strength over the tokens where the unit is active; 0 if it never is."""
@@ -44,13 +44,13 @@ class Statistics(NamedTuple):
     @property
     def densities(self) -> Tensor:
         """[units] share of tokens on which each unit is active."""
-        return self.fired / self.tokens
+        return self.firing_counts / self.tokens
 
 
 class Examples(NamedTuple):
     """Windows of text around tokens where units are active, strongest first."""
 
-    strength: Tensor
+    peak_strength: Tensor
     """[units, n] strength at the peak, which is token BEFORE of the window; 0 where a unit has
     fewer than n examples."""
     tokens: Tensor
@@ -110,7 +110,7 @@ class Catalogue(NamedTuple):
     """'feature' or 'neuron'."""
     vocabulary: list[str]
     """Text of each token id, with its leading space."""
-    texts: np.ndarray
+    token_ids: np.ndarray
     """[sequences, context] token ids of the text, int32. Not a tensor, because `slice_units`
     slices every tensor by unit."""
     statistics: Statistics
@@ -141,7 +141,7 @@ class Catalogue(NamedTuple):
     @property
     def num_units(self) -> int:
         """Number of features or neurons."""
-        return len(self.statistics.fired)
+        return len(self.statistics.firing_counts)
 
 
 def slice_units(part: Any, units: slice | Tensor) -> Any:

@@ -61,7 +61,7 @@ class Blocks(Mapping[str, str]):
         self.page_ids = page_ids
         self.parts = {catalogue.kind: (catalogue, _make_list_fields) for catalogue in catalogues}
         self.parts["texts"] = catalogues[0], _make_text_fields
-        self.size = catalogues[0].texts.size * page_ids.itemsize  # bytes, unpacked
+        self.size = catalogues[0].token_ids.size * page_ids.itemsize  # bytes, unpacked
         for catalogue in catalogues:
             first = slice_units(catalogue, slice(1))
             for make_fields in (_make_list_fields, _make_word_fields, _make_detail_fields):
@@ -95,7 +95,7 @@ def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
                 "kind": catalogue.kind,
                 "units": catalogue.num_units,
                 "tokens": catalogue.statistics.tokens,
-                "strongest": catalogue.top.strength.shape[1],
+                "strongest": catalogue.top.peak_strength.shape[1],
                 "listed": _describe_layout(_make_list_fields(first, page_ids)),
                 "words": _describe_layout(_make_word_fields(first, page_ids)),
                 "detailed": _describe_layout(_make_detail_fields(first, page_ids)),
@@ -103,7 +103,7 @@ def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
         )
     index = {"words": words, "kinds": kinds, "edges": EDGES.tolist(), "chunk": UNITS_PER_BLOCK}
     index |= {"window": WINDOW, "before": BEFORE, "levels": LEVELS, "preview": PREVIEW.start}
-    index |= {"intervals": INTERVALS, "sequences": len(catalogues[0].texts)}
+    index |= {"intervals": INTERVALS, "sequences": len(catalogues[0].token_ids)}
     index |= {"texts": _describe_layout(_make_text_fields(catalogues[0], page_ids))}
     return PageData(index, Blocks(catalogues, page_ids))
 
@@ -112,7 +112,7 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
     """The page's vocabulary, as shown, and page_ids [vocabulary + 1]: token id (or -1) -> index."""
     vocabulary = catalogues[0].vocabulary
     counts = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
-    ids = [torch.from_numpy(catalogues[0].texts)]
+    ids = [torch.from_numpy(catalogues[0].token_ids)]
     for catalogue in catalogues:
         if catalogue.token_sets is not None:
             ids += [catalogue.token_sets.tokens]
@@ -129,14 +129,14 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
 
 def _make_text_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields of the text that the examples are taken from."""
-    return {"tokens": page_ids.take(catalogue.texts)}
+    return {"tokens": page_ids.take(catalogue.token_ids)}
 
 
 def _make_list_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields that the list of units is sorted and filtered by."""
     statistics = catalogue.statistics
     fields = {
-        "fired": _to_array(statistics.fired, "u4"),
+        "fired": _to_array(statistics.firing_counts, "u4"),
         "mean": _to_array(statistics.mean, "f4"),
         "maximum": _to_array(statistics.maximum, "f4"),
     }
@@ -169,11 +169,13 @@ def _make_word_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
 def _make_detail_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields that only the view of a single unit shows."""
     lists, maximum = (catalogue.top, catalogue.random), catalogue.statistics.maximum
-    sequence, position = map(np.min_scalar_type, catalogue.texts.shape)
+    sequence, position = map(np.min_scalar_type, catalogue.token_ids.shape)
     fields = {
         "sequence": _to_array(torch.cat([examples.sequence for examples in lists], 1), sequence),
         "position": _to_array(torch.cat([examples.position for examples in lists], 1), position),
-        "interval": _to_array(find_interval(catalogue.random.strength, maximum[:, None]), "u1"),
+        "interval": _to_array(
+            find_interval(catalogue.random.peak_strength, maximum[:, None]), "u1"
+        ),
         "strengths": _to_array(
             torch.cat([_quantise(examples, maximum) for examples in lists], 1), "u1"
         ),
@@ -191,7 +193,7 @@ def _make_detail_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
 def _quantise(examples: Examples, maximum: Tensor) -> Tensor:
     """[units, n, WINDOW] strengths in 255ths of the unit's maximum; only 0 is stored as 0."""
     strengths = examples.strengths.float()
-    strengths[:, :, BEFORE] = examples.strength  # exact: float16 turns tiny strengths into 0
+    strengths[:, :, BEFORE] = examples.peak_strength  # exact: float16 turns tiny strengths into 0
     share = strengths / maximum.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
     return torch.where(strengths > 0, (share * LEVELS).round().clamp(1, LEVELS), 0)
 

@@ -40,7 +40,7 @@ def _make_columns(catalogue: Catalogue, first: int, vocabulary: pa.Array) -> dic
     statistics = catalogue.statistics
     columns = {
         catalogue.kind: pa.array(range(first, first + catalogue.num_units)),
-        "fired": _to_array(statistics.fired),
+        "fired": _to_array(statistics.firing_counts),
         "density": _to_array(statistics.densities),
         "mean": _to_array(statistics.mean),
         "maximum": _to_array(statistics.maximum),
@@ -93,10 +93,10 @@ def _make_text_lists(ids: Tensor, vocabulary: pa.Array) -> pa.ListArray:
 
 def _make_example_lists(examples: Examples, vocabulary: pa.Array) -> pa.ListArray:
     """One list of examples per unit; tokens outside the sequence are left out."""
-    exists = examples.strength > 0  # [units, n]
+    exists = examples.peak_strength > 0  # [units, n]
     tokens, strengths = examples.tokens[exists], examples.strengths[exists]  # [examples, WINDOW]
     columns = {
-        "strength": _to_array(examples.strength[exists]),
+        "strength": _to_array(examples.peak_strength[exists]),
         "sequence": _to_array(examples.sequence[exists]),
         "position": _to_array(examples.position[exists]),  # of the peak in its sequence
         # index of the peak in tokens

@@ -65,7 +65,7 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
     columns = dict(_combine_columns(pyarrow.parquet.read_table(path)))
     kind, ids = next(iter(columns)), {word: i for i, word in enumerate(vocabulary)}
     last, tokens = len(columns[kind]) - 1, read_header(path).tokens
-    numbers = {"fired": _read_integers(columns["fired"], MAX_COUNT)}
+    numbers = {"firing_counts": _read_integers(columns["fired"], MAX_COUNT)}
     numbers |= {name: _read_reals(columns[name]) for name in ("mean", "maximum")}
     histogram = _read_counts(columns["histogram"], len(EDGES) - 1)
     if not 1 <= tokens <= 2**53:
@@ -193,7 +193,7 @@ def _read_examples(lists: pa.ListArray, ids: dict[str, int]) -> Examples:
     window[owner, place] = _read_reals(strengths.flatten()).half()
     slots = _pad_lists(lists, torch.arange(len(flat)), -1)  # [units, n] index of the example
     return Examples(
-        strength=pad(_read_reals(flat.field("strength")), (0, 1))[slots],
+        peak_strength=pad(_read_reals(flat.field("strength")), (0, 1))[slots],
         tokens=tokens[slots],
         strengths=window[slots],
         sequence=pad(_read_integers(flat.field("sequence"), MAX_TEXT_TOKENS), (0, 1))[slots],

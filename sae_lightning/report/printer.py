@@ -61,7 +61,7 @@ def print_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -
     for unit in units:
         console.print()
         console.print(_make_heading(catalogue, unit), soft_wrap=False, width=_count_columns())
-        for number, strength in enumerate(top.strength[unit, :examples].tolist()):
+        for number, strength in enumerate(top.peak_strength[unit, :examples].tolist()):
             if strength > 0:
                 tokens = [
                     catalogue.vocabulary[i] if i >= 0 else "" for i in top.tokens[unit, number]

@@ -45,7 +45,7 @@ class QualitySums:
     def __init__(self):
         self.tokens = 0
         self.residual = self.total = 0.0
-        self.shift = self.sum = self.fired = torch.zeros(())
+        self.shift = self.sum = self.firing_counts = torch.zeros(())
         self.residual_by_dim = self.total_by_dim = torch.zeros(())
 
     @torch.no_grad()
@@ -63,18 +63,18 @@ class QualitySums:
         self.residual_by_dim = self.residual_by_dim + error.sum(dim=0)
         self.total_by_dim = self.total_by_dim + square.sum(dim=0)
         self.sum = self.sum + (target - self.shift).sum(dim=0)
-        self.fired = self.fired + (features > 0).sum(dim=0).cpu()
+        self.firing_counts = self.firing_counts + (features > 0).sum(dim=0).cpu()
 
-    def result(self, join: Callable[[Tensor], Tensor] = lambda fired: fired) -> Quality:
+    def result(self, join: Callable[[Tensor], Tensor] = lambda counts: counts) -> Quality:
         """Quality of all tokens added so far. `join` gathers the counts of all features
         [features], if they are split over ranks."""
         total = self.total - self.sum.square().sum().item() / self.tokens
-        fired = join(self.fired).double()
+        counts = join(self.firing_counts).double()
         return Quality(
-            l0=fired.sum().item() / self.tokens,
+            l0=counts.sum().item() / self.tokens,
             explained_variance=1 - self.residual / total if total > 0 else float("nan"),
-            unfired=(fired == 0).double().mean().item(),
-            density=fired / self.tokens,
+            unfired=(counts == 0).double().mean().item(),
+            density=counts / self.tokens,
             dimension=find_dominant_dimension(
                 self.residual_by_dim, self.total_by_dim - self.sum.square() / self.tokens
             ),

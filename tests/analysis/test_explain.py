@@ -58,8 +58,8 @@ def world(tokens: torch.Tensor, vocabulary: list[str]) -> tuple[Catalogue, Sampl
     x = torch.zeros(*tokens.shape, 1)
     batch = EncodedBatch(tokens, keep, x, x, pick_active(features), torch.arange(len(tokens)))
     reducers = (
-        FiringStatistics(4, strengths.feature_strengths),
-        StrongestExamples(4, 24, strengths.feature_strengths),
+        FiringStatistics(4, strengths.read_feature_strengths),
+        StrongestExamples(4, 24, strengths.read_feature_strengths),
     )
     sampling = SequenceSampler(4, seed=0)
     for reducer in [*reducers, sampling]:

@@ -18,8 +18,8 @@ def drawn(features, each=2, n=3, seed=0, **room):
     units = features.shape[2]
     sampling = SequenceSampler(units, 0, **room)
     reducers = (
-        FiringStatistics(units, strengths.feature_strengths),
-        StrongestExamples(units, n, strengths.feature_strengths),
+        FiringStatistics(units, strengths.read_feature_strengths),
+        StrongestExamples(units, n, strengths.read_feature_strengths),
     )
     for batch in batches(features):
         for reducer in (*reducers, sampling):
@@ -34,13 +34,15 @@ def test_an_example_is_what_stands_in_the_text_there(room):
     features = sparse(30, CONTEXT, UNITS)
     features[:, 0] = 0
     found, top, sample = drawn(features, **room)
-    assert found.strength.shape == (UNITS, 2 * INTERVALS)
-    assert {*found.sequence[found.strength > 0].tolist()} <= {*sample.sequence_indices.tolist()}
+    assert found.peak_strength.shape == (UNITS, 2 * INTERVALS)
+    assert {*found.sequence[found.peak_strength > 0].tolist()} <= {
+        *sample.sequence_indices.tolist()
+    }
     whole = drawn(features, each=0, n=30)[1]  # all sequences' peaks, with windows
     for unit in range(UNITS):
         for slot in range(2 * INTERVALS):
             sequence, position = int(found.sequence[unit, slot]), int(found.position[unit, slot])
-            assert found.strength[unit, slot] == features[sequence, position, unit] > 0
+            assert found.peak_strength[unit, slot] == features[sequence, position, unit] > 0
             tokens, around = found.tokens[unit, slot], found.strengths[unit, slot]
             places = torch.arange(position - 20, position + 12)
             inside = (places >= 0) & (places < CONTEXT)
@@ -49,19 +51,21 @@ def test_an_example_is_what_stands_in_the_text_there(room):
             wanted = features[sequence, places[inside], unit].half()
             assert torch.equal(around[inside], wanted)
             assert not around[~inside].any()
-    assert (whole.strength > 0).all()
+    assert (whole.peak_strength > 0).all()
 
 
 def test_each_lies_in_its_interval_one_a_sequence_and_is_none_of_the_strongest():
     features = sparse(30, CONTEXT, UNITS, share=0.6)
     found, top, _ = drawn(features, each=4)
-    maximum = top.strength.amax(dim=1)
+    maximum = top.peak_strength.amax(dim=1)
     for unit in range(UNITS):
         strongest = {*zip(top.sequence[unit].tolist(), top.position[unit].tolist(), strict=True)}
-        assert found.strength[unit].tolist() == sorted(found.strength[unit].tolist(), reverse=True)
+        assert found.peak_strength[unit].tolist() == sorted(
+            found.peak_strength[unit].tolist(), reverse=True
+        )
         for interval in range(INTERVALS):
             slots = slice(4 * interval, 4 * interval + 4)
-            share = found.strength[unit, slots] / maximum[unit]
+            share = found.peak_strength[unit, slots] / maximum[unit]
             low = 1 - (interval + 1) / INTERVALS
             assert (share > low - 1e-6).all()
             assert (share <= low + 1 / INTERVALS + 1e-6).all()
@@ -88,8 +92,8 @@ def test_an_interval_without_tokens_has_no_examples():
     features[:, 2, 0] = torch.tensor([10.0, 9.9, 9.8, 0.5, 0.5, 0.5, 5, 5, 5])
     found, *_ = drawn(features, each=2, n=2)
     # 9.8 is the only one of its interval that is not among the strongest; unit 1 never fires
-    assert found.strength[0].tolist() == pytest.approx([9.8, 5, 5, 0.5, 0.5, 0, 0, 0, 0, 0])
-    assert not found.strength[1].any()
+    assert found.peak_strength[0].tolist() == pytest.approx([9.8, 5, 5, 0.5, 0.5, 0, 0, 0, 0, 0])
+    assert not found.peak_strength[1].any()
     assert (found.tokens[1] == -1).all()
 
 
@@ -100,7 +104,7 @@ def test_each_token_of_an_interval_is_as_likely_and_a_seed_draws_the_same_again(
     chosen = torch.zeros(31)
     for seed in range(400):
         found, *_ = drawn(features, each=3, n=1, seed=seed)
-        assert (found.strength[0] > 0).tolist() == [True] * 3 + [False] * 12
+        assert (found.peak_strength[0] > 0).tolist() == [True] * 3 + [False] * 12
         chosen[found.sequence[0, :3]] += 1
     assert chosen[30] == 0
     # 1,200 draws over 30 places: 40 each, with a standard deviation of 6

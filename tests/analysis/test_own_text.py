@@ -231,9 +231,9 @@ def test_a_catalogue_in_which_nothing_fires_is_read_and_shown(subject, words, tm
     features = survey(subject, words(600), tokens=300, examples=1).features
     write_catalogue(tmp_path / "features.parquet", features, describe_origin(subject))
     back = read_saved_catalogue(subject, tmp_path / "features.parquet")
-    assert not back.statistics.fired.any()
+    assert not back.statistics.firing_counts.any()
     own = AnnotatedText(annotate(subject, TEXT), back)
-    assert own.rank_fired() == []
+    assert own.rank_firings() == []
     page = AnalysisPage("t", {}, [], [back], annotated=own)
     assert "jumps" in render_page(page, pack_catalogues([back]))
 

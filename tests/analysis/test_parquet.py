@@ -29,7 +29,7 @@ def test_a_row_holds_the_numbers_of_its_unit(features, rows):
     statistics = features.statistics
     assert [row["feature"] for row in rows] == list(range(32))
     for unit, row in enumerate(rows):
-        assert row["fired"] == statistics.fired[unit]
+        assert row["fired"] == statistics.firing_counts[unit]
         assert row["density"] == pytest.approx(statistics.densities[unit].item())
         assert (row["mean"], row["maximum"]) == (statistics.mean[unit], statistics.maximum[unit])
         assert row["histogram"] == statistics.histogram[unit].tolist()
@@ -45,12 +45,12 @@ def test_tokens_are_written_as_they_read_and_nothing_where_there_is_none(feature
     for unit, row in enumerate(rows):
         assert row["tokens"] == [read[i] for i in features.token_sets.tokens[unit] if i >= 0]
         examples = features.top
-        assert len(row["examples"]) == (examples.strength[unit] > 0).sum()
+        assert len(row["examples"]) == (examples.peak_strength[unit] > 0).sum()
         for i, example in enumerate(row["examples"]):
             inside = examples.tokens[unit, i] >= 0
             assert example["tokens"] == [read[t] for t in examples.tokens[unit, i][inside]]
             assert example["strengths"] == examples.strengths[unit, i][inside].tolist()
-            assert example["strength"] == examples.strength[unit, i]
+            assert example["strength"] == examples.peak_strength[unit, i]
     silent = rows[5]
     assert (silent["score"], silent["tokens"], silent["partners"]) == (None, [], [])
     assert silent["examples"] == silent["examples_of_all_strengths"] == []
@@ -73,7 +73,7 @@ def test_a_catalogue_comes_back_from_its_file_as_it_was(features, tmp_path, grou
         for name, value in given._asdict().items() if given else ():
             assert_same(value, getattr(found, name), f"{group}.{name}", features)
     assert torch.equal(back.linear_histogram, features.linear_histogram)
-    assert torch.equal(features.linear_histogram.sum(dim=1), features.statistics.fired)
+    assert torch.equal(features.linear_histogram.sum(dim=1), features.statistics.firing_counts)
 
 
 def assert_same(given, found, name, features):
@@ -85,7 +85,7 @@ def assert_same(given, found, name, features):
         related = getattr(features, name.split(".")[0])
         given = given.masked_fill(related.units < 0, 0)
     if name.split(".")[0] in ("top", "random") and name.endswith("sequence"):
-        given = given.masked_fill(getattr(features, name.split(".")[0]).strength == 0, 0)
+        given = given.masked_fill(getattr(features, name.split(".")[0]).peak_strength == 0, 0)
     width = found.shape[1] if found.ndim > 1 else 0  # as wide as the longest list
     given = given[:, :width] if width else given
     assert torch.equal(given.nan_to_num(-9), found.nan_to_num(-9)), name

@@ -23,7 +23,7 @@ def test_its_numbers_are_those_of_its_catalogue(found):
     assert said["tokens"] == statistics.tokens >= 1500
     assert said["features"] == 32
     assert said["l0"] == pytest.approx(statistics.densities.sum().item())
-    assert said["unfired"] == (statistics.fired == 0).float().mean().item()
+    assert said["unfired"] == (statistics.firing_counts == 0).float().mean().item()
     assert sum(said["density"].values()) == 32
     known = found.features.token_sets.score[~found.features.token_sets.score.isnan()]
     assert said["scored"] == len(known) > 0
@@ -35,20 +35,20 @@ def test_its_numbers_are_those_of_its_catalogue(found):
 def test_of_every_interval_a_sixth_as_many_examples_as_strongest_ones_are_kept(subject, words):
     found = survey(subject, words(3000), tokens=1500, examples=12)
     for catalogue in (found.features, found.neurons):
-        assert catalogue.top.strength.shape == (catalogue.num_units, 12)
-        assert catalogue.random.strength.shape == (catalogue.num_units, 2 * INTERVALS)
-        several = catalogue.statistics.fired > 200
+        assert catalogue.top.peak_strength.shape == (catalogue.num_units, 12)
+        assert catalogue.random.peak_strength.shape == (catalogue.num_units, 2 * INTERVALS)
+        several = catalogue.statistics.firing_counts > 200
         assert several.any()
-        assert (catalogue.random.strength[several] > 0).float().mean() > 0.8
+        assert (catalogue.random.peak_strength[several] > 0).float().mean() > 0.8
         examples = catalogue.random
-        there = examples.strength > 0
-        read = catalogue.texts[examples.sequence[there], examples.position[there]]
+        there = examples.peak_strength > 0
+        read = catalogue.token_ids[examples.sequence[there], examples.position[there]]
         assert read.tolist() == examples.tokens[..., BEFORE][there].tolist()
 
 
 def test_at_least_one_example_of_an_interval_is_kept(found):
-    assert found.features.top.strength.shape == (32, 4)
-    assert found.features.random.strength.shape == (32, INTERVALS)
+    assert found.features.top.peak_strength.shape == (32, 4)
+    assert found.features.random.peak_strength.shape == (32, INTERVALS)
 
 
 def test_a_text_of_which_nothing_can_be_scored_is_told_without_scores(subject, words):

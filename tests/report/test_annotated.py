@@ -34,22 +34,22 @@ def annotated():
 
 
 def test_of_copies_the_strongest_is_listed_with_the_number_of_others_that_fire(annotated):
-    assert [(f.feature, f.copies) for f in annotated.list_fired(0)] == [(0, 0), (1, 1)]
-    assert [(f.feature, f.copies) for f in annotated.list_fired(1)] == [(3, 1), (2, 0), (4, 0)]
+    assert [(f.feature, f.copies) for f in annotated.list_firings(0)] == [(0, 0), (1, 1)]
+    assert [(f.feature, f.copies) for f in annotated.list_firings(1)] == [(3, 1), (2, 0), (4, 0)]
 
 
 def test_a_share_is_of_the_catalogues_maximum_and_none_where_it_never_fired_there(annotated):
-    assert [f.share for f in annotated.list_fired(1)] == [0.75, 2, None]
+    assert [f.share for f in annotated.list_firings(1)] == [0.75, 2, None]
 
 
 def test_features_are_ranked_by_share_of_maximum_and_rare_ones_come_last(annotated):
-    ranked = [(f.feature, f.strength, f.place) for f in annotated.rank_fired()]
+    ranked = [(f.feature, f.strength, f.place) for f in annotated.rank_firings()]
     assert ranked == [(3, 3, 1), (0, 5, 0), (2, 2, 1), (4, 1, 1)]
 
 
 def test_words_are_those_of_the_strongest_examples_each_once(annotated):
-    assert annotated.list_words(0) == [" King", " law", "↵"]
-    assert annotated.list_words(4) == []
+    assert annotated.list_peak_tokens(0) == [" King", " law", "↵"]
+    assert annotated.list_peak_tokens(4) == []
 
 
 @pytest.mark.parametrize("script", ["unit.js", "text.js", "browser.js"])

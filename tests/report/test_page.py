@@ -77,7 +77,7 @@ def catalogue(
     bare = Catalogue(
         kind=kind,
         vocabulary=vocabulary,
-        texts=texts.numpy(),
+        token_ids=texts.numpy(),
         statistics=Statistics(1000, fired, fired / 7, torch.full((units,), 7.5), histogram),
         top=top,
         random=random,
@@ -161,7 +161,7 @@ def test_every_number_of_a_unit_can_be_read_back():
     assert {*blocks} == {"texts", "feature", *parts}
     (kind,) = index["kinds"]
     listed = unpacked(blocks["feature"], kind["listed"], units)
-    assert listed["fired"][:, 0].tolist() == given.statistics.fired.tolist()
+    assert listed["fired"][:, 0].tolist() == given.statistics.firing_counts.tolist()
     assert np.array_equal(listed["score"][:, 0], given.token_sets.score.numpy(), equal_nan=True)
     words = unpacked(blocks["feature-words-1"], kind["words"], 2)
     assert words["previous"][:, 0].tolist() == given.token_sets.previous.tolist()[-2:]
@@ -208,8 +208,8 @@ def test_a_unit_that_never_fires_is_packed_without_a_nan():
     given = catalogue(2)
     silent = torch.zeros(2)
     given = given._replace(
-        statistics=given.statistics._replace(fired=silent.long(), maximum=silent),
-        top=given.top._replace(strength=torch.zeros(2, 3), strengths=given.top.strengths * 0),
+        statistics=given.statistics._replace(firing_counts=silent.long(), maximum=silent),
+        top=given.top._replace(peak_strength=torch.zeros(2, 3), strengths=given.top.strengths * 0),
     )
     index, blocks = pack_catalogues([given])
     details = unpacked(blocks["feature-0"], index["kinds"][0]["detailed"], 2)

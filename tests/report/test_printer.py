@@ -41,7 +41,7 @@ def catalogue(peaks: list[int]) -> Catalogue:
     top = Examples(strengths[:, :, BEFORE], tokens, strengths.half(), sequence, sequence)
     statistics = Statistics(
         tokens=1000,
-        fired=torch.tensor([5, 0]),
+        firing_counts=torch.tensor([5, 0]),
         mean=torch.tensor([2.0, 0.0]),
         maximum=torch.tensor([8.0, 0.0]),
         histogram=torch.zeros(2, len(EDGES) - 1),

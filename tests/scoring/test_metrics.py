@@ -128,7 +128,7 @@ def test_sums_keep_no_gradient():
     sums = QualitySums()
     sums.add(x, 2 * x, x.relu())
     assert not sums.sum.requires_grad
-    assert not sums.fired.requires_grad
+    assert not sums.firing_counts.requires_grad
 
 
 def fidelity(x, *batches):

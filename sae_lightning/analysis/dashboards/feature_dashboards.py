@@ -112,16 +112,16 @@ def _describe_strengths(content: Dashboards, units: Tensor) -> dict[str, list]:
     """A histogram of the strengths of each of `units` [n], and its examples."""
     catalogue = content.catalogue
     statistics, counts = catalogue.statistics, catalogue.linear_histogram[units]
-    maximum, fired = statistics.maximum[units], statistics.fired[units]
+    maximum, fired = statistics.maximum[units], statistics.firing_counts[units]
     centres = maximum[:, None] * (torch.arange(LINEAR_BINS) + 0.5) / LINEAR_BINS
     shares = counts.view(len(units), INTERVALS, -1).sum(dim=2).flip(1).double() / statistics.tokens
     shares[:, -1] += 1 - fired.double() / statistics.tokens  # where it is silent
     edges = maximum[:, None] * torch.arange(INTERVALS, -1, -1) / INTERVALS  # descending
     edges, shares = shorten_numbers(edges), shorten_numbers(shares)
     top, random = slice_units(catalogue.top, units), slice_units(catalogue.random, units)
-    intervals = find_interval(random.strength, maximum[:, None]).tolist()
+    intervals = find_interval(random.peak_strength, maximum[:, None]).tolist()
     activations, vocabulary = [], catalogue.vocabulary
-    for i, examples in enumerate(_list_examples(top, top.strength, vocabulary)):
+    for i, examples in enumerate(_list_examples(top, top.peak_strength, vocabulary)):
         highest = {"bin_min": -1.0, "bin_max": edges[i][0], "bin_contains": -1.0}
         activations.append([highest | example for example in examples if example])
     for i, examples in enumerate(_list_examples(random, maximum[:, None], vocabulary)):
@@ -147,10 +147,10 @@ def _list_examples(
     inside = (examples.tokens >= 0) & (place > 0)  # without BOS
     # stored in half precision, except for the peak
     strengths = examples.strengths.float().minimum(greatest[..., None])
-    strengths[..., BEFORE] = examples.strength
+    strengths[..., BEFORE] = examples.peak_strength
     before = inside[..., :BEFORE].sum(dim=-1).tolist()
     lists = []
-    for i, row in enumerate((examples.strength > 0).tolist()):
+    for i, row in enumerate((examples.peak_strength > 0).tolist()):
         lists.append([])
         for j, exists in enumerate(row):
             lists[i].append({})

@@ -41,6 +41,6 @@ def _describe_settings(content: Dashboards) -> dict:
         "n_tokens_in_prompt": context,
         "n_features_at_a_time": FEATURES_PER_FILE,
         "n_quantiles": INTERVALS,
-        "top_acts_group_size": top.strength.shape[1],
-        "quantile_group_size": random.strength.shape[1] // INTERVALS,
+        "top_acts_group_size": top.peak_strength.shape[1],
+        "quantile_group_size": random.peak_strength.shape[1] // INTERVALS,
     }

@@ -54,7 +54,9 @@ class Evidence(NamedTuple):
 
 def pick_features(catalogue: Catalogue, count: int, seed: int = 0) -> list[int]:
     """Pick `count` random features with enough examples to explain and to test."""
-    examples = (catalogue.top.strength > 0).sum(dim=1) + (catalogue.random.strength > 0).sum(dim=1)
+    examples = (catalogue.top.peak_strength > 0).sum(dim=1) + (
+        catalogue.random.peak_strength > 0
+    ).sum(dim=1)
     candidates = (examples >= 2 * MIN_TEXTS).nonzero().squeeze(1)
     drawn = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))[:count]
     return candidates[drawn].sort().values.tolist()
@@ -112,8 +114,8 @@ def _gather_one(
 
 def _take_examples(examples: Examples, feature: int, first: int) -> Iterator[RawWindow]:
     """Every other example, from index `first` on."""
-    for i in range(first, examples.strength.shape[1], 2):
-        if examples.strength[feature, i] > 0:
+    for i in range(first, examples.peak_strength.shape[1], 2):
+        if examples.peak_strength[feature, i] > 0:
             sequence = int(examples.sequence[feature, i])
             yield sequence, examples.tokens[feature, i], examples.strengths[feature, i]
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.analysis.collect import EncodedBatch
-from sae_lightning.analysis.survey.strengths import Strengths
+from sae_lightning.analysis.survey.strengths import StrengthReader
 from sae_lightning.report.catalogue import (
     AFTER,
     BEFORE,
@@ -22,7 +22,7 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 def make_empty_examples(units: int, n: int) -> Examples:
     """Examples [units, n] with strength 0, which means that there is none."""
     return Examples(
-        strength=torch.zeros(units, n),
+        peak_strength=torch.zeros(units, n),
         tokens=torch.full((units, n, WINDOW), -1, dtype=torch.int32),
         strengths=torch.zeros(units, n, WINDOW, dtype=torch.float16),
         sequence=torch.zeros(units, n, dtype=torch.int64),
@@ -33,21 +33,21 @@ def make_empty_examples(units: int, n: int) -> Examples:
 class FiringStatistics:
     """A reducer: how often and how strongly each unit fires."""
 
-    def __init__(self, units: int, strengths: Strengths):
-        self.strengths = strengths
+    def __init__(self, units: int, read_strengths: StrengthReader):
+        self.read_strengths = read_strengths
         self.tokens = 0
-        self.fired = torch.zeros(units, dtype=torch.int64)
+        self.firing_counts = torch.zeros(units, dtype=torch.int64)
         self.sum = torch.zeros(units, dtype=torch.float64)
         self.maximum = torch.zeros(units)
         self.histogram = torch.zeros(units * STRENGTH_BINS, dtype=torch.int64)
 
     def add(self, batch: EncodedBatch) -> None:
-        values, units = self.strengths(batch)
+        values, units = self.read_strengths(batch)
         values = values.flatten(0, 1)  # [tokens, active units]
         self.tokens += int(batch.keep.sum())
         if not len(units):
             return
-        self.fired[units] += (values > 0).sum(dim=0).cpu()
+        self.firing_counts[units] += (values > 0).sum(dim=0).cpu()
         self.sum[units] += values.sum(dim=0).cpu().double()
         self.maximum[units] = self.maximum[units].maximum(values.amax(dim=0).cpu())
         token, unit = values.nonzero(as_tuple=True)
@@ -57,9 +57,13 @@ class FiringStatistics:
         self.histogram.index_add_(0, places, torch.ones_like(places))
 
     def result(self) -> Statistics:
-        mean = (self.sum / self.fired.clamp(min=1)).float()
+        mean = (self.sum / self.firing_counts.clamp(min=1)).float()
         return Statistics(
-            self.tokens, self.fired, mean, self.maximum, self.histogram.view(-1, STRENGTH_BINS)
+            self.tokens,
+            self.firing_counts,
+            mean,
+            self.maximum,
+            self.histogram.view(-1, STRENGTH_BINS),
         )
 
 
@@ -71,15 +75,15 @@ class StrongestExamples:
                       └ best of each sequence
     """
 
-    def __init__(self, units: int, n: int, strengths: Strengths):
-        self.strengths, self.top = strengths, make_empty_examples(units, n)
+    def __init__(self, units: int, n: int, read_strengths: StrengthReader):
+        self.read_strengths, self.top = read_strengths, make_empty_examples(units, n)
 
     def add(self, batch: EncodedBatch) -> None:
-        values, units = self.strengths(batch)  # [sequences, context, active units]
+        values, units = self.read_strengths(batch)  # [sequences, context, active units]
         best, place = (x.cpu() for x in values.max(dim=1))  # [sequences, active units]
         best = torch.where(best > 0, best, -1).T  # -1: never enters an empty slot (0)
-        n = self.top.strength.shape[1]
-        winners = torch.cat([self.top.strength[units], best], dim=1).topk(n, dim=1).indices
+        n = self.top.peak_strength.shape[1]
+        winners = torch.cat([self.top.peak_strength[units], best], dim=1).topk(n, dim=1).indices
         stays = torch.zeros(len(best), n + best.shape[1], dtype=torch.bool)
         stays.scatter_(1, winners, True)
         # each unit frees as many slots as it gets examples, and both lists are sorted by unit
@@ -101,7 +105,7 @@ class StrongestExamples:
         tokens = batch.tokens.cpu()[sequence[:, None], window]
         around = values[sequence[:, None], window, unit[:, None]].cpu()
         return Examples(
-            strength=around[:, BEFORE],
+            peak_strength=around[:, BEFORE],
             tokens=torch.where(inside, tokens, -1).int(),
             # + 0 turns -0 into 0
             strengths=torch.where(inside, around, 0).clamp(0, FLOAT16_MAX).half() + 0,
@@ -110,7 +114,7 @@ class StrongestExamples:
         )
 
     def result(self) -> Examples:
-        order = self.top.strength.argsort(dim=1, descending=True, stable=True)
+        order = self.top.peak_strength.argsort(dim=1, descending=True, stable=True)
         wide = order[..., None].expand(-1, -1, WINDOW)
         return Examples(*(x.gather(1, wide if x.dim() == 3 else order) for x in self.top))
 

@@ -80,7 +80,7 @@ def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
     """Find the entries of the sample that are not the peak of an example in `top`."""
     size, context = sample.tokens.numel(), sample.tokens.shape[1]
     keys = sample.owners().numpy() * size + sample.places.numpy()  # ascending
-    unit, i = (top.strength > 0).numpy().nonzero()
+    unit, i = (top.peak_strength > 0).numpy().nonzero()
     sequence, position = top.sequence.numpy()[unit, i], top.position.numpy()[unit, i]
     sampled = sample.sequence_indices.numpy()
     row = np.searchsorted(sampled, sequence).clip(max=len(sampled) - 1)
@@ -126,7 +126,7 @@ def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int
     for entry, column in parts:
         unit, place = owners[entry], sample.places[entry]
         sequence, position = place // context, place % context
-        examples.strength[unit, column] = sample.strengths[entry]
+        examples.peak_strength[unit, column] = sample.strengths[entry]
         examples.sequence[unit, column] = sample.sequence_indices[sequence]
         examples.position[unit, column] = position.int()
         inside = ((position[:, None] + offsets) >= 0) & ((position[:, None] + offsets) < context)

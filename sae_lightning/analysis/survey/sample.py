@@ -1,4 +1,4 @@
-"""A random sample of the text's sequences, of bounded size, with all features that fire in it."""
+"""A random sample of the text's sequences, of bounded size, with all features that fire in them."""
 
 import heapq
 from typing import NamedTuple
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from sae_lightning.analysis.collect import EncodedBatch
-from sae_lightning.analysis.survey import strengths
-from sae_lightning.analysis.survey.strengths import Strengths
+from sae_lightning.analysis.survey.strengths import StrengthReader, read_feature_strengths
 
-SAMPLE_TOKENS = 131_072  # at most
-SAMPLE_ENTRIES = 1 << 24  # nonzero strengths, at most
+SAMPLE_TOKENS = 131_072  # of a sample, at most
+SAMPLE_ENTRIES = 1 << 24  # nonzero strengths of a sample, at most
 
 
 class Sample(NamedTuple):
-    """Sequences and where features (or neurons) fire; place = sequence * context + position."""
+    """Sequences, and where features (or neurons) fire in them: an entry is a feature that fires at
+    a place; place = row of the sequence * context + position."""
 
     tokens: Tensor
     """[sequences, context] int32"""
@@ -25,7 +25,7 @@ class Sample(NamedTuple):
     sequence_indices: Tensor
     """[sequences] index of each sequence in reading order, ascending"""
     starts: Tensor
-    """[features + 1] where each feature's entries begin"""
+    """[features + 1] index of each feature's first entry, then the number of entries"""
     places: Tensor
     """[entries] where the feature fires, ascending within each feature, int64"""
     strengths: Tensor
@@ -64,22 +64,21 @@ class SequenceSampler:
         seed: int,
         tokens: int = SAMPLE_TOKENS,
         entries: int = SAMPLE_ENTRIES,
-        strengths: Strengths = strengths.feature_strengths,
+        read_strengths: StrengthReader = read_feature_strengths,
     ):
-        self.strengths = strengths
+        self.read_strengths = read_strengths
         self.features, self.limits = features, {"tokens": tokens, "entries": entries}
         self.random = np.random.default_rng(seed)
-        self.kept: list[
-            tuple
-        ] = []  # a heap of (key, sequence, tokens, keep, positions, units, values)
-        self.size = {"tokens": 0, "entries": 0}
-        self.lowest = 0.0  # sequences with a smaller key cannot enter any more
+        self.kept: list[tuple] = []
+        """A heap of (key, index of the sequence, tokens, keep, positions, units, strengths)."""
+        self.size = {"tokens": 0, "entries": 0}  # of what is kept
+        self.least_key = 0.0  # sequences with a smaller one cannot enter any more
 
     def add(self, batch: EncodedBatch) -> None:
         tokens, keep = batch.tokens.cpu().int().numpy(), batch.keep.cpu().numpy()
-        values, units = self.strengths(batch)
+        values, units = self.read_strengths(batch)
         for i, key in enumerate(self.random.random(len(tokens))):
-            if key < self.lowest:
+            if key < self.least_key:
                 continue
             position, unit = values[i].nonzero(as_tuple=True)
             value = values[i][position, unit].cpu().numpy()
@@ -95,9 +94,9 @@ class SequenceSampler:
             )
             heapq.heappush(self.kept, entry)
             self._count(entry, 1)
-            while self._full() and len(self.kept) > 1:
+            while self._is_full() and len(self.kept) > 1:
                 dropped = heapq.heappop(self.kept)
-                self.lowest = dropped[0]
+                self.least_key = dropped[0]
                 self._count(dropped, -1)
 
     def _count(self, entry: tuple, sign: int) -> None:
@@ -105,7 +104,7 @@ class SequenceSampler:
         self.size["tokens"] += sign * tokens.size
         self.size["entries"] += sign * positions.size
 
-    def _full(self) -> bool:
+    def _is_full(self) -> bool:
         return any(self.size[name] > limit for name, limit in self.limits.items())
 
     def result(self) -> Sample:

@@ -1,4 +1,5 @@
-"""Strengths of units: of the SAE's features, or of the neurons of its source site."""
+"""Read the strengths of units from a batch: of the SAE's features, or of the neurons of its source
+site."""
 
 from collections.abc import Callable
 from enum import Enum
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from sae_lightning.analysis.collect import EncodedBatch
 
-Strengths = Callable[[EncodedBatch], tuple[Tensor, Tensor]]
+StrengthReader = Callable[[EncodedBatch], tuple[Tensor, Tensor]]
 """batch -> strengths [sequences, context, active] >= 0, which are 0 where not `keep`, of the units
 that may be active in the batch; and the indices [active] of these units, on the CPU."""
 
@@ -24,13 +25,13 @@ class Positive(Enum):
     """Its value minus its minimum on the first batch, at least 0."""
 
 
-def feature_strengths(batch: EncodedBatch) -> tuple[Tensor, Tensor]:
+def read_feature_strengths(batch: EncodedBatch) -> tuple[Tensor, Tensor]:
     """Return the strengths of the SAE's active features, and their indices."""
     return batch.active_features
 
 
-class NeuronStrengths:
-    """Strengths of neurons, the dimensions of the source site, made positive."""
+class NeuronStrengthReader:
+    """Reads the strengths of neurons, the dimensions of the source site, made positive."""
 
     def __init__(self, positive: Positive):
         self.positive = positive

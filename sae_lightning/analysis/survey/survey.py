@@ -8,7 +8,6 @@ from torch import Tensor
 
 from sae_lightning.analysis.collect import Reducer, collect, excerpt
 from sae_lightning.analysis.subject import Subject
-from sae_lightning.analysis.survey import strengths
 from sae_lightning.analysis.survey.copies import find_originals
 from sae_lightning.analysis.survey.examples import (
     FiringStatistics,
@@ -19,7 +18,11 @@ from sae_lightning.analysis.survey.informativeness import rate_informativeness
 from sae_lightning.analysis.survey.intervals import draw_examples, estimate_histogram
 from sae_lightning.analysis.survey.related import MAX_EXACT_FEATURES, find_neighbours, find_partners
 from sae_lightning.analysis.survey.sample import Sample, SequenceSampler
-from sae_lightning.analysis.survey.strengths import Positive
+from sae_lightning.analysis.survey.strengths import (
+    NeuronStrengthReader,
+    Positive,
+    read_feature_strengths,
+)
 from sae_lightning.analysis.survey.token_sets import score_token_sets
 from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.catalogue import Catalogue
@@ -53,9 +56,9 @@ class Survey(NamedTuple):
         known = score[~score.isnan()]
         return {
             "tokens": features.tokens,
-            "features": len(features.fired),
-            "unfired": (features.fired == 0).float().mean().item(),
-            "l0": features.fired.sum().item() / features.tokens,
+            "features": len(features.firing_counts),
+            "unfired": (features.firing_counts == 0).float().mean().item(),
+            "l0": features.firing_counts.sum().item() / features.tokens,
             "density": count_by_density(features.densities),
             "scored": len(known),
             "score_median": known.median().item() if len(known) else None,
@@ -107,17 +110,19 @@ def _make_reducers(
     subject: Subject, examples: int, neurons: Positive, seed: int
 ) -> dict[str, list[Reducer]]:
     """Kind of unit -> what makes its catalogue."""
-    d_in, positive = len(subject.sae.W_enc), strengths.NeuronStrengths(neurons)
+    d_in, read_neuron_strengths = len(subject.sae.W_enc), NeuronStrengthReader(neurons)
     return {
         "feature": [
-            FiringStatistics(subject.features, strengths.feature_strengths),
-            StrongestExamples(subject.features, examples, strengths.feature_strengths),
+            FiringStatistics(subject.features, read_feature_strengths),
+            StrongestExamples(subject.features, examples, read_feature_strengths),
             SequenceSampler(subject.features, seed),
         ],
         "neuron": [
-            FiringStatistics(d_in, positive),
-            StrongestExamples(d_in, examples, positive),
-            SequenceSampler(d_in, seed, entries=NEURON_ENTRIES, strengths=positive),
+            FiringStatistics(d_in, read_neuron_strengths),
+            StrongestExamples(d_in, examples, read_neuron_strengths),
+            SequenceSampler(
+                d_in, seed, entries=NEURON_ENTRIES, read_strengths=read_neuron_strengths
+            ),
         ],
     }
 
@@ -129,7 +134,7 @@ def _compare(features: Catalogue, sample: Sample, directions: Tensor) -> Catalog
     features = features._replace(
         token_sets=token_sets,
         linear_histogram=estimate_histogram(sample, statistics.maximum, statistics.tokens),
-        informativeness=rate_informativeness(features.texts, sample, token_sets, vocabulary),
+        informativeness=rate_informativeness(features.token_ids, sample, token_sets, vocabulary),
         neighbours=find_neighbours(directions),
         partners=find_partners(sample),
     )

@@ -23,15 +23,15 @@ MIN_LISTED_SHARE = 0.02  # of the set's firings; tokens with fewer are not liste
 class _Counts(NamedTuple):
     """Counts over one part of the text."""
 
-    fired: csr_array
+    firings: csr_array
     """[features, vocabulary] how often each feature fires on each token"""
-    tokens: np.ndarray
-    """[vocabulary] occurrences of each token"""
+    occurrences: np.ndarray
+    """[vocabulary] how often each token occurs"""
 
     @property
-    def firing_tokens(self) -> np.ndarray:
-        """[features] number of tokens on which each feature fires"""
-        return self.fired.sum(axis=1)
+    def total_firings(self) -> np.ndarray:
+        """[features] how often each feature fires"""
+        return self.firings.sum(axis=1)
 
 
 class _Sets(NamedTuple):
@@ -42,8 +42,8 @@ class _Sets(NamedTuple):
     """[members]"""
     token: np.ndarray
     """[members]"""
-    fired: np.ndarray
-    """[members] how often the feature fired on that token"""
+    firings: np.ndarray
+    """[members] how often the feature fires on that token"""
     score: np.ndarray
     """[features] correlation on the text that the set was chosen on; 0 for an empty set"""
 
@@ -56,11 +56,12 @@ def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
         # each set is tested on the half that it was not chosen on
         held_out = _count_hits(_choose_sets(a), b), _count_hits(_choose_sets(b), a)
         scores.append(_correlate(*map(sum, zip(*held_out, strict=True))))
-        sets.append(_choose_sets(_Counts(a.fired + b.fired, a.tokens + b.tokens)))
+        sets.append(_choose_sets(_Counts(a.firings + b.firings, a.occurrences + b.occurrences)))
     # the shift is chosen on all of the text; the score is still that of the held-out halves
     previous = sets[1].score > sets[0].score
     score = np.where(previous, scores[1], scores[0])
-    is_frequent = np.minimum(a.firing_tokens, b.firing_tokens) >= MIN_FIRINGS
+    # the shift does not change how often features fire: those of shift 1 will do
+    is_frequent = np.minimum(a.total_firings, b.total_firings) >= MIN_FIRINGS
     tokens = np.where(previous[:, None], _list_tokens(sets[1]), _list_tokens(sets[0]))
     return TokenSetScores(
         score=torch.from_numpy(np.where(is_frequent, score, np.nan)).float(),
@@ -81,65 +82,68 @@ def _count_halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
         pairs = owners[in_half], tokens[places[in_half] - shift]
         ones, shape = np.ones(len(pairs[0]), np.int64), (sample.feature_count, vocabulary)
         read = tokens[kept[(kept // context) % 2 == half] - shift]
-        fired = csr_array((ones, pairs), shape=shape)  # adds up equal pairs
-        halves.append(_Counts(fired, np.bincount(read, minlength=vocabulary)))
+        firings = csr_array((ones, pairs), shape=shape)  # adds up equal pairs
+        halves.append(_Counts(firings, np.bincount(read, minlength=vocabulary)))
     return halves
 
 
 def _choose_sets(counts: _Counts) -> _Sets:
     """Choose the token set of each feature whose membership correlates best with its firing."""
-    feature, token = counts.fired.nonzero()
-    is_frequent = counts.fired.data >= MIN_FIRINGS_PER_TOKEN
-    feature, token, fired = (x[is_frequent] for x in (feature, token, counts.fired.data))
-    occurrences = counts.tokens[token]
-    order = np.lexsort((-fired / (occurrences + 1), feature))
-    feature, token, fired, occurrences = (x[order] for x in (feature, token, fired, occurrences))
+    feature, token = counts.firings.nonzero()
+    is_frequent = counts.firings.data >= MIN_FIRINGS_PER_TOKEN
+    feature, token, firings = (x[is_frequent] for x in (feature, token, counts.firings.data))
+    occurrences = counts.occurrences[token]
+    order = np.lexsort((-firings / (occurrences + 1), feature))
+    candidates = feature, token, firings, occurrences
+    feature, token, firings, occurrences = (x[order] for x in candidates)
     rank = rank_in_runs(feature)
     start = np.arange(len(feature)) - rank  # of the feature's candidates
-    hits, size = fired.cumsum(), occurrences.cumsum()
+    hits, size = firings.cumsum(), occurrences.cumsum()
     # restart the cumulative sums at each feature
-    hits, size = hits - (hits - fired)[start], size - (size - occurrences)[start]
-    fires = counts.firing_tokens
-    correlation = _correlate(hits, size, fires[feature], counts.tokens.sum())
-    score = np.zeros(len(fires))
+    hits, size = hits - (hits - firings)[start], size - (size - occurrences)[start]
+    totals = counts.total_firings
+    correlation = _correlate(hits, size, totals[feature], counts.occurrences.sum())
+    score = np.zeros(len(totals))
     if not len(feature):
-        return _Sets(feature, token, fired, score)
+        return _Sets(feature, token, firings, score)
     first = np.flatnonzero(rank == 0)
     score[feature[first]] = np.maximum.reduceat(correlation, first).clip(min=0)
     at_best = np.flatnonzero((correlation == score[feature]) & (correlation > 0))
     scored, where = np.unique(feature[at_best], return_index=True)  # the shortest of equal prefixes
-    last = np.full(len(fires), -1)
+    last = np.full(len(totals), -1)
     last[scored] = rank[at_best[where]]
     inside = rank <= last[feature]
-    return _Sets(feature[inside], token[inside], fired[inside], score)
+    return _Sets(feature[inside], token[inside], firings[inside], score)
 
 
 def _count_hits(sets: _Sets, counts: _Counts) -> tuple[np.ndarray, ...]:
     """Count for each feature: tokens in its set on which it fires, tokens in its set, tokens on
     which it fires; and count all tokens."""
     ones = np.ones(len(sets.token), np.int64)
-    members = csr_array((ones, (sets.feature, sets.token)), shape=counts.fired.shape)
-    hits = members.multiply(counts.fired).sum(axis=1)
-    return hits, members @ counts.tokens, counts.firing_tokens, counts.tokens.sum()
+    members = csr_array((ones, (sets.feature, sets.token)), shape=counts.firings.shape)
+    hits = members.multiply(counts.firings).sum(axis=1)
+    return hits, members @ counts.occurrences, counts.total_firings, counts.occurrences.sum()
 
 
 def _correlate(
-    hits: np.ndarray, size: np.ndarray, fired: np.ndarray, tokens: np.ndarray
+    hits: np.ndarray, size: np.ndarray, firings: np.ndarray, tokens: np.ndarray
 ) -> np.ndarray:
     """Matthews correlation coefficient of membership and firing, from the counts of `_count_hits`;
     0 where either is constant."""
-    size, fired, tokens = (np.asarray(x, float) for x in (size, fired, tokens))
-    scale = np.sqrt(size * (tokens - size)) * np.sqrt(fired * (tokens - fired))
-    return np.divide(hits * tokens - size * fired, scale, where=scale > 0, out=np.zeros_like(scale))
+    size, firings, tokens = (np.asarray(x, float) for x in (size, firings, tokens))
+    scale = np.sqrt(size * (tokens - size)) * np.sqrt(firings * (tokens - firings))
+    return np.divide(
+        hits * tokens - size * firings, scale, where=scale > 0, out=np.zeros_like(scale)
+    )
 
 
 def _list_tokens(sets: _Sets) -> np.ndarray:
     """List the tokens of each set on which the feature fires most often [features, LISTED_TOKENS],
     except those below MIN_LISTED_SHARE; padded with -1."""
     features = len(sets.score)
-    order = np.lexsort((-sets.fired, sets.feature))
-    hits = np.bincount(sets.feature, sets.fired, minlength=features)
-    order = order[(sets.fired >= MIN_LISTED_SHARE * hits[sets.feature])[order]]
+    order = np.lexsort((-sets.firings, sets.feature))
+    hits = np.bincount(sets.feature, sets.firings, minlength=features)
+    order = order[(sets.firings >= MIN_LISTED_SHARE * hits[sets.feature])[order]]
     feature, token = sets.feature[order], sets.token[order]
     rank = rank_in_runs(feature)
     tokens, fits = np.full((features, LISTED_TOKENS), -1), rank < LISTED_TOKENS
