@@ -11,7 +11,7 @@ from sae_lightning.scoring.duplicates import Copies
 from sae_lightning.scoring.metrics import Quality
 
 COMMON_METRICS = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
-# Suites of task=benchmark that a search can maximise: they are run on each SAE once it is trained.
+# Benchmarks (task=benchmark) whose score a search can maximise: run on each SAE once it is trained.
 BENCHMARK_OBJECTIVES = frozenset({"absorption", "probing"})
 # Penalty per factor of e by which L0 exceeds sweep.l0 (an excess of 1 % costs 0.1). It must
 # outweigh what a metric gains: kl, the steepest, falls by 0.2 from L0 20 to 50 (SmolLM2, block 9).
@@ -23,9 +23,9 @@ class SweepConfig:
     """Settings of a multirun as a whole; they change nothing about any SAE."""
 
     objective: str | None = None
-    """Held-out metric, or `probing` (docs/benchmarks.md), that a searching sweeper maximises; a
-    minus in front minimises (`-kl`). null is ce_recovered, or explained_variance where the LLM's
-    loss is not measured."""
+    """Held-out metric, or benchmark (`probing` or `absorption`, docs/benchmarks.md), that a
+    searching sweeper maximises; a minus in front minimises (`-kl`). null is ce_recovered, or
+    explained_variance where the LLM's loss is not measured."""
     l0: float | None = None
     """Target L0 of the search: more active features per token lower the objective."""
     max_heads: int | None = None

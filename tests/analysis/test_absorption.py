@@ -11,12 +11,12 @@ from subjects import place
 from sae_lightning.analysis.benchmarks.absorption import (
     ConceptSamples,
     SampleParts,
-    count_absorption,
+    find_absorption,
     measure_absorption,
 )
+from sae_lightning.analysis.benchmarks.absorption_benchmark import average_results
 from sae_lightning.analysis.benchmarks.absorption_sections import make_absorption_sections
-from sae_lightning.analysis.benchmarks.absorption_suite import average_results
-from sae_lightning.analysis.benchmarks.absorption_words import (
+from sae_lightning.analysis.benchmarks.first_letters import (
     EXAMPLES,
     _capture,
     find_words,
@@ -145,7 +145,7 @@ def test_means_leave_out_what_is_not_known_and_the_lead_says_so():
 def test_a_feature_absorbs_from_two_fifths_of_the_projection(strength, absorbed, fraction):
     features = torch.tensor([[0.0, strength]])
     W_dec = torch.stack([PARENT, PARENT + CHILD])
-    rates = count_absorption(features, PARENT[None], PARENT, W_dec, [0])
+    rates = find_absorption(features, PARENT[None], PARENT, W_dec, [0])
     assert rates.absorbed.item() is absorbed
     assert rates.fraction.item() == fraction
 
@@ -154,7 +154,7 @@ def test_a_feature_that_shares_a_concept_absorbs_in_part():
     """Own 0.5 and other 0.6 of a projection of 1: the other takes 0.5, so half of what is written;
     the own feature fires, so that nothing is absorbed in full."""
     features, W_dec = torch.tensor([[0.5, 0.6]]), torch.stack([PARENT, PARENT + CHILD])
-    rates = count_absorption(features, PARENT[None], PARENT, W_dec, [0])
+    rates = find_absorption(features, PARENT[None], PARENT, W_dec, [0])
     assert not rates.silent.item() and not rates.absorbed.item()
     assert rates.fraction.item() == pytest.approx(0.5)
 

@@ -1,1 +1,1 @@
-"""Benchmarks of the field, each beside its controls."""
+"""Published benchmarks, in which an SAE is scored beside its controls."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sae_lightning.analysis.benchmarks.absorption import (
     ConceptResult,
     ConceptSamples,
-    list_known,
+    list_values,
 )
 from sae_lightning.report.figures import make_figure
 from sae_lightning.report.section import ResultTable, Section
@@ -15,7 +15,7 @@ from sae_lightning.report.section import ResultTable, Section
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-SHARES = {
+SCORE_FIELDS = {
     "probe F1": "probe_f1",
     "F1": "f1",
     "silent": "silent",
@@ -24,7 +24,8 @@ SHARES = {
     "closest silent with a child": "silent_with_child",
     "closest silent without": "silent_without",
 }
-SHOWN_EXAMPLES = 3
+"""Heading of a column -> field of `ConceptResult`."""
+SHOWN_EXAMPLES = 3  # of absorbed samples, for each concept
 
 
 def make_absorption_sections(
@@ -32,15 +33,15 @@ def make_absorption_sections(
     results: dict[str, list[ConceptResult]],
     means: dict[str, dict[str, float]],
 ) -> list[Section]:
-    """Means over concepts of the first SAE of `results` and of the others, its controls; then each
-    concept of the first SAE."""
+    """Sections on an SAE beside its controls, and on each concept. Keys of `results` and `means`:
+    first the SAE's name, then those of its controls."""
     first, *controls = results
     columns = {
         name: field
-        for name, field in SHARES.items()
+        for name, field in SCORE_FIELDS.items()
         if not all(math.isnan(mean[field]) for mean in means.values())
     }
-    without = sum(not result.features for result in results[first])
+    without_features = sum(not result.features for result in results[first])
     tested = int(samples.parts.test.sum())
     return [
         Section(
@@ -48,12 +49,12 @@ def make_absorption_sections(
             lead=_write_lead(samples.noun, means, controls),
             rows={
                 f"{samples.noun}s": f"{len(samples.concepts)} ({' '.join(samples.concepts)})",
-                "samples": f"{len(samples.names):,}, of which {tested:,} are counted and scored "
-                "on; the others fit probes and choose features",
+                "samples": f"{len(samples.names):,}, of which {tested:,} are the test part; "
+                "the others fit probes and choose features",
                 "fraction": "share of the concept that other features write, in full or in part",
                 "after ±": f"standard error over {samples.noun}s",
-                "without own features": f"{without} of the {samples.noun}s, which silent, "
-                "absorbed and fraction leave out" * (without > 0),
+                "without own features": f"{without_features} of the {samples.noun}s, which "
+                "silent, absorbed and fraction leave out" * (without_features > 0),
                 "note": "No controls of this SAE are known: train it in a sweep with "
                 "sweep.controls=true." * (not controls),
             },
@@ -74,7 +75,7 @@ def make_absorption_sections(
 
 
 def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[str]) -> str:
-    (sae, mean), rivals = next(iter(means.items())), {name: means[name] for name in controls}
+    sae, mean = next(iter(means.items()))
     if math.isnan(mean["silent"]):
         lead = f"No {noun} has a feature of its own that could be absorbed."
     else:
@@ -94,17 +95,18 @@ def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[st
             if math.isnan(mean["silent_without"])
             else f", and on {mean['silent_without']:.0%} of those without."
         )
-    if not rivals:
+    if not controls:
         return lead
-    best = max(rivals, key=lambda name: rivals[name]["f1"])
-    absorbed = [share for mean in rivals.values() if not math.isnan(share := mean["absorbed"])]
+    best = max(controls, key=lambda name: means[name]["f1"])
+    absorbed = [means[name]["absorbed"] for name in controls]
+    absorbed = [share for share in absorbed if not math.isnan(share)]
     if not absorbed:
         return f"{lead} In controls no {noun} has a feature of its own."
     lead += (
         f" In controls {min(absorbed):.1%} to {max(absorbed):.1%} are absorbed, with an F1 of at "
-        f"most {rivals[best]['f1']:.2f} ({best.replace('_', ' ')})."
+        f"most {means[best]['f1']:.2f} ({best.replace('_', ' ')})."
     )
-    if rivals[best]["f1"] >= mean["f1"]:
+    if means[best]["f1"] >= mean["f1"]:
         lead += f" As that is no less than the F1 of {sae}, the rates say little."
     return lead
 
@@ -113,12 +115,12 @@ def _make_concepts_section(
     noun: str, results: list[ConceptResult], columns: dict[str, str]
 ) -> Section:
     absorbed = [result for result in results if result.absorbed > 0]
-    most = max(absorbed, key=lambda result: result.absorbed, default=None)
+    worst = max(absorbed, key=lambda result: result.absorbed, default=None)
     return Section(
         title=f"Each {noun}",
         lead=(
-            f"Most is absorbed of {most.concept}: {most.absorbed:.1%} of {most.samples} samples."
-            if most
+            f"Most is absorbed of {worst.concept}: {worst.absorbed:.1%} of {worst.samples} samples."
+            if worst
             else f"No {noun} is absorbed."
         ),
         table=ResultTable(
@@ -147,8 +149,8 @@ def _draw_shares(results: list[ConceptResult]) -> "Figure":
 
 
 def _format_mean(results: list[ConceptResult], field: str) -> str:
-    values = list_known(results, field)
+    values = list_values(results, field)
     if not values:
         return "–"
-    noise = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-    return f"{fmean(values):.3f}{noise}"
+    error = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{fmean(values):.3f}{error}"

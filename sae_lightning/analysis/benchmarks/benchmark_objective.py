@@ -1,4 +1,5 @@
-"""Trains jobs whose objective may be the score of a benchmark (`sweep.objective=probing`)."""
+"""Trains jobs, and scores the SAEs in a benchmark if that is the objective of their search
+(`sweep.objective=probing`)."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,42 +19,42 @@ def train_and_score(jobs: Sequence[Job]) -> list[dict[str, float] | None]:
     add it to the metrics of each job; the controls that a sweep adds are not scored.
 
     UserError, before training: the benchmark cannot be run here."""
-    names = [(job.config.sweep.objective or "").removeprefix("-") for job in jobs]
-    if benchmarks := BENCHMARK_OBJECTIVES.intersection(names):
+    objectives = [(job.config.sweep.objective or "").removeprefix("-") for job in jobs]
+    if benchmarks := BENCHMARK_OBJECTIVES.intersection(objectives):
         from sae_lightning.analysis.benchmarks.benchmark_task import BENCHMARKS
 
         for name in benchmarks:
             BENCHMARKS[name].check()
     all_metrics = train_jobs(jobs)
-    for job, name, metrics in zip(jobs, names, all_metrics, strict=True):
-        is_added = job.config.sweep.controls and job.config.model.control is not None
-        if name in benchmarks and metrics is not None and not is_added:
-            metrics[name] = score_job(job, name)
+    for job, objective, metrics in zip(jobs, objectives, all_metrics, strict=True):
+        is_added_control = job.config.sweep.controls and job.config.model.control is not None
+        if objective in benchmarks and metrics is not None and not is_added_control:
+            metrics[objective] = score_job(job, objective)
     return all_metrics
 
 
-def score_job(job: Job, suite: str) -> float:
-    """Run a suite with its default settings on a trained SAE; its page and numbers go into the run
-    folder. If they are there since the SAE was trained, the score is read from them."""
+def score_job(job: Job, name: str) -> float:
+    """Run the benchmark `name` with default settings on the SAE of a job, and write page and
+    numbers into its run folder; if that was done after the SAE was trained, read the score."""
     from sae_lightning.analysis.benchmarks.benchmark_task import BENCHMARKS, BenchmarkTask
 
     config = job.config
     groups = {"llm": config.llm, "data": config.data, "layer": config.layer}
-    task = BenchmarkTask(run=str(job.folder), task="benchmark", suite=suite, **groups)
-    settings = {name: getattr(task, name) for name in BENCHMARKS[suite].settings}
-    known = _read_score(job.folder, f"{task.results_name}.json", settings)
-    if known is not None:
-        console.print(make_visible(f"{job.folder} has its score of suite={suite}"))
-        return known
+    task = BenchmarkTask(run=str(job.folder), task="benchmark", suite=name, **groups)
+    settings = {key: getattr(task, key) for key in BENCHMARKS[name].settings}
+    saved_score = _read_score(job.folder, f"{task.results_name}.json", settings)
+    if saved_score is not None:
+        console.print(make_visible(f"{job.folder} already has its score in suite={name}"))
+        return saved_score
     result, subject = task.score(())
     task.publish(subject, result.numbers, result.sections)
     return result.score
 
 
-def _read_score(run: Path, name: str, settings: dict[str, Any]) -> float | None:
-    """The score in a file of results that was made with these settings since the run has finished;
-    None without one."""
-    path = run / "analysis" / name
+def _read_score(run: Path, file_name: str, settings: dict[str, Any]) -> float | None:
+    """The score in a results file of the folder `run`; None if there is no such file, it is older
+    than the end of the run, or it was made with other settings."""
+    path = run / "analysis" / file_name
     with suppress(FileNotFoundError, UserError):
         if path.stat().st_mtime < (run / METRICS_FILE).stat().st_mtime:
             return None

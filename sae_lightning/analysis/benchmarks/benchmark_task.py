@@ -1,18 +1,18 @@
-"""`task=benchmark`: benchmarks of the field on one SAE, and the table of suites."""
+"""`task=benchmark`: scores an SAE in a published benchmark; and the table `BENCHMARKS`."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sae_lightning.analysis.benchmarks.absorption_suite import run_absorption
-from sae_lightning.analysis.benchmarks.benchmark import Benchmark
+from sae_lightning.analysis.benchmarks.absorption_benchmark import run_absorption
+from sae_lightning.analysis.benchmarks.benchmark_result import BenchmarkResult
+from sae_lightning.analysis.benchmarks.probing_benchmark import run_probing
 from sae_lightning.analysis.benchmarks.probing_sets import (
     MIN_PER_CLASS,
     USUAL_SETS,
     check_set_names,
     find_set_files,
 )
-from sae_lightning.analysis.benchmarks.probing_suite import run_probing
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.task import Task, as_typed, check_at_least
 from sae_lightning.errors import UserError
@@ -20,18 +20,19 @@ from sae_lightning.errors import UserError
 
 @dataclass(slots=True, kw_only=True)
 class BenchmarkTask(Task):
-    """Score the SAE in a benchmark of the field, beside its controls."""
+    """Score the SAE in a published benchmark, beside its controls."""
 
     suite: str = "probing"
     """The benchmark: probing or absorption."""
     sets: Any = "usual"
     """Probing: names of labelled sets such as `[96_spam_is,92_glue_sst2]`, or `all`; `usual` for a
-    dozen whose texts are short, or all of `sets_folder`."""
+    dozen with short texts or, if `sets_folder` is given, all in that folder."""
     sets_folder: str | None = None
-    """Probing: folder with labelled sets of your own, each a file `<name>.csv` with the columns
-    `prompt` and `target` (two classes); null for those of the package sae-probes."""
+    """Probing: folder with labelled sets of your own, each a file `<name>.csv` or
+    `<name>.csv.zst` with the columns `prompt` and `target` (two classes); null for those of the
+    package sae-probes."""
     texts: int = 1000
-    """Probing: texts of each set, at most."""
+    """Probing: most texts to take from each set."""
     splits: int = 2
     """Probing: how often each set is split at random into texts to fit on and texts to test on."""
 
@@ -46,19 +47,19 @@ class BenchmarkTask(Task):
 
     @property
     def results_name(self) -> str:
-        """A name for each suite, so that none overwrites another's results."""
+        """A name for each benchmark, so that none overwrites another's results."""
         return f"{self.task}-{self.suite}"
 
     def execute(self, given_settings: Collection[str]) -> None:
-        of_others = {name for suite in BENCHMARKS.values() for name in suite.settings}
+        special = {name for benchmark in BENCHMARKS.values() for name in benchmark.settings}
         for name in given_settings:
-            if name in of_others.difference(BENCHMARKS[self.suite].settings):
+            if name in special.difference(BENCHMARKS[self.suite].settings):
                 raise UserError(f"{name} has no meaning for suite={self.suite}: leave it out")
         result, subject = self.score(given_settings)
         self.print_and_publish(subject, result.numbers, result.sections)
 
-    def score(self, given_settings: Collection[str]) -> tuple[Benchmark, Subject]:
-        """Open the SAE and run the suite on it; the numbers say with which settings."""
+    def score(self, given_settings: Collection[str]) -> tuple[BenchmarkResult, Subject]:
+        """Open the SAE and run the benchmark on it; also add score and settings to the numbers."""
         subject = self.load_subject(given_settings)
         result = BENCHMARKS[self.suite].run(subject, self)
         settings = {name: getattr(self, name) for name in BENCHMARKS[self.suite].settings}
@@ -66,23 +67,24 @@ class BenchmarkTask(Task):
         return result._replace(numbers=numbers), subject
 
 
-class BenchmarkSuite(NamedTuple):
-    """A benchmark: how it is run and which settings it has."""
+class Benchmark(NamedTuple):
+    """How a benchmark is run, and which settings it has."""
 
-    run: Callable[[Subject, BenchmarkTask], Benchmark]
+    run: Callable[[Subject, BenchmarkTask], BenchmarkResult]
     settings: tuple[str, ...] = ()
-    """Names of the settings that only this suite has."""
+    """Names of the settings of `BenchmarkTask` that only this benchmark has."""
     check: Callable[[], object] = lambda: None
-    """UserError, before anything expensive, if the suite cannot be run with default settings."""
+    """UserError if the benchmark cannot be run with default settings; called before training."""
 
 
+# Value of the setting `suite` -> the benchmark.
 BENCHMARKS = {
-    "probing": BenchmarkSuite(
+    "probing": Benchmark(
         lambda subject, task: run_probing(
             subject, task.sets, task.sets_folder, task.texts, task.splits
         ),
         ("sets", "sets_folder", "texts", "splits"),
         lambda: check_set_names(USUAL_SETS, find_set_files(None)),
     ),
-    "absorption": BenchmarkSuite(lambda subject, task: run_absorption(subject)),
+    "absorption": Benchmark(lambda subject, task: run_absorption(subject)),
 }

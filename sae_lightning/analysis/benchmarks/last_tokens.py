@@ -1,4 +1,4 @@
-"""The activation at the last token of each text, which has seen the whole text."""
+"""The activation at the last token of each text; at that token the LLM has read the whole text."""
 
 from collections.abc import Sequence
 
@@ -16,29 +16,31 @@ from sae_lightning.terminal import phase
 @torch.no_grad()
 def read_last_tokens(subject: Subject, texts: Sequence[str], context: int) -> Tensor:
     """Activations [texts, d_in] at the SAE's source, at the last token of each text, float32 on the
-    CPU. Of a text longer than `context` tokens, BOS included, the last ones are read."""
+    CPU. A text that is longer than `context` tokens, BOS included, loses its first tokens."""
     bos, separator = find_bos_id(subject.tokenizer), find_separator_id(subject.tokenizer)
     with mute_libraries(), phase("tokenising the texts"):
         documents = tokenise_documents(subject.tokenizer, texts, separator)
+    # without the separator at the end
     windows = [torch.from_numpy(tokens[:-1][1 - context :]).long() for tokens in documents]
     check_ids(subject.tokenizer, torch.cat(windows).numpy(), "sets")
-    # texts of one length together, so that little is padding
-    order = sorted(range(len(texts)), key=lambda i: len(windows[i]))
+    # texts of similar length share a batch, so that little is padding
+    waiting = sorted(range(len(texts)), key=lambda i: len(windows[i]))  # read from the end
     budget = subject.config.llm.batch * subject.config.data.context  # tokens, as in training
-    site, x = subject.sites.source, None
+    site, activations = subject.sites.source, None
     with phase("reading labelled texts", total=len(texts)) as advance:
-        while order:
-            longest = 1 + len(windows[order[-1]])
-            first = -max(1, budget // longest)
-            batch, order = order[first:], order[:first]
+        while waiting:
+            longest = 1 + len(windows[waiting[-1]])  # with BOS
+            count = max(1, budget // longest)
+            batch, waiting = waiting[-count:], waiting[:-count]  # indices of texts
             tokens = torch.full((len(batch), longest), separator)
             tokens[:, 0] = bos
             for row, i in zip(tokens, batch, strict=True):
                 row[1 : 1 + len(windows[i])] = windows[i]
             lengths = torch.tensor([len(windows[i]) for i in batch])
-            last = torch.arange(len(batch)) * longest + lengths
-            rows = capture(subject.llm.model, tokens, [site], last)[site].float().cpu()
-            x = rows.new_empty(len(texts), rows.shape[1]) if x is None else x
-            x[batch] = rows
+            last_places = torch.arange(len(batch)) * longest + lengths  # in the flattened batch
+            captured = capture(subject.llm.model, tokens, [site], last_places)[site].float().cpu()
+            if activations is None:
+                activations = captured.new_empty(len(texts), captured.shape[1])
+            activations[batch] = captured
             advance(len(batch))
-    return x
+    return activations

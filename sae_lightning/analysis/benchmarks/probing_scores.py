@@ -9,11 +9,11 @@ from numpy import ndarray
 from sae_lightning.analysis.benchmarks.probing_sets import LabelledSet
 
 SIZES = (1, 4, 16, 64)  # units of a probe
-SCORED_SIZE = 16  # the probes whose mean AUROC is the score of the suite
+SCORED_SIZE = 16  # the mean AUROC of probes on this many units is the benchmark's score
 
 
 class ProbingScores(NamedTuple):
-    """Held-out AUROC of probes on each kind of units."""
+    """Held-out AUROC of probes on k units of each kind."""
 
     sets: list[LabelledSet]
     aurocs: dict[str, dict[int | None, ndarray]]
@@ -25,11 +25,11 @@ class ProbingScores(NamedTuple):
         return _average(self.aurocs[kind][k].mean(1))
 
     def compare(self, kind: str, other: str, k: int) -> tuple[float, float]:
-        """Mean over sets of how far `kind` is ahead of `other`, and its standard error."""
+        """Mean over sets of the AUROC of `kind` minus that of `other`, and its standard error."""
         return _average((self.aurocs[kind][k] - self.aurocs[other][k]).mean(1))
 
     def measure_spread(self, kind: str, k: int | None) -> float:
-        """Spread of the mean over sets between random splits; NaN for one split."""
+        """Standard deviation over random splits of the mean over sets; NaN for one split."""
         means = self.aurocs[kind][k].mean(0).tolist()
         return stdev(means) if len(means) > 1 else math.nan
 
@@ -54,5 +54,6 @@ class ProbingScores(NamedTuple):
 
 
 def _average(values: ndarray) -> tuple[float, float]:
+    """Mean and standard error of values [n]; the error of one value is NaN."""
     values = values.tolist()
     return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan

@@ -1,7 +1,8 @@
 """Labelled sets of texts for `suite=probing`: those of the package sae-probes (Kantamneni et al.
 2025, 2502.16681, table 4), or the user's files in the same format.
 
-Only the package's data are read. It is never imported, because it imports other tools.
+Only the package's data files are read. The package is never imported, because it imports other
+tools.
 """
 
 from collections.abc import Iterable
@@ -18,13 +19,13 @@ from pyarrow import ArrowInvalid, csv
 from sae_lightning.errors import UserError
 
 PACKAGE = "sae_probes"
-# one of each kind whose texts are at most 120 characters long on average
+# of each kind of set, one whose texts have at most 120 characters on average
 USUAL_SETS = (
     *("5_hist_fig_ismale", "21_headline_istrump", "36_sciq_tf", "66_living-room"),
     *("87_glue_cola", "92_glue_sst2", "96_spam_is", "105_click_bait", "106_hate_hate"),
     *("114_nyc_borough_Manhattan", "126_art_type_book", "149_twt_emotion_happiness"),
 )
-MIN_PER_CLASS = 20  # distinct texts
+MIN_PER_CLASS = 20  # different texts
 
 
 class LabelledSet(NamedTuple):
@@ -39,8 +40,8 @@ class LabelledSet(NamedTuple):
 
 
 def find_set_files(folder: str | None) -> dict[str, Path]:
-    """Name -> file of every set in `folder`, or in the package sae-probes if it is None. UserError:
-    there are none, or the package is not installed."""
+    """Name -> file of every set in `folder`, or in the package sae-probes if `folder` is None.
+    UserError: there are no sets, or the package is not installed."""
     if folder is None:
         package = find_spec(PACKAGE)
         if package is None:
@@ -60,35 +61,39 @@ def read_sets(
 ) -> list[LabelledSet]:
     """Read at most `texts` texts of each set that the settings `sets` and `sets_folder` choose.
 
-    UserError: no such set, or a named one that does not have two classes with enough texts."""
-    files = find_set_files(folder)
+    UserError: a name that no set has, or a named set without two classes that have enough texts. If
+    no set is named, sets of that sort are left out."""
+    set_files = find_set_files(folder)
     if sets == "all" or (sets == "usual" and folder is not None):
         readable = []
-        for name, file in files.items():
+        for name, file in set_files.items():
             with suppress(UserError):
                 readable.append(_read_set(name, file, texts, seed))
         return readable
     names = USUAL_SETS if sets == "usual" else [sets] if isinstance(sets, str) else sets
-    check_set_names(names, files)
-    return [_read_set(name, files[name], texts, seed) for name in names]
+    check_set_names(names, set_files)
+    return [_read_set(name, set_files[name], texts, seed) for name in names]
 
 
-def check_set_names(names: Iterable[str], files: Iterable[str]) -> None:
-    """UserError for the first of `names` that is no set, with the names that are nearest to it."""
-    files = [*files]
+def check_set_names(names: Iterable[str], existing: Iterable[str]) -> None:
+    """UserError for the first of `names` that is not among the `existing` sets; it lists similar
+    names."""
+    existing = [*existing]
     for name in names:
-        if name not in files:
-            similar = [file for file in files if name.lower() in file.lower()]
-            similar = similar or get_close_matches(name, files, n=3, cutoff=0.4) or files
+        if name not in existing:
+            similar = [other for other in existing if name.lower() in other.lower()]
+            similar = similar or get_close_matches(name, existing, n=3, cutoff=0.4) or existing
             raise UserError(
                 f"sets={name}: no such set; similar names are {', '.join(similar[:5])} "
-                f"(of {len(files)} sets)"
+                f"(of {len(existing)} sets)"
             )
 
 
 def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet:
-    """Read one set; UserError if it cannot be used. (The package's sets repeat texts: of each only
-    one is kept, so that no tested text is also one of those fitted on.)"""
+    """Read one set; UserError if it is not readable, or has not two classes with enough texts.
+
+    The package's sets repeat texts. Each text is kept once, so that none is in both the training
+    and the test part; a text that has both classes is dropped."""
     try:
         table = csv.read_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True))
         prompts, targets = (table[column].to_pylist() for column in ("prompt", "target"))
@@ -96,23 +101,23 @@ def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet:
         raise UserError(
             f"sets={name}: {file} is no CSV file with columns prompt and target ({error})"
         ) from error
-    label_of: dict[str, Any] = {}
+    class_of: dict[str, Any] = {}  # text -> its class; None if it has several
     for prompt, target in zip(prompts, targets, strict=True):
         if prompt is not None and target is not None:
-            same = label_of.setdefault(str(prompt), target) == target
-            label_of[str(prompt)] = target if same else None  # a text of both classes is dropped
-    classes = sorted({target for target in label_of.values() if target is not None}, key=str)
+            is_same = class_of.setdefault(str(prompt), target) == target
+            class_of[str(prompt)] = target if is_same else None
+    classes = sorted({target for target in class_of.values() if target is not None}, key=str)
     if len(classes) != 2:
         raise UserError(f"sets={name}: {len(classes)} classes; probes are fitted on sets of two")
-    random = np.random.default_rng(seed)
-    of_class = [[text for text, target in label_of.items() if target == c] for c in classes]
-    count = min(texts // 2, *map(len, of_class))
+    rng = np.random.default_rng(seed)
+    members = [[text for text, target in class_of.items() if target == c] for c in classes]
+    count = min(texts // 2, *map(len, members))  # of each class
     if count < MIN_PER_CLASS:
         raise UserError(
             f"sets={name}: {count} different texts of a class; {MIN_PER_CLASS} are needed"
         )
-    chosen = [random.permutation(len(members))[:count] for members in of_class]
-    pairs = zip(*([of_class[c][i] for i in chosen[c]] for c in (0, 1)), strict=True)
+    chosen = [rng.permutation(len(class_texts))[:count] for class_texts in members]
+    pairs = zip(*([members[c][i] for i in chosen[c]] for c in (0, 1)), strict=True)
     return LabelledSet(
         name,
         [text for pair in pairs for text in pair],
@@ -122,5 +127,6 @@ def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet:
 
 
 def _sort_key(file: Path) -> tuple[int, str]:
+    """Sort by the number in front of the name, as the package's files have one."""
     number = file.name.partition("_")[0]
     return int(number) if number.isdecimal() else 0, file.name

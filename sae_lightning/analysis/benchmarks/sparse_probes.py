@@ -1,11 +1,11 @@
-"""k-sparse probes of two classes (Gurnee et al. 2023, 2305.01610), by the protocol of Kantamneni et
-al. 2025 (2502.16681, table 5).
+"""k-sparse probes that tell two classes apart (Gurnee et al. 2023, 2305.01610), by the protocol of
+Kantamneni et al. 2025 (2502.16681, table 5).
 
     training part -> the k units whose class means differ most -> logistic regression
     test part     -> AUROC
 
-Shapes: texts = texts of a set, units = columns of a representation. Features are sparse arrays, as
-few are active on a text.
+Shapes: texts = texts of a set, units = features, neurons or random directions, d = width of the
+site. Features are held as sparse arrays, because few are active on a text.
 """
 
 from typing import NamedTuple
@@ -19,34 +19,35 @@ from torch import Tensor
 from sae_lightning.analysis.probing.linear import allow_early_stopping, measure_aurocs
 from sae_lightning.sae import SAE
 
-CANDIDATES = np.logspace(-5, 5, 10)  # inverse strengths of regularisation to choose from
-MAX_TRAINED = 1024  # texts
-TRAINED_SHARE = 2 / 3
-VALIDATION_SHARE, MAX_VALIDATION = 0.2, 100  # of the training part, to choose the regularisation
-ROWS_AT_ONCE, UNITS_AT_ONCE = 256, 4096  # bound memory
+INVERSE_PENALTIES = np.logspace(-5, 5, 10)  # sklearn's C, one of which is chosen
+TRAINING_SHARE, MAX_TRAINING = 2 / 3, 1024  # share of a set's texts, and most texts
+VALIDATION_SHARE, MAX_VALIDATION = 0.2, 100  # the same, of the training part
+TEXTS_AT_ONCE, DIRECTIONS_AT_ONCE = 256, 4096  # bound memory
 
 
 class TextSplit(NamedTuple):
     """The texts of a set, split into a training and a test part."""
 
     train: ndarray
-    """[training texts] indices; the classes take turns."""
+    """[training texts] indices; the two classes take turns."""
     test: ndarray
     """[test texts] indices."""
 
 
 def split_texts(texts: int, seed: int) -> TextSplit:
-    """Split a `LabelledSet`, whose classes take turns, at random, with equally many texts of both
-    classes in each part."""
-    pairs = np.random.default_rng(seed).permutation(texts // 2)
+    """Split a `LabelledSet` of `texts` texts at random; each part has equally many texts of both
+    classes."""
+    pairs = np.random.default_rng(seed).permutation(texts // 2)  # texts 2 i and 2 i + 1 are pair i
     order = (2 * pairs[:, None] + [0, 1]).ravel()
-    trained = 2 * (min(int(TRAINED_SHARE * texts), MAX_TRAINED) // 2)
-    return TextSplit(order[:trained], order[trained:])
+    training_texts = 2 * (min(int(TRAINING_SHARE * texts), MAX_TRAINING) // 2)
+    return TextSplit(order[:training_texts], order[training_texts:])
 
 
 def measure_differences(x: ndarray | csr_array, labels: ndarray) -> ndarray:
-    """Distance of the class means of each unit of x [texts, units], as a share of its mean strength
-    where it is active -> [units]. (sae-probes' default; otherwise units with large values win.)"""
+    """Distance between the class means of each unit of x [texts, units], over its mean strength
+    where it is active -> [units].
+
+    The division is sae-probes' default; without it, units with large values would always win."""
     strength = abs(x).sum(0) / ((x != 0).sum(0) + 1e-6)
     gap = x[labels == 1].mean(0) - x[labels == 0].mean(0)
     return np.abs(gap / (strength + 1e-6))
@@ -60,29 +61,31 @@ def choose_units(x: ndarray | csr_array, labels: ndarray, k: int) -> ndarray:
 def score_probe(x: ndarray, labels: ndarray, split: TextSplit) -> float:
     """Fit a logistic regression on the training part of x [texts, units] -> AUROC on the test part.
 
-    The last texts of the training part choose the regularisation, and then are fitted on, too."""
+    The penalty is chosen by fits on all but the last texts of the training part, and the AUROC on
+    these last texts; then a probe with that penalty is fitted on the whole training part."""
     from sklearn.linear_model import LogisticRegression
 
     train_x, train_labels = x[split.train], labels[split.train]
-    fitted = len(train_x) - min(int(VALIDATION_SHARE * len(train_x)), MAX_VALIDATION)
+    validation_texts = min(int(VALIDATION_SHARE * len(train_x)), MAX_VALIDATION)
+    start = len(train_x) - validation_texts
 
-    def measure(model: LogisticRegression, x: ndarray, labels: ndarray) -> float:
-        return float(measure_aurocs(model.decision_function(x)[:, None], labels, 2)[1, 0])
+    def measure_auroc(probe: LogisticRegression, x: ndarray, labels: ndarray) -> float:
+        return float(measure_aurocs(probe.decision_function(x)[:, None], labels, 2)[1, 0])
 
-    candidate, scores = LogisticRegression(max_iter=1000, warm_start=True), []
+    trial, aurocs = LogisticRegression(max_iter=1000, warm_start=True), []
     with allow_early_stopping():
-        for c in CANDIDATES:  # each fit starts from the last one, which halves the time
-            candidate.set_params(C=c).fit(train_x[:fitted], train_labels[:fitted])
-            scores.append(measure(candidate, train_x[fitted:], train_labels[fitted:]))
-        _, best = max(zip(scores, CANDIDATES, strict=True))  # of equals, the weakest penalty
+        for c in INVERSE_PENALTIES:  # each fit starts from the last one, which halves the time
+            trial.set_params(C=c).fit(train_x[:start], train_labels[:start])
+            aurocs.append(measure_auroc(trial, train_x[start:], train_labels[start:]))
+        _, best = max(zip(aurocs, INVERSE_PENALTIES, strict=True))  # of equals, the weakest penalty
         probe = LogisticRegression(C=best, max_iter=1000).fit(train_x, train_labels)
-    return measure(probe, x[split.test], labels[split.test])
+    return measure_auroc(probe, x[split.test], labels[split.test])
 
 
 def score_sparse(
     x: ndarray | csr_array, labels: ndarray, split: TextSplit, sizes: tuple[int, ...]
 ) -> list[float]:
-    """AUROC of the probe on the k best units of x [texts, units], for each k of `sizes`."""
+    """AUROC of a probe on the k best units of x [texts, units], for each k of `sizes`."""
     units = choose_units(x[split.train], labels[split.train], max(sizes))
     chosen = x[:, units]
     chosen = chosen.toarray() if isinstance(chosen, csr_array) else chosen
@@ -90,45 +93,51 @@ def score_sparse(
 
 
 def score_all(x: ndarray | csr_array, labels: ndarray, split: TextSplit) -> float:
-    """AUROC of the probe on all units of x [texts, units]."""
-    return score_probe(rotate_into_rows(x, split.train), labels, split)
+    """AUROC of a probe on all units of x [texts, units]."""
+    return score_probe(reduce_to_row_space(x, split.train), labels, split)
 
 
-def rotate_into_rows(x: ndarray | csr_array, train: ndarray) -> ndarray:
-    """Coordinates [texts, at most len(train)] of x [texts, units] in the space of its rows `train`.
+def reduce_to_row_space(x: ndarray | csr_array, train: ndarray) -> ndarray:
+    """Coordinates [texts, at most len(train)] of x [texts, units] in the space spanned by its rows
+    `train`; x itself if it is dense and has no more columns than that.
 
-    With an L2 penalty the best weights lie in that space: the probe is the same and far cheaper."""
+    With an L2 penalty the best weights lie in that space, so a probe on the coordinates is the same
+    probe, at far less cost."""
     if x.shape[1] <= len(train) and not isinstance(x, csr_array):
         return x
     products = x @ x[train].T
     products = products.toarray() if isinstance(products, csr_array) else products
     squares, basis = np.linalg.eigh(products[train].astype(np.float64))
-    lengths = np.sqrt(np.maximum(squares, squares.max() * 1e-10) + 1e-30)  # rounding; no activity
+    # bounded against rounding errors and, where all of x is 0, against a division by 0
+    lengths = np.sqrt(np.maximum(squares, squares.max() * 1e-10) + 1e-30)
     return products @ (basis / lengths)
 
 
 @torch.no_grad()
 def encode_sparse(sae: SAE, x: Tensor) -> csr_array:
-    """Features [texts, features] of activations x [texts, d], some texts at a time."""
+    """Encode activations x [texts, d], some texts at a time -> features [texts, features]."""
     device = sae.W_enc.device
-    parts = [csr_array(sae.encode(rows.to(device)).cpu().numpy()) for rows in x.split(ROWS_AT_ONCE)]
+    parts = [
+        csr_array(sae.encode(rows.to(device)).cpu().numpy()) for rows in x.split(TEXTS_AT_ONCE)
+    ]
     return vstack(parts, format="csr")
 
 
-def pick_random_directions(
+def project_on_random_directions(
     x: ndarray, directions: int, labels: ndarray, train: ndarray, most: int
 ) -> ndarray:
-    """Draw `directions` random directions, always the same ones, and project x [texts, d] on the
-    `most` of them whose class means differ most over the rows `train` -> [texts, most], the best
-    first."""
+    """Project x [texts, d], standardised, on `directions` random directions, always the same ones;
+    keep the `most` projections whose class means differ most on the texts `train`, the best first
+    -> [texts, most]."""
     x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
-    random = np.random.default_rng(0)
-    best, scores = np.empty((len(x), 0)), np.empty(0)
-    for first in range(0, directions, UNITS_AT_ONCE):
-        count = min(UNITS_AT_ONCE, directions - first)
-        projections = x @ random.standard_normal((x.shape[1], count), dtype=np.float32)
-        scores = np.append(scores, measure_differences(projections[train], labels[train]))
+    rng = np.random.default_rng(0)
+    best, differences = np.empty((len(x), 0)), np.empty(0)
+    for first in range(0, directions, DIRECTIONS_AT_ONCE):
+        count = min(DIRECTIONS_AT_ONCE, directions - first)
+        projections = x @ rng.standard_normal((x.shape[1], count), dtype=np.float32)
+        new = measure_differences(projections[train], labels[train])
+        differences = np.append(differences, new)
         best = np.concatenate([best, projections], axis=1)
-        order = np.argsort(-scores, kind="stable")[:most]
-        best, scores = best[:, order], scores[order]
+        order = np.argsort(-differences, kind="stable")[:most]
+        best, differences = best[:, order], differences[order]
     return best

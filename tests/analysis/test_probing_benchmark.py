@@ -17,18 +17,18 @@ from scipy.sparse import csr_array
 from subjects import make_subject
 from tiny_llm import TEXT
 
-from sae_lightning.analysis.benchmarks import benchmark_objective, probing_sets, probing_suite
-from sae_lightning.analysis.benchmarks.benchmark import Benchmark
+from sae_lightning.analysis.benchmarks import benchmark_objective, probing_benchmark, probing_sets
+from sae_lightning.analysis.benchmarks.benchmark_result import BenchmarkResult
 from sae_lightning.analysis.benchmarks.benchmark_task import BENCHMARKS, BenchmarkTask
 from sae_lightning.analysis.benchmarks.last_tokens import read_last_tokens
+from sae_lightning.analysis.benchmarks.probing_benchmark_sections import compare_with_features
 from sae_lightning.analysis.benchmarks.probing_scores import ProbingScores
 from sae_lightning.analysis.benchmarks.probing_sets import LabelledSet, find_set_files, read_sets
-from sae_lightning.analysis.benchmarks.probing_suite_sections import compare_kinds
 from sae_lightning.analysis.benchmarks.sparse_probes import (
     choose_units,
     measure_differences,
-    pick_random_directions,
-    rotate_into_rows,
+    project_on_random_directions,
+    reduce_to_row_space,
     score_probe,
     score_sparse,
     split_texts,
@@ -107,10 +107,10 @@ def test_nothing_of_the_test_part_reaches_a_probe():
     x[split.test, 7] = 100 * LABELS[split.test]
     (auroc,) = score_sparse(x, LABELS, split, (1,))
     assert auroc < 0.7
-    directions = pick_random_directions(x, 50, LABELS, split.train, 5)
+    directions = project_on_random_directions(x, 50, LABELS, split.train, 5)
     changed = x.copy()
     changed[split.test] = 3
-    again = pick_random_directions(changed, 50, LABELS, split.train, 5)
+    again = project_on_random_directions(changed, 50, LABELS, split.train, 5)
     assert np.array_equal(directions[split.train], again[split.train])
 
 
@@ -119,7 +119,7 @@ def test_a_probe_on_all_units_is_the_same_in_the_space_of_the_texts():
     x = np.maximum(noise(TEXTS, 600, seed=2), 0)
     x[:, :40] += 0.3 * LABELS[:, None]
     split = split_texts(TEXTS, 3)
-    rotated = rotate_into_rows(csr_array(x), split.train)
+    rotated = reduce_to_row_space(csr_array(x), split.train)
     assert rotated.shape[1] <= len(split.train)
     assert rotated @ rotated[split.train].T == pytest.approx(x @ x[split.train].T, abs=1e-2)
     direct, found = (score_probe(each, LABELS, split) for each in (x, rotated))
@@ -204,7 +204,7 @@ def test_the_benchmark_finds_the_feature_that_reads_a_word_and_not_its_control(
         control.W_enc[:], control.b_enc[:] = 0, 0
         return {"control: frozen encoder": control}
 
-    monkeypatch.setattr(probing_suite, "load_controls", load_controls)
+    monkeypatch.setattr(probing_benchmark, "load_controls", load_controls)
     make_task(sae, sets_folder=str(tmp_path / "sets"), splits=2).execute([])
     numbers = json.loads((sae / "analysis" / "benchmark-probing.json").read_text())
     features, control = (numbers["auroc"][kind] for kind in ("features", "control: frozen encoder"))
@@ -231,14 +231,14 @@ def test_a_difference_within_its_noise_over_sets_is_not_called_one():
     }
     scores = ProbingScores(sets, aurocs)
     assert scores.average_sets("features", 16) == pytest.approx((0.8, 0.1))
-    assert compare_kinds(scores, "neurons") == (
+    assert compare_with_features(scores, "neurons") == (
         "neurons 0.750 (features are ahead by 0.050 ± 0.001)"
     )
-    assert compare_kinds(scores, "control: pca") == (
+    assert compare_with_features(scores, "control: pca") == (
         "control: pca 0.750 (no clear difference: +0.050 ± 0.010)"
     )
     one = ProbingScores(sets[:1], {kind: {16: of_k[16][:1]} for kind, of_k in aurocs.items()})
-    assert compare_kinds(one, "neurons") == (
+    assert compare_with_features(one, "neurons") == (
         "neurons 0.651 (+0.049; on one set the noise is unknown)"
     )
     assert math.isnan(one.average_sets("neurons", 16)[1]) and math.isnan(
@@ -255,7 +255,7 @@ def test_the_score_of_a_finished_run_is_read_if_it_was_made_with_the_same_settin
 
     def score(task, given):
         calls.append(task.suite)
-        return Benchmark({"score": 0.8, "settings": usual}, [], 0.8), None
+        return BenchmarkResult({"score": 0.8, "settings": usual}, [], 0.8), None
 
     monkeypatch.setattr(BenchmarkTask, "score", score)
     monkeypatch.setattr(BenchmarkTask, "publish", lambda *args: write_json(file, args[2]))

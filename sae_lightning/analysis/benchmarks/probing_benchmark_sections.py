@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 from sae_lightning.analysis.benchmarks.probing_scores import SCORED_SIZE, SIZES, ProbingScores
-from sae_lightning.analysis.probing.probes import FEATURES, NEURONS
+from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM
 from sae_lightning.report.figures import make_figure
 from sae_lightning.report.noise import find_critical_t
 from sae_lightning.report.section import ResultTable, Section
@@ -21,17 +21,16 @@ def make_probing_sections(scores: ProbingScores) -> list[Section]:
 def _make_mean_section(scores: ProbingScores) -> Section:
     kinds, splits = [*scores.aurocs], scores.aurocs[FEATURES][1].shape[1]
     texts = sum(len(s.texts) for s in scores.sets)
-    rivals, controls = (
-        [compare_kinds(scores, k) for k in part] for part in (kinds[1:3], kinds[3:])
-    )
+    others = [compare_with_features(scores, kind) for kind in (NEURONS, RANDOM)]
+    controls = [compare_with_features(scores, kind) for kind in _list_controls(scores)]
     spread = max(scores.measure_spread(kind, SCORED_SIZE) for kind in kinds)
     return Section(
         title="k-sparse probing",
         lead=(
             f"{SCORED_SIZE} features tell two classes of texts apart with a mean AUROC of "
-            f"{_format(*scores.average_sets(FEATURES, SCORED_SIZE))} on {len(scores.sets)} sets; "
-            f"{'; '.join(rivals)}. The dense probe (all neurons) has "
-            f"{_format(*scores.average_sets(NEURONS, None))}."
+            f"{_format_mean(*scores.average_sets(FEATURES, SCORED_SIZE))} "
+            f"on {len(scores.sets)} sets; {'; '.join(others)}. The dense probe (all neurons) has "
+            f"{_format_mean(*scores.average_sets(NEURONS, None))}."
         ),
         rows={
             "texts": f"{texts:,} in {len(scores.sets)} sets, no text twice; the last token of each "
@@ -51,7 +50,9 @@ def _make_mean_section(scores: ProbingScores) -> Section:
                 [
                     kind,
                     *(
-                        _format(*scores.average_sets(kind, k)) if k in scores.aurocs[kind] else ""
+                        _format_mean(*scores.average_sets(kind, k))
+                        if k in scores.aurocs[kind]
+                        else ""
                         for k in (*SIZES, None)
                     ),
                 ]
@@ -62,9 +63,9 @@ def _make_mean_section(scores: ProbingScores) -> Section:
     )
 
 
-def compare_kinds(scores: ProbingScores, rival: str) -> str:
-    """Say whether features or the units of `rival` are ahead: only if a t-test over the differences
-    on each set says so at the 5 % level."""
+def compare_with_features(scores: ProbingScores, rival: str) -> str:
+    """Say which score units of the kind `rival` have, and whether features are ahead or behind;
+    only a difference that a t-test over sets finds at the 5 % level counts."""
     mean, error = scores.compare(FEATURES, rival, SCORED_SIZE)
     score, sets = f"{rival} {scores.average_sets(rival, SCORED_SIZE)[0]:.3f}", len(scores.sets)
     if sets == 1:
@@ -76,11 +77,10 @@ def compare_kinds(scores: ProbingScores, rival: str) -> str:
 
 
 def _make_sets_section(scores: ProbingScores) -> Section:
-    kinds = [*scores.aurocs]
-    columns = {kind: scores.aurocs[kind][SCORED_SIZE].mean(1) for kind in kinds[:3]}
-    if controls := kinds[3:]:
-        by_control = [scores.aurocs[kind][SCORED_SIZE].mean(1) for kind in controls]
-        columns["controls (mean)"] = sum(by_control) / len(controls)
+    means = {kind: by_k[SCORED_SIZE].mean(1) for kind, by_k in scores.aurocs.items()}  # [sets]
+    columns = {kind: means[kind] for kind in (FEATURES, NEURONS, RANDOM)}
+    if controls := _list_controls(scores):
+        columns["controls (mean)"] = sum(means[kind] for kind in controls) / len(controls)
     columns["dense probe"] = scores.aurocs[NEURONS][None].mean(1)
     ahead = int((columns[FEATURES] > columns[NEURONS]).sum())
     return Section(
@@ -99,6 +99,11 @@ def _make_sets_section(scores: ProbingScores) -> Section:
     )
 
 
+def _list_controls(scores: ProbingScores) -> list[str]:
+    """The kinds of units that are features of controls."""
+    return [kind for kind in scores.aurocs if kind not in (FEATURES, NEURONS, RANDOM)]
+
+
 def _draw_means(scores: ProbingScores) -> "Figure":
     figure = make_figure("units of a probe", "held-out AUROC").update_xaxes(type="category")
     for kind, by_k in scores.aurocs.items():
@@ -113,5 +118,5 @@ def _draw_means(scores: ProbingScores) -> "Figure":
     return figure
 
 
-def _format(mean: float, error: float) -> str:
+def _format_mean(mean: float, error: float) -> str:
     return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"

@@ -1,0 +1,87 @@
+"""`suite=probing`: how well do k features tell two classes of texts apart?
+
+    texts of all sets -> LLM -> last token ------> neurons, random directions
+                                   ├-> SAE ------> features
+                                   └-> controls -> their features
+
+The protocol is that of Kantamneni et al. 2025 (2502.16681) as in their package sae-probes, except
+that no text is used twice. A probe on all neurons is called the dense probe.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from sae_lightning.analysis.benchmarks.benchmark_result import BenchmarkResult
+from sae_lightning.analysis.benchmarks.last_tokens import read_last_tokens
+from sae_lightning.analysis.benchmarks.probing_benchmark_sections import make_probing_sections
+from sae_lightning.analysis.benchmarks.probing_scores import SCORED_SIZE, SIZES, ProbingScores
+from sae_lightning.analysis.benchmarks.probing_sets import LabelledSet, read_sets
+from sae_lightning.analysis.benchmarks.sparse_probes import (
+    encode_sparse,
+    project_on_random_directions,
+    score_all,
+    score_sparse,
+    split_texts,
+)
+from sae_lightning.analysis.open_controls import open_controls
+from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM
+from sae_lightning.analysis.subject import Subject
+from sae_lightning.sae import SAE
+from sae_lightning.terminal import phase
+
+MAX_CONTEXT = 1024  # most tokens of a text that are read, BOS included
+
+
+def run_probing(
+    subject: Subject, sets: str | list[str], sets_folder: str | None, texts: int, splits: int
+) -> BenchmarkResult:
+    """Score the features of `subject`, neurons, random directions and the features of controls on
+    labelled sets; the other arguments are settings of `BenchmarkTask`."""
+    with phase("reading the sets"):
+        labelled_sets = read_sets(sets, sets_folder, texts, subject.config.seed)
+    context = min(MAX_CONTEXT, subject.context or MAX_CONTEXT)
+    x = read_last_tokens(subject, [text for s in labelled_sets for text in s.texts], context)
+    saes = {FEATURES: subject.sae} | load_controls(subject)
+    scores = score_sets(x, labelled_sets, saes, splits)
+    return BenchmarkResult(
+        scores.to_dict(),
+        make_probing_sections(scores),
+        scores.average_sets(FEATURES, SCORED_SIZE)[0],
+    )
+
+
+def load_controls(subject: Subject) -> dict[str, SAE]:
+    """`control: <name>` -> SAE, for each control that a sweep trained beside `subject`."""
+    controls = open_controls(subject, None, most=None)
+    return {f"control: {name.replace('_', ' ')}": sae for name, sae in controls.items()}
+
+
+def score_sets(
+    x: Tensor, sets: list[LabelledSet], saes: dict[str, SAE], splits: int
+) -> ProbingScores:
+    """Fit and test all probes. x: [texts of all sets, d_in], set after set; saes: kind of units ->
+    the SAE whose features they are."""
+    kinds = [FEATURES, NEURONS, RANDOM, *(kind for kind in saes if kind != FEATURES)]
+    # kind of units -> k (None: all) -> [sets, splits], filled set by set
+    scores: dict[str, dict[int | None, list[list[float]]]] = {kind: {} for kind in kinds}
+    with phase("fitting probes", total=len(sets) * splits) as advance:
+        for x_of_set, labelled_set in zip(x.split([len(s.texts) for s in sets]), sets, strict=True):
+            neurons, labels = x_of_set.numpy(), labelled_set.labels
+            units = {kind: encode_sparse(sae, x_of_set) for kind, sae in saes.items()}
+            for kind in kinds:
+                for k in (*SIZES, None) if kind != RANDOM else SIZES:
+                    scores[kind].setdefault(k, []).append([])
+            for seed in range(splits):
+                split = split_texts(len(labels), seed)
+                projections = project_on_random_directions(
+                    neurons, units[FEATURES].shape[1], labels, split.train, max(SIZES)
+                )
+                for kind, matrix in (units | {NEURONS: neurons, RANDOM: projections}).items():
+                    aurocs = score_sparse(matrix, labels, split, SIZES)
+                    for k, auroc in zip(SIZES, aurocs, strict=True):
+                        scores[kind][k][-1].append(auroc)
+                    if kind != RANDOM:  # all random directions tell a probe what all neurons do
+                        scores[kind][None][-1].append(score_all(matrix, labels, split))
+                advance(1)
+    arrays = {kind: {k: np.array(v) for k, v in by_k.items()} for kind, by_k in scores.items()}
+    return ProbingScores(sets, arrays)
