@@ -160,7 +160,7 @@ def format_page(rows: dict[str, dict[Kind, str] | str | None]) -> str:
     images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     lines, refusals, not_built = [], {}, []
     for family, verdict in rows.items():
-        name = f"{family} (text of images)" if family in images else family
+        name = f"{family} (images too)" if family in images else family
         if verdict is None:
             not_built.append(family)
         elif isinstance(verdict, str):
@@ -192,10 +192,10 @@ ORDER = (Kind.resid, Kind.attn, Kind.mlp, Kind.mlp_in)
 PAGE_TEXT = """\
 # Language models
 
-Which LLMs can be read, and where. `llm.name` takes a causal language model that transformers loads,
-from the hub or a folder, whatever its size; what counts is its *family*, `model_type` in its
-`config.json`. `python benchmarks/families.py` writes this page: it builds a tiny model of every
-family with random weights, loads it as a run does, and checks each site in all blocks but the
+Which LLMs SAEs can be trained on, and at which sites. `llm.name` takes a causal language model that
+transformers loads, from the hub or a folder, of any size; what matters is its *family*, `model_type`
+in its `config.json`. `python benchmarks/families.py` writes this page. It builds a tiny model of
+every family with random weights, loads it as a run does, and checks each site in all blocks but the
 first: on {date} with transformers {version}, {right} of {cells} cells of {families} families are
 right.
 
@@ -209,7 +209,8 @@ What is read at a site (`layer.source`, `layer.target`) of block i, and what is 
 - At each site: that no activation depends on later tokens, that replacing an activation by itself
   changes no logit, and that replacing it by zeros does.
 
-A cell says `right`, or why the site is refused; a run says so in one line, before it trains:
+A cell says `right`, or why the site is refused. A run at such a site stops before it trains, with
+one line that gives the reason:
 
 | in the cell | why |
 |---|---|
@@ -217,11 +218,11 @@ A cell says `right`, or why the site is refused; a run says so in one line, befo
 | no plain sum | a third branch (Falcon-H1), a stream that is scaled (Gemma-4) or normed (GPT-1) |
 | several streams | blocks pass on several residual streams that they mix (Gemma-3n, DeepSeek-V4) |
 | not run on text | this block waits for an image |
-| not a row a token | the activation does not have one row for each token |
+| not a row a token | the activation does not have exactly one row for each token |
 | 2 right, 1 ... | blocks differ, as in hybrid models: 2 of the three blocks are right |
 
-Families marked *text of images* take images too. Only their text decoder (embedding, blocks and
-head) is read; give them text as to any LLM. The image encoder is loaded but not used.
+Families marked *images too* also take images. Only their text decoder (embedding, blocks and
+head) is used; give them text as to any LLM. The image encoder is loaded but not used.
 
 | family | {header} |
 |---|{rule}
