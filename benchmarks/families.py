@@ -194,10 +194,10 @@ PAGE_TEXT = """\
 
 Which LLMs SAEs can be trained on, and at which sites. `llm.name` takes a causal language model that
 transformers loads, from the hub or a folder. What matters is not its size but its *family*, the
-`model_type` in its `config.json`. `python benchmarks/families.py` writes this page. It builds a tiny
-model of every family with random weights, loads it as a run does, and checks each site in all
-blocks but the first: on {date} with transformers {version}, {right} of {cells} cells of {families} families are
-right.
+`model_type` in its `config.json`. `python benchmarks/families.py` writes this page: it builds a
+tiny model of every family with random weights, loads it as a run does, and checks each site in all
+blocks but the first. On {date} with transformers {version},
+{right} of {cells} cells of {families} families are right.
 
 What is read at a site (`layer.source`, `layer.target`) of block i, and what is checked:
 
