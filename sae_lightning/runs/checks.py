@@ -11,9 +11,9 @@ from sae_lightning.files import read_free_space
 from sae_lightning.llm.load import has_bf16
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import SitePair, distinct_sites
+from sae_lightning.runs.build_heads import make_head
 from sae_lightning.runs.devices import count_threads
 from sae_lightning.runs.jobs import CONFIG_FILE, FOLDER_HINT, Job
-from sae_lightning.runs.run import make_head
 from sae_lightning.runs.starts import check_start
 from sae_lightning.sae import count_parameters
 from sae_lightning.sae.products import has_sparse_products

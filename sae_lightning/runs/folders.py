@@ -1,7 +1,8 @@
-"""Reads and writes the state of run folders: metrics, failures, locks."""
+"""Makes, names and locks run folders; reads and writes their metrics and failures."""
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -67,6 +68,17 @@ def make_unique_folder(path: Path) -> Path:
         except FileExistsError:
             number += 1
             folder = path.with_name(f"{path.name}-{number}")
+
+
+def find_sweep_folder(folder: Path) -> Path | None:
+    """The folder of the sweep that the run in `folder` belongs to; None for a single run."""
+    return folder.parent if (folder.parent / "multirun.yaml").is_file() else None
+
+
+def name_with_day(folder: Path) -> str:
+    """The name of a folder, after that of the day's folder if it is in one."""
+    day = re.fullmatch(r"\d{4}-\d\d-\d\d", folder.parent.name)
+    return f"{day[0]}/{folder.name}" if day else folder.name
 
 
 def begin_run(job: Job) -> None:

@@ -1,4 +1,4 @@
-"""Checks the loggers that are chosen on the command line or in a run's folder."""
+"""Chooses and checks the loggers of a run, from the command line and the run's folder."""
 
 import re
 from collections.abc import Sequence
@@ -89,14 +89,3 @@ def check_loggers(config: LoggerConfig) -> None:
                 "logger=wandb: no login found; run `wandb login`, set WANDB_API_KEY, or add "
                 "logger.wandb.offline=true"
             )
-
-
-def find_sweep(folder: Path) -> Path | None:
-    """The folder of the sweep that the run in `folder` belongs to."""
-    return folder.parent if (folder.parent / "multirun.yaml").is_file() else None
-
-
-def name_with_day(folder: Path) -> str:
-    """The name of a folder, with the day if it is in the folder of a day."""
-    day = re.fullmatch(r"\d{4}-\d\d-\d\d", folder.parent.name)
-    return f"{day[0]}/{folder.name}" if day else folder.name

@@ -30,27 +30,28 @@ EVALUATION_SHARE = 5 / 8  # memory per token in evaluation / in training, at mos
 class PassMemory(NamedTuple):
     """Memory of the SAEs that share a pass, in bytes."""
 
-    parts: dict[tuple[str, ...], int]
+    shared_parts: dict[tuple[str, ...], int]
     """Memory that SAEs share, by the settings that it grows with: the shuffle pool, the LLM's
     weights and, because SAEs compute one after another, the activations of one SAE."""
 
-    heads: list[int]
-    """Per SAE: weights, gradients, Adam's state, and decoder rows of its start."""
+    head_bytes: list[int]
+    """Of each SAE: weights, gradients, Adam's state, and decoder rows of its start."""
 
-    hidden: int
-    """Per SAE, in evaluation: the LLM's last hidden states with the reconstruction spliced in."""
+    hidden_bytes: int
+    """Of any SAE, in evaluation: the LLM's last hidden states with the reconstruction in place."""
 
     def count_bytes(
-        self, numbers: Sequence[int], split: Collection[int] = (), ranks: int = 1
+        self, indices: Sequence[int], split: Collection[int] = (), ranks: int = 1
     ) -> int:
-        """Memory of a rank that trains the SAEs with these numbers; those in `split` are split over
+        """Memory of a rank that trains the SAEs with these indices; those in `split` are split over
         all `ranks`."""
-        heads = (self.heads[n] // (ranks if n in split else 1) for n in numbers)
-        return self.shared + sum(heads) + len(numbers) * self.hidden
+        heads = (self.head_bytes[n] // (ranks if n in split else 1) for n in indices)
+        return self.shared_bytes + sum(heads) + len(indices) * self.hidden_bytes
 
     @property
-    def shared(self) -> int:
-        return PROCESS_BYTES + sum(self.parts.values())
+    def shared_bytes(self) -> int:
+        """Memory that does not depend on the number of SAEs: the process and the shared parts."""
+        return PROCESS_BYTES + sum(self.shared_parts.values())
 
 
 def read_free_memory(config: Config) -> float:
@@ -104,7 +105,7 @@ def estimate_memory(
     """Memory per rank of a pass that trains SAEs with these configs at these sites. Each of the
     `ranks` holds one LLM batch of every rank at a time."""
     config = configs[0]
-    weights = [
+    parameter_counts = [
         count_parameters(c.model, *map(llm.width_at, pair))
         for c, pair in zip(configs, sites, strict=True)
     ]
@@ -115,22 +116,22 @@ def estimate_memory(
     )
     row_bytes = sum(map(llm.width_at, llm_sites)) * element_bytes
     # activations in training or evaluation, and float64 weights in export, original and folded
-    batch = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
+    tokens = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
     batches = [
-        batch * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
+        tokens * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
         for c in configs
     ]
-    exports = (16 * n for n in weights)
+    exports = (16 * n for n in parameter_counts)
     activations, exported = max(zip(batches, exports, strict=True), key=sum)  # of the largest SAE
-    warm = [n for n, c in zip(weights, configs, strict=True) if c.model.start]
-    parts = {
+    warm_counts = [n for n, c in zip(parameter_counts, configs, strict=True) if c.model.start]
+    shared_parts = {
         ("data.pool",): 2 * config.data.pool * row_bytes,  # copied for a checkpoint
         ("llm.batch",): ranks * data.rows * row_bytes,
         ("eval.tokens",): config.eval.tokens * row_bytes,
         ("llm.name",): data.shared * element_bytes,
         ("model.features", "trainer.batch"): activations,
-        # with copies while a start is opened
-        ("model.features",): exported + 12 * max(warm, default=0),
+        # with copies while the SAE of a warm start is opened
+        ("model.features",): exported + 12 * max(warm_counts, default=0),
     }
     blocks_above = [  # blocks that the gradient of loss.kl passes through
         llm.layers - pair.target.layer for c, pair in zip(configs, sites, strict=True) if c.loss.kl
@@ -138,18 +139,18 @@ def estimate_memory(
     if blocks_above:
         kept = data.rows * max(blocks_above) * KEPT_WIDTHS * llm.width
         logits = 8 * LOGIT_ROWS * llm.vocabulary  # beside those of evaluation
-        parts[("loss.kl", "llm.batch")] = (kept + logits) * element_bytes
-    heads = [_count_head_bytes(c, pair, llm) for c, pair in zip(configs, sites, strict=True)]
-    return PassMemory(parts, heads, data.per_sae * element_bytes)
+        shared_parts[("loss.kl", "llm.batch")] = (kept + logits) * element_bytes
+    head_bytes = [_count_head_bytes(c, pair, llm) for c, pair in zip(configs, sites, strict=True)]
+    return PassMemory(shared_parts, head_bytes, data.per_sae * element_bytes)
 
 
 def _count_head_bytes(config: Config, sites: SitePair, llm: LLMShape) -> int:
     """Weights, gradients and Adam's two moments in fp32, a copy in bf16, and the decoder rows of
     the start that are kept: in half precision of a warm start, in fp32 of a soft-frozen decoder."""
-    weights = count_parameters(config.model, *map(llm.width_at, sites))
-    rows = config.model.features * llm.width_at(sites.target)
+    parameters = count_parameters(config.model, *map(llm.width_at, sites))
+    row_elements = config.model.features * llm.width_at(sites.target)
     is_soft = config.model.control is Control.soft_frozen_decoder
-    return 18 * weights + (weights if config.model.start else 4 * rows * is_soft)
+    return 18 * parameters + (parameters if config.model.start else 4 * row_elements * is_soft)
 
 
 def check_memory(
@@ -161,26 +162,27 @@ def check_memory(
     ranks: int = 1,
 ) -> None:
     """UserError if an SAE does not fit in the free memory even on a pass of its own, split over
-    `ranks`. `needed`: the memory of one pass with all these SAEs; `free`: bytes for each rank."""
+    `ranks`. `needed`: the memory of one pass with all of them; `free`: bytes for each rank."""
     if free < PROCESS_BYTES:
         raise UserError(
             f"{max(free, 0) / 1e9:.1f} GB of memory are free, and the libraries alone take "
             f"{PROCESS_BYTES / 1e9:.1f} GB: free some, or try all the same with sweep.max_heads=1"
         )
-    for number, (config, pair) in enumerate(zip(configs, sites, strict=True)):
+    for index, (config, pair) in enumerate(zip(configs, sites, strict=True)):
         # an upper bound: on a pass of its own, the SAE needs no more than this
-        if needed.count_bytes([number], [number], ranks) <= free:
+        if needed.count_bytes([index], [index], ranks) <= free:
             continue
         alone = estimate_memory([config], [pair], llm, ranks)
         total = alone.count_bytes([0], [0], ranks)
         if total <= free:
             continue
-        parts = Counter(alone.parts)
-        parts.update({("model.features",): alone.heads[0] // ranks, ("llm.batch",): alone.hidden})
-        ((names, part),) = parts.most_common(1)
+        parts = Counter(alone.shared_parts)
+        parts["model.features",] += alone.head_bytes[0] // ranks
+        parts["llm.batch",] += alone.hidden_bytes
+        ((names, largest),) = parts.most_common(1)
         settings = ", ".join(f"{name}={config.to_flat_dict()[name]}" for name in names)
         raise UserError(
             f"{settings}: training needs about {total / 1e9:.1f} GB of memory, "
-            f"{part / 1e9:.1f} GB of it for this. {free / 1e9:.1f} GB are free: lower it, "
+            f"{largest / 1e9:.1f} GB of it for this. {free / 1e9:.1f} GB are free: lower it, "
             "or try all the same with sweep.max_heads=1"
         )

@@ -58,13 +58,13 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
     jobs = [_resume_if_begun(checks.resolve_auto(job)) for job in jobs]
     jobs = [replace(job, hparams=h) for job, h in zip(jobs, make_hparams(jobs), strict=True)]
     _check_folders(jobs)
-    results = {job.folder: _read_outcome(job) for job in jobs}
-    todo = list({job.folder: job for job in jobs if not results[job.folder]}.values())
+    results = _read_earlier_results(jobs)
+    todo = list({job.folder: job for job in jobs if job.folder not in results}.values())
     try:
         passes = plan_passes(todo)
     except UserError as error:
-        # a launcher that starts jobs one by one goes on with the others: record the reason for
-        # the sweep's report
+        # a launcher that starts jobs one by one goes on with the other jobs: record the reason
+        # for the sweep's report
         if jobs[0].multirun and not jobs[0].sweep_folder:
             folders.record_refusal(todo[0], str(error))
         raise
@@ -77,12 +77,12 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
         for number, planned in enumerate(passes, 1):
             if len(passes) > 1:
                 console.print(f"\npass {number} of {len(passes)}")
-            if planned.jobs[0].multirun:  # as _resume_if_begun does after a restart
-                jobs_to_resume = [replace(job, resumed=True) for job in planned.jobs]
-                planned = planned._replace(jobs=jobs_to_resume)
+            if planned.jobs[0].multirun:  # as _resume_if_begun would from here on
+                begun = [replace(job, resumed=True) for job in planned.jobs]
+                planned = planned._replace(jobs=begun)
             for job, metrics in zip(planned.jobs, _train_pass(planned), strict=True):
-                results[job.folder] = [metrics]
-    return [metrics for job in jobs for metrics in results[job.folder]]
+                results[job.folder] = metrics
+    return [results[job.folder] for job in jobs]
 
 
 def _check_folders(jobs: list[Job]) -> None:
@@ -90,8 +90,8 @@ def _check_folders(jobs: list[Job]) -> None:
     by_folder: dict[Path, Job] = {}
     for job in jobs:
         first = by_folder.setdefault(job.folder, job).config.to_flat_dict()
-        second = job.config.to_flat_dict()
-        if differing := [k for k in first | second if first.get(k) != second.get(k)]:
+        settings = job.config.to_flat_dict()
+        if differing := [k for k in first | settings if first.get(k) != settings.get(k)]:
             raise UserError(
                 f"hydra.sweep.subdir: jobs that differ in {differing[0]} would share the folder "
                 f"{job.folder}; number them: hydra.sweep.subdir='${{hydra:job.num}}'"
@@ -108,108 +108,112 @@ def _resume_if_begun(job: Job) -> Job:
     return replace(job, resumed=same_settings and saved.eval == config.eval)
 
 
-def _read_outcome(job: Job) -> HeldOutResults:
-    """[metrics] if the job has finished, [None] if it diverged, [] if it is still to be trained."""
-    if not job.resumed:
-        return []
-    if finished := folders.read_earlier_metrics(job):
-        remove_leftovers(job.folder)  # if it was killed before it removed them
-        console.print(f"{make_visible(str(job.folder))} is finished")
-        return [finished["held_out"]]
-    failure = folders.read_failure(job.folder)
-    if failure and failure["diverged"]:
-        message = f"{job.folder} had failed: {failure['reason']}"
-        if not job.multirun:
-            raise UserError(message)
-        console.print(make_visible(message))
-        return [None]
-    return []
+def _read_earlier_results(jobs: Iterable[Job]) -> dict[Path, dict[str, float] | None]:
+    """Folder -> held-out metrics of each resumed job that has finished, or None if it diverged;
+    jobs that are still to be trained are left out."""
+    results = {}
+    for job in (job for job in jobs if job.resumed):
+        failure = folders.read_failure(job.folder)
+        if metrics := folders.read_earlier_metrics(job):
+            remove_leftovers(job.folder)  # if it was killed before it removed them
+            console.print(f"{make_visible(str(job.folder))} is finished")
+            results[job.folder] = metrics["held_out"]
+        elif failure and failure["diverged"]:
+            message = f"{job.folder} had failed: {failure['reason']}"
+            if not job.multirun:
+                raise UserError(message)
+            console.print(make_visible(message))
+            results[job.folder] = None
+    return results
 
 
 def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
     """The passes that train `jobs`; UserError, one line per stream, if any are invalid."""
-    streams: dict[str, list[Job]] = {}
+    by_stream: dict[str, list[Job]] = {}
     for job in jobs:
-        streams.setdefault(job.config.stream_key(), []).append(job)
+        by_stream.setdefault(job.config.stream_key(), []).append(job)
     groups: dict[tuple[str, int], list[CheckedJob]] = {}
-    errors, is_parted = [], False
-    for key, jobs_of_stream in streams.items():
+    errors, controls_lost_leader = [], False
+    for key, stream_jobs in by_stream.items():
         try:
-            of_stream = checks.check_jobs(jobs_of_stream)
+            checked_jobs = checks.check_jobs(stream_jobs)
         except UserError as error:
             errors.append(str(error))
             continue
-        for checked, leader in zip(of_stream, find_leaders(jobs_of_stream), strict=True):
+        for checked, leader in zip(checked_jobs, find_leaders(stream_jobs), strict=True):
             # runs of a killed sweep may have stopped at different steps
             groups.setdefault((key, checked.steps_done), []).append(checked)
-            if leader is not None and of_stream[leader].steps_done != checked.steps_done:
-                is_parted = True
+            if leader is not None and checked_jobs[leader].steps_done != checked.steps_done:
+                controls_lost_leader = True
     if errors:
         lines = "\n  ".join(map(make_visible, errors))
         raise UserError(SEVERAL_ERRORS * (len(errors) > 1) + lines)
     if groups:
         checks.check_disk_space([checked for group in groups.values() for checked in group])
     forget_starts()
-    if is_parted:
+    if controls_lost_leader:
         console.print(
             "some controls were saved at another update than their SAEs and train on another pass: "
             "they keep to the last known L0 of the SAE instead of following it, and may end at "
-            "another"
+            "another L0"
         )
-    return [part for group in groups.values() for part in _split_group(group)]
+    return [planned for group in groups.values() for planned in _split_group(group)]
 
 
 def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
-    """Passes of about equal size, each with at most `sweep.max_heads` SAEs or, by default, as many
-    as fit into free memory. An SAE and the controls that follow its L0 share a pass and a rank."""
+    """Split jobs with the same stream and steps done into passes of about equal size, each with at
+    most `sweep.max_heads` SAEs or, by default, as many as fit into free memory. An SAE and the
+    controls that follow its L0 share a pass and a rank."""
     jobs, sites, _, shapes, _ = (list(column) for column in zip(*group, strict=True))
     configs = [job.config for job in jobs]
-    trainer, whole_groups = configs[0].trainer, group_by_leader(jobs)
-    ranks, free = count_ranks(configs[0]), _read_free_memory(configs[0])
+    split, leader_groups = configs[0].trainer.split, group_by_leader(jobs)
+    ranks, free = count_ranks(configs[0]), _read_free_memory_per_rank(configs[0])
     needed = memory.estimate_memory(configs, sites, shapes[0], ranks)
     max_heads = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
     if max_heads is None:
-        splits = 1 if trainer.split is Splitting.none else ranks
-        memory.check_memory(needed, configs, sites, shapes[0], free, splits)
-        left, head = 0.9 * free - needed.shared, max(needed.heads)
-        is_split = trainer.split is Splitting.all
-        per_rank = max(1, int(left // ((head / ranks if is_split else head) + needed.hidden)))
-        led_groups = cut_groups(whole_groups, per_rank)
-        largest = max(map(len, led_groups))
-        max_heads = per_rank if is_split else ranks * (per_rank // largest * largest)
+        parts = 1 if split is Splitting.none else ranks  # into which an SAE can be split
+        memory.check_memory(needed, configs, sites, shapes[0], free, parts)
+        largest_bytes = max(needed.head_bytes) / (ranks if split is Splitting.all else 1)
+        left = 0.9 * free - needed.shared_bytes
+        per_rank = max(1, int(left // (largest_bytes + needed.hidden_bytes)))
+        rank_groups = cut_groups(leader_groups, per_rank)
+        largest_group = max(map(len, rank_groups))
+        whole_groups = per_rank // largest_group  # as many fit on a rank
+        max_heads = per_rank if split is Splitting.all else ranks * whole_groups * largest_group
     else:
-        led_groups = cut_groups(whole_groups, max_heads)
-    if len(led_groups) > len(whole_groups):
+        rank_groups = cut_groups(leader_groups, max_heads)
+    if len(rank_groups) > len(leader_groups):
         console.print(
             "too many controls to train together with their SAEs: some keep their own sparsity "
             "coefficients instead of following the L0 of the SAE"
         )
-    return [_plan_pass(group, part, needed, free) for part in cut_evenly(led_groups, max_heads)]
+    return [_plan_pass(group, part, needed, free) for part in cut_evenly(rank_groups, max_heads)]
 
 
 def _plan_pass(
-    group: list[CheckedJob], led_groups: list[list[int]], needed: memory.PassMemory, free: float
+    group: list[CheckedJob], rank_groups: list[list[int]], needed: memory.PassMemory, free: float
 ) -> PlannedPass:
-    """Plan the pass of the jobs whose numbers in `group` are in `led_groups`; the jobs of each of
-    these share a rank."""
-    numbers = [*chain(*led_groups)]
-    jobs, sites, done, shapes, _ = (list(x) for x in zip(*(group[n] for n in numbers), strict=True))
+    """Plan a pass of some jobs of `group`. `rank_groups`: their indices in `group`, in groups that
+    share a rank; `needed`: the memory of all jobs of `group`."""
+    indices = [*chain(*rank_groups)]
+    checked_jobs = [group[index] for index in indices]
+    jobs, sites, done, shapes, _ = (list(column) for column in zip(*checked_jobs, strict=True))
     config, ranks = jobs[0].config, count_ranks(jobs[0].config)
-    part = needed._replace(heads=[needed.heads[n] for n in numbers])
+    needed = needed._replace(head_bytes=[needed.head_bytes[index] for index in indices])
     split = frozenset(
-        n
-        for n, job in enumerate(jobs)
+        index
+        for index, job in enumerate(jobs)
         if 1 < ranks <= job.config.model.features
-        and _is_split(config.trainer.split, len(jobs), part.count_bytes([n]), free)
+        and _is_split(config.trainer.split, len(jobs), needed.count_bytes([index]), free)
     )
-    renumbered = iter(range(len(jobs)))
-    shared_ranks = [[*islice(renumbered, len(led))] for led in led_groups]
-    shares = assign_jobs(part.heads, split, ranks, shared_ranks)
-    largest = max(part.count_bytes(share, split, ranks) for share in shares)
+    new_indices = iter(range(len(jobs)))  # in the pass
+    pass_groups = [[*islice(new_indices, len(indices))] for indices in rank_groups]
+    shares = assign_jobs(needed.head_bytes, split, ranks, pass_groups)
+    largest = max(needed.count_bytes(share, split, ranks) for share in shares)
     return PlannedPass(jobs, sites, done[0], shapes[0], largest, shares, split)
 
 
-def _read_free_memory(config: Config) -> float:
+def _read_free_memory_per_rank(config: Config) -> float:
     """Free memory for each rank, in bytes."""
     free = memory.read_free_memory(config)
     if config.trainer.accelerator is Accelerator.cpu or not torch.cuda.is_available():
@@ -218,14 +222,14 @@ def _read_free_memory(config: Config) -> float:
 
 
 def _is_split(choice: Splitting, heads_in_pass: int, needed: int, free: float) -> bool:
-    """Whether to split an SAE that would need `needed` of the `free` bytes on one rank."""
+    """Whether to split an SAE that needs `needed` of the `free` bytes if one rank trains it."""
     if choice is Splitting.auto:
         return heads_in_pass == 1 or needed > free
     return choice is Splitting.all
 
 
 def _announce_passes(jobs: list[Job], passes: list[PlannedPass]) -> None:
-    free = _read_free_memory(jobs[0].config)
+    free = _read_free_memory_per_rank(jobs[0].config)
     job_count, pass_count = _format_count(len(jobs), "job"), _format_count(len(passes), "pass")
     of_llm = " of the LLM" * jobs[0].config.data_source.has_llm
     per_device = f" for each of {len(passes[0].shares)} devices" * (len(passes[0].shares) > 1)
@@ -246,7 +250,8 @@ def _format_count(n: int, noun: str) -> str:
 
 
 def _train_pass(planned: PlannedPass) -> HeldOutResults:
-    """Train the jobs of a pass. If it fails, record why; in a multirun, print it and go on."""
+    """Train the jobs of a pass. If it fails, record why; in a multirun, print the reason and return
+    what the jobs have reached."""
     jobs = planned.jobs
     try:
         return run_on_ranks(planned)
@@ -284,9 +289,7 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
         give_back_freed_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return [
-        finished and finished["held_out"] for finished in map(folders.read_earlier_metrics, jobs)
-    ]
+    return [metrics and metrics["held_out"] for metrics in map(folders.read_earlier_metrics, jobs)]
 
 
 def _describe_out_of_memory(jobs: list[Job]) -> str:

@@ -23,24 +23,24 @@ class PlannedPass(NamedTuple):
     """Updates done before the jobs were stopped, the same for all."""
     llm: LLMShape
     memory: int
-    """Estimated memory in bytes."""
+    """Estimated memory in bytes, of the rank that needs most."""
     shares: list[list[int]]
-    """For each rank, the numbers of the jobs that it trains; see `assign_jobs`."""
+    """For each rank, the indices of the jobs that it trains; see `assign_jobs`."""
     split: frozenset[int] = frozenset()
-    """Numbers of the jobs whose SAEs are split by features over all ranks."""
+    """Indices of the jobs whose SAEs are split by features over all ranks."""
 
     @property
     def own_share(self) -> list[int]:
-        """The numbers of the jobs that this rank trains."""
+        """The indices of the jobs that this rank trains."""
         return self.shares[world().rank]
 
 
-# Each job's final held-out metrics, or None if it failed.
+# For each job, its final held-out metrics, or None if it failed.
 HeldOutResults = list[dict[str, float] | None]
 
 
 def find_leaders(jobs: Sequence[Job]) -> list[int | None]:
-    """For each control whose sparsity coefficient is adjusted, the number of its leader: the
+    """For each control whose sparsity coefficient is adjusted, the index of its leader: the
     trained SAE of the same experiment and seed, whose L0 it follows. None for all other jobs."""
     keys = [(identify_experiment(job.config.to_flat_dict()), job.config.model.seed) for job in jobs]
     is_control = [job.config.model.control is not None for job in jobs]
@@ -52,14 +52,14 @@ def find_leaders(jobs: Sequence[Job]) -> list[int | None]:
 
 
 def group_by_leader(jobs: Sequence[Job]) -> list[list[int]]:
-    """Numbers of the jobs, in groups that belong on one rank: an SAE, then the controls that it
+    """Indices of the jobs, in groups that belong on one rank: an SAE, then the controls that it
     leads. Most groups are a single job."""
     groups: dict[int, list[int]] = {}
-    for number, leader in enumerate(find_leaders(jobs)):
+    for index, leader in enumerate(find_leaders(jobs)):
         if leader is None:
-            groups.setdefault(number, []).insert(0, number)
+            groups.setdefault(index, []).insert(0, index)
         else:
-            groups.setdefault(leader, []).append(number)
+            groups.setdefault(leader, []).append(index)
     return [*groups.values()]
 
 
@@ -70,7 +70,7 @@ def cut_groups(groups: Iterable[list[int]], most: int) -> list[list[int]]:
 
 def cut_evenly(groups: Sequence[list[int]], most: int) -> list[list[list[int]]]:
     """Cut a sequence of groups into as few parts as possible, of about equal size, with at most
-    `most` jobs each. The groups stay whole; none may have more jobs than that."""
+    `most` jobs each. The groups stay whole, so none may have more than `most` jobs."""
     total, ends = sum(map(len, groups)), [0, *accumulate(map(len, groups))]
     for count in range(ceil(total / most), total):
         limits = [total * n // count for n in range(count + 1)]
@@ -87,22 +87,22 @@ def assign_jobs(
     ranks: int,
     groups: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
-    """Assign jobs to ranks by the jobs' sizes; returns the numbers of each rank's jobs.
+    """Assign jobs to ranks by the jobs' sizes; returns the indices of each rank's jobs.
 
     A `split` job is on every rank. The others go group by group (None: every job is a group), the
     largest first, to the rank with the smallest sum so far. A rank that gets none of them trains a
-    copy of the smallest job, and writes nothing.
+    copy of the smallest one, and writes nothing.
     """
 
-    def add_up(numbers: Iterable[int]) -> int:
-        return sum(sizes[number] for number in numbers)
+    def add_up(indices: Iterable[int]) -> int:
+        return sum(sizes[index] for index in indices)
 
-    groups = groups or [[number] for number in range(len(sizes))]
-    groups = [[number for number in group if number not in split] for group in groups]
+    groups = groups or [[index] for index in range(len(sizes))]
+    groups = [[index for index in group if index not in split] for group in groups]
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for group in sorted(groups, key=add_up, reverse=True):
         min(shares, key=add_up).extend(group)
     if any(groups):
-        smallest = min(chain(*groups), key=lambda number: (sizes[number], -number))
+        smallest = min(chain(*groups), key=lambda index: (sizes[index], -index))
         shares = [share or [smallest] for share in shares]
     return [sorted(split) + sorted(share) for share in shares]

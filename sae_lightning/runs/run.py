@@ -5,9 +5,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -17,9 +16,10 @@ from safetensors.torch import save_file
 from sae_lightning.errors import WriteError
 from sae_lightning.files import write_atomically, write_json
 from sae_lightning.formats.saved_format import describe_limits
-from sae_lightning.llm.packaged import LLMShape
-from sae_lightning.llm.sites import SitePair, distinct_sites
-from sae_lightning.ranks import ALONE, Ranks, world
+from sae_lightning.llm.sites import Site, distinct_sites
+from sae_lightning.ranks import world
+from sae_lightning.runs.build_heads import build_heads, open_other_loggers
+from sae_lightning.runs.config import Config
 from sae_lightning.runs.console_output import (
     format_speed,
     print_how_to_continue,
@@ -28,10 +28,8 @@ from sae_lightning.runs.console_output import (
 )
 from sae_lightning.runs.folders import DENSITY_FILE, METRICS_FILE
 from sae_lightning.runs.heap import keep_freed_memory
-from sae_lightning.runs.jobs import Job, format_resume_command
-from sae_lightning.runs.logger_choice import find_sweep, name_with_day
-from sae_lightning.runs.plan import HeldOutResults, PlannedPass, find_leaders
-from sae_lightning.sae import build_sae
+from sae_lightning.runs.jobs import format_resume_command
+from sae_lightning.runs.plan import HeldOutResults, PlannedPass
 from sae_lightning.stream.batches import BatchStream
 from sae_lightning.stream.source import Needs, OpenedData
 from sae_lightning.terminal import console
@@ -42,14 +40,13 @@ from sae_lightning.training.callbacks.throughput import measure_peak_memory_gb
 from sae_lightning.training.checkpoints import HeadCheckpoints
 from sae_lightning.training.datamodule import ActivationData
 from sae_lightning.training.head import Head
-from sae_lightning.training.loggers import finish_loggers, open_loggers
-from sae_lightning.training.logging import HeadLog, LoggedRun, SilentLog
+from sae_lightning.training.loggers import finish_loggers
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import Accelerator, locate_checkpoint
 
 
 class RunParts(NamedTuple):
-    """The parts that a run is assembled from."""
+    """What a pass trains with on this rank."""
 
     data: ActivationData
     module: SAEModule
@@ -86,10 +83,10 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
         loss_tokens=config.eval.loss_tokens,
         ahead=config.trainer.batch,
         resumed=jobs[0].resumed,
-        own=distinct_sites([planned.sites[number] for number in planned.own_share]),
+        own=_list_own_sites(planned),
     )
     opened = config.data_source.open_data(needs)
-    parts = assemble(planned, opened)
+    parts = _build_parts(planned, opened)
     print_plan(planned, opened.about)
     heads, outcome = parts.module.heads, "failed"
     try:
@@ -104,8 +101,8 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
             with suppress(WriteError):  # an earlier write error has been reported
                 head.log.close()
             is_scored = (head.folder / METRICS_FILE).is_file()
-            of_head = "failed" if head.failure else "success" if is_scored else outcome
-            outcomes += [(logger, of_head) for logger in head.log.others]
+            head_outcome = "failed" if head.failure else "success" if is_scored else outcome
+            outcomes += [(logger, head_outcome) for logger in head.log.others]
         finish_loggers(outcomes)
 
 
@@ -120,14 +117,14 @@ def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
             weights_only=True,
         )
     finally:
-        parts.data.stream.close()  # else an error's traceback keeps the cache locked
+        parts.data.stream.close()  # otherwise an error's traceback keeps the cache locked
     if module.stopped_by and module.global_step < module.steps:
-        world().wait()  # until all have saved
+        world().wait()  # until all ranks have saved
         print_how_to_continue(module)
         sys.exit(128 + module.stopped_by)
     if module.speed:
-        trained = (module.steps - steps_done) * module.batch  # tokens
-        module.speed["tokens_per_second_in_all"] = trained / (time.monotonic() - started)
+        tokens = (module.steps - steps_done) * module.batch
+        module.speed["tokens_per_second_in_all"] = tokens / (time.monotonic() - started)
     try:
         results = score_and_save(planned, parts)
     except KeyboardInterrupt:
@@ -140,8 +137,8 @@ def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
     return results
 
 
-def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
-    """Build the stream, heads and trainer of a pass from its jobs' configs."""
+def _build_parts(planned: PlannedPass, opened: OpenedData) -> RunParts:
+    """Build the stream, heads, module and trainer of a pass from its jobs' configs."""
     jobs, config = planned.jobs, planned.jobs[0].config
     trainer = config.trainer
     stream = BatchStream(
@@ -150,24 +147,9 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
         total_batches=trainer.steps,
         pool=config.data.pool,
         seed=config.seed,
-        sites=distinct_sites([planned.sites[number] for number in planned.own_share]),
+        sites=_list_own_sites(planned),
     )
-    resumed_at = planned.steps_done * trainer.batch if jobs[0].resumed else None
-    heads = []
-    for number in planned.own_share:
-        job, pair = jobs[number], planned.sites[number]
-        ranks = world() if number in planned.split else ALONE
-        head = make_head(job, pair, planned.llm, ranks)
-        head.start = None if planned.steps_done else job.config.model.start
-        writer = next(rank for rank, share in enumerate(planned.shares) if number in share)
-        head.writes = writer == world().rank
-        log_type = HeadLog if head.writes else SilentLog
-        head.log = log_type(job.folder, job.hparams, resumed_at)
-        head.metadata |= pair.module_names(opened.modules)
-        heads.append(head)
-    leaders = find_leaders([jobs[number] for number in planned.own_share])
-    for head, leader in zip(heads, leaders, strict=True):
-        head.leader = leader
+    heads = build_heads(planned, opened.modules)
     module = SAEModule(
         heads,
         batch=trainer.batch,
@@ -179,71 +161,36 @@ def assemble(planned: PlannedPass, opened: OpenedData) -> RunParts:
         tuning_text=opened.tuning_text,
         tuning_starts={job.config.tuned_from for job in jobs} - {None},
     )
+    data = ActivationData(stream, opened.held_out)
+    return RunParts(data, module, _build_trainer(config, heads))
+
+
+def _list_own_sites(planned: PlannedPass) -> list[Site]:
+    """The sites of the SAEs that this rank trains."""
+    return distinct_sites([planned.sites[index] for index in planned.own_share])
+
+
+def _build_trainer(config: Config, heads: list[Head]) -> L.Trainer:
+    """Lightning's trainer of a pass on this rank, without its own loggers, bars and checks."""
+    trainer = config.trainer
     on_cuda = trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available()
-    return RunParts(
-        data=ActivationData(stream, opened.held_out),
-        module=module,
-        trainer=L.Trainer(
-            accelerator=trainer.accelerator.value,
-            devices=[torch.cuda.current_device()] if on_cuda else 1,
-            precision=trainer.precision.value,
-            max_epochs=1,
-            min_epochs=0,
-            max_steps=trainer.steps,
-            callbacks=make_callbacks(trainer, config.eval),
-            # Lightning sees one process in each rank: ignore SLURM's and torchrun's variables
-            plugins=[HeadCheckpoints(heads), LightningEnvironment()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            default_root_dir=jobs[0].folder,
-        ),
+    return L.Trainer(
+        accelerator=trainer.accelerator.value,
+        devices=[torch.cuda.current_device()] if on_cuda else 1,
+        precision=trainer.precision.value,
+        max_epochs=1,
+        min_epochs=0,
+        max_steps=trainer.steps,
+        callbacks=make_callbacks(trainer, config.eval),
+        # Lightning sees one process in each rank: ignore SLURM's and torchrun's variables
+        plugins=[HeadCheckpoints(heads), LightningEnvironment()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=heads[0].folder,
     )
-
-
-def open_other_loggers(planned: PlannedPass, heads: Iterable[Head]) -> None:
-    """Open the loggers beside TensorBoard, each for the run of one head."""
-    notes: set[str] = set()
-    for number, head in zip(planned.own_share, heads, strict=True):
-        job = planned.jobs[number]
-        if not head.writes:
-            continue
-        sweep = job.sweep_folder or find_sweep(job.folder)
-        run = LoggedRun(
-            job.folder,
-            name=job.folder.name if sweep else name_with_day(job.folder),
-            group=sweep and name_with_day(sweep),
-            settings=job.config.describe_settings(),
-            resumed_at=planned.steps_done * job.config.trainer.batch if job.resumed else None,
-        )
-        head.log.others = open_loggers(job.config.logger, run, notes)
-
-
-def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) -> Head:
-    """The head that trains a job's SAE, split over `ranks`; its log is set later."""
-    config = job.config
-    trained_tokens = config.trainer.steps * config.trainer.batch
-    head = Head(
-        build_sae(config.model, *map(llm.width_at, sites), ranks=ranks),
-        name=job.label,
-        folder=job.folder,
-        source=sites.source,
-        target=sites.target,
-        loss=config.loss,
-        optim=config.optim,
-        callbacks=config.callbacks,
-        dead_window=config.callbacks.compute_dead_window(trained_tokens),
-        seed=config.model.seed,
-        products=config.trainer.products,
-    )
-    head.tuned_from = config.tuned_from
-    head.settings = config.list_fixed_settings()
-    head.metadata = config.data_source.make_saelens_metadata(sites) | {
-        "sae_lightning": config.describe_settings()
-    }
-    return head
 
 
 def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
@@ -252,29 +199,18 @@ def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
     module, jobs = parts.module, planned.jobs
     evaluate_heads(module.training_heads, parts.data.held_out, module.tokens_seen)
     results: dict[int, dict[str, float]] = {}
-    for number, head in zip(planned.own_share, module.heads, strict=True):
+    for index, head in zip(planned.own_share, module.heads, strict=True):
         head.log.close()
         if head.failure is not None:
             continue
         export_head(head)
         if not head.writes:
             continue
-        metrics = {
-            "tokens": module.tokens_seen,
-            "held_out": head.held_out_metrics,
-            "density": head.density_counts,
-            "training": head.training_metrics,
-            "speed": module.speed
-            | {"heads": len(jobs), "peak_memory_gb": measure_peak_memory_gb()},
-        }
-        if head.before_kl:
-            metrics |= {"before_kl": head.before_kl}
-        if head.fates:
-            metrics |= {"start": head.start_metrics, "fates": head.fates}
-        with write_atomically(jobs[number].folder / DENSITY_FILE) as temporary:
+        with write_atomically(head.folder / DENSITY_FILE) as temporary:
             save_file({"density": head.density.float()}, temporary)
-        write_json(jobs[number].folder / METRICS_FILE, metrics)
-        results[number] = head.held_out_metrics
+        metrics = _collect_metrics(head, module)
+        write_json(head.folder / METRICS_FILE, metrics)
+        results[index] = head.held_out_metrics
     transcoders = [head for head in module.training_heads if head.source != head.target]
     for note in {describe_limits(head.sae) for head in transcoders} - {None}:
         console.print(note)
@@ -283,5 +219,22 @@ def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
             console.print(format_speed(jobs[0], module.speed))
     elif results:
         print_results(jobs[0], metrics)
-    results = {k: v for part in world().gather_values(results) for k, v in part.items()}
-    return [results.get(number) for number in range(len(jobs))]
+    all_results = {k: v for part in world().gather_values(results) for k, v in part.items()}
+    return [all_results.get(index) for index in range(len(jobs))]
+
+
+def _collect_metrics(head: Head, module: SAEModule) -> dict[str, Any]:
+    """The content of `metrics.json` of an SAE that has been scored."""
+    speed = {"heads": module.heads_in_pass, "peak_memory_gb": measure_peak_memory_gb()}
+    metrics = {
+        "tokens": module.tokens_seen,
+        "held_out": head.held_out_metrics,
+        "density": head.density_counts,
+        "training": head.training_metrics,
+        "speed": module.speed | speed,
+    }
+    if head.before_kl:
+        metrics |= {"before_kl": head.before_kl}
+    if head.fates:
+        metrics |= {"start": head.start_metrics, "fates": head.fates}
+    return metrics

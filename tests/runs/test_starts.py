@@ -189,8 +189,8 @@ def test_reading_the_start_and_keeping_its_rows_is_counted(save, tmp_path):
     warm, cold = (compose_start("data=synthetic", way, "llm.dtype=float32") for way in ways)
     one, other = (estimate_memory([config], [sites], shape) for config in (warm, cold))
     n = 2 * 40 * D + 40 + D
-    assert one.parts["model.features",] - other.parts["model.features",] == 12 * n
-    assert one.heads[0] - other.heads[0] == n
+    assert one.shared_parts["model.features",] - other.shared_parts["model.features",] == 12 * n
+    assert one.head_bytes[0] - other.head_bytes[0] == n
     jobs = [Job(config=config, folder=tmp_path / "none") for config in (warm, cold)]
     needed = [_count_checkpoint_bytes(job, sites, shape) for job in jobs]
     assert needed[0] - needed[1] == 2 * 2 * 40 * D
@@ -208,7 +208,8 @@ def test_the_random_rows_of_a_soft_frozen_decoder_are_counted():
         )
         for kind in ("soft_frozen_decoder", "frozen_decoder")
     )
-    assert one.heads[0] - other.heads[0] == 4 * 40 * D and one.parts == other.parts
+    assert one.head_bytes[0] - other.head_bytes[0] == 4 * 40 * D
+    assert one.shared_parts == other.shared_parts
 
 
 def test_nothing_at_the_start_is_one_line(save, tmp_path):

@@ -582,4 +582,4 @@ def test_without_the_llms_loss_an_estimate_has_neither_later_blocks_nor_logits(j
     assert whole - less == weights + logits
     assert whole - same == logits
     hidden = 4 * 4 * 16 * 24  # the last ones of 4 sequences of 16 tokens, with each SAE in place
-    assert [one.hidden for one in pairs] == [hidden, 0, 0]
+    assert [one.hidden_bytes for one in pairs] == [hidden, 0, 0]

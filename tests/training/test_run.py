@@ -22,7 +22,7 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import Attention, Dtype
 from sae_lightning.llm.sites import find_decoder_stack
 from sae_lightning.llm.splice import SpliceScores
-from sae_lightning.runs import folders, passes, run
+from sae_lightning.runs import build_heads, folders, passes, run
 from sae_lightning.runs.jobs import read_job
 from sae_lightning.sae import SAE, SAEConfig
 from sae_lightning.sae.relu import ReLULoss
@@ -457,8 +457,10 @@ def test_a_late_divergence_leaves_the_last_good_checkpoint(job, monkeypatch):
         kept["head"].sae.W_dec.data[3, 5] = float("nan")
 
     kept = {}
-    build_head = run.make_head
-    monkeypatch.setattr(run, "make_head", lambda *args: kept.setdefault("head", build_head(*args)))
+    build_head = build_heads.make_head
+    monkeypatch.setattr(
+        build_heads, "make_head", lambda *args: kept.setdefault("head", build_head(*args))
+    )
     interrupt(monkeypatch, 15, poison)
     with pytest.raises(UserError, match=r"step 15 .*last\.ckpt.*lower optim\.lr"):
         passes.train_jobs([made])
