@@ -61,7 +61,7 @@ class TextTask(FeaturesTask):
         text_name = "text" if self.file is None else f"file={self.file}"
         subject = self.load_subject(given_settings)
         # before the LLM is loaded, as the text may be refused
-        sequences = len(make_sequences(subject, text, text_name).ids)
+        sequences = len(make_sequences(subject, text, text_name).sequence_ids)
         catalogue = self.find_catalogue(subject, given_settings)
         annotated = AnnotatedText(annotate(subject, text, text_name), catalogue)
         ranked = annotated.rank_firings()
@@ -121,7 +121,10 @@ def make_sequences(subject: Subject, text: str, text_name: str = "text") -> Sequ
         )
     check_ids(tokenizer, ids, text_name)
     packing = Packing(min(context, 1 + len(ids)), find_bos_id(tokenizer), separator)
-    windows = [ids[start : start + packing.width] for start in range(0, len(ids), packing.width)]
+    windows = [
+        ids[start : start + packing.window_size]
+        for start in range(0, len(ids), packing.window_size)
+    ]
     return packing.pack_sequences(windows, torch.arange(len(windows)))
 
 
@@ -137,9 +140,9 @@ def annotate(subject: Subject, text: str, text_name: str = "text") -> list[Annot
     # max_norm is relative to the median norm of the first batch, which is taken from the run's text
     has_limit = subject.config.data.max_norm is not None
     run_text = [subject.corpus.train.next(batch)] if has_limit else []
-    skipped = sum(len(part.ids) for part in run_text)
+    skipped = sum(len(part.sequence_ids) for part in run_text)
     reducer = FeaturesByToken(subject.sae.W_dec.norm(dim=1), skipped)
-    total = skipped + len(sequences.ids)
+    total = skipped + len(sequences.sequence_ids)
     collect(subject, chain(run_text, parts), [reducer], total=total, label="reading your text")
     vocabulary, ids = read_vocabulary(subject.llm), sequences.tokens
     is_shown = sequences.is_text.clone()

@@ -58,7 +58,7 @@ class Reducer(Protocol):
 def excerpt(text: TokenStream, tokens: int, batch: int) -> tuple[Iterator[Sequences], int]:
     """Take the next `tokens` tokens of a text, rounded up to whole sequences, or all of a shorter
     text -> batches of `batch` sequences, and the total number of sequences."""
-    needed = -(-tokens // text.packing.width)
+    needed = -(-tokens // text.packing.window_size)
     # A text is not read twice: a repeated sequence would count as a second example. (A streamed
     # text has no `windows`: its length is unknown.)
     total = min(needed, getattr(text, "windows", needed))

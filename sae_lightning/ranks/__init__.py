@@ -9,6 +9,15 @@ ranks there are.
 
 from sae_lightning.ranks.collectives import ALONE, FOREVER, RankLost, Ranks
 from sae_lightning.ranks.process_group import connect, disconnect, world
-from sae_lightning.ranks.split import Split
+from sae_lightning.ranks.split import FeatureSplit
 
-__all__ = ["ALONE", "FOREVER", "RankLost", "Ranks", "Split", "connect", "disconnect", "world"]
+__all__ = [
+    "ALONE",
+    "FOREVER",
+    "RankLost",
+    "Ranks",
+    "FeatureSplit",
+    "connect",
+    "disconnect",
+    "world",
+]

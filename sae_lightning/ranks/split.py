@@ -12,7 +12,7 @@ from sae_lightning.ranks.collectives import ALONE, Ranks
 MESSAGE_BYTES = 1 << 26  # at most, in `gather_on_first`
 
 
-class Split:
+class FeatureSplit:
     """Round-robin split of `features` over ranks: feature i is on rank i % size, so that every
     prefix of the features is spread evenly.
 

@@ -26,7 +26,7 @@ from sae_lightning.runs.translations import translate_setting
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
 from sae_lightning.sae.controls import NOT_FOR_TRANSCODERS, Control
 from sae_lightning.stream import SOURCES, make_source
-from sae_lightning.stream.source import DataConfig, Source
+from sae_lightning.stream.source import DataConfig, DataSource
 from sae_lightning.training.logger_settings import LoggerConfig
 from sae_lightning.training.schedules import find_tuning_start
 from sae_lightning.training.settings import (
@@ -177,7 +177,7 @@ class Config:
             )
 
     @property
-    def data_source(self) -> Source:
+    def data_source(self) -> DataSource:
         """The source of activations, such as an LLM that reads text."""
         return make_source(self.llm, self.data, self.seed)
 

@@ -83,7 +83,7 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
         loss_tokens=config.eval.loss_tokens,
         ahead=config.trainer.batch,
         resumed=jobs[0].resumed,
-        own=_list_own_sites(planned),
+        own_sites=_list_own_sites(planned),
     )
     opened = config.data_source.open_data(needs)
     parts = _build_parts(planned, opened)

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
-from sae_lightning.ranks import ALONE, Ranks, Split
+from sae_lightning.ranks import ALONE, FeatureSplit, Ranks
 from sae_lightning.sae import sparse
 from sae_lightning.sae.controls import FROZEN_WEIGHTS, Control
 from sae_lightning.sae.initial import draw_directions
@@ -123,7 +123,7 @@ class SAE(nn.Module):
         self.config = config
         is_frozen = "W_enc" in FROZEN_WEIGHTS.get(config.control, ())
         encoder_norm = 1.0 if is_frozen else config.decoder_norm
-        self.split = Split(config.features, ranks)
+        self.split = FeatureSplit(config.features, ranks)
         rows = draw_directions(self.split, d_out, generator)
         rows *= config.decoder_norm / rows.norm(dim=1, keepdim=True)
         # Widths can differ in a transcoder only; its encoder directions are then drawn separately.

@@ -5,12 +5,12 @@ from itertools import pairwise
 import torch
 from torch import Generator, Tensor
 
-from sae_lightning.ranks import Split
+from sae_lightning.ranks import FeatureSplit
 
 NUMBERS_AT_ONCE = 1 << 22  # random numbers drawn at a time
 
 
-def draw_directions(split: Split, d: int, generator: Generator) -> Tensor:
+def draw_directions(split: FeatureSplit, d: int, generator: Generator) -> Tensor:
     """[own features, d]: this rank's rows of torch.randn(features, d), which is drawn in pieces and
     never held as a whole."""
     # torch draws 16 numbers at a time and, if the size is not a multiple of 16, the last 16 again:

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
-from sae_lightning.ranks import Split
+from sae_lightning.ranks import FeatureSplit
 
 COPY_COSINE = 0.9  # above this cosine two decoder rows count as copies
 MAX_LIVE_FEATURES = 16_384  # live features compared with all rows: bounds time
@@ -28,7 +28,7 @@ class Copies(NamedTuple):
 
 
 @torch.no_grad()
-def measure_copies(W_dec: Tensor, density: Tensor, split: Split | None = None) -> Copies:
+def measure_copies(W_dec: Tensor, density: Tensor, split: FeatureSplit | None = None) -> Copies:
     """Measure copies among decoder rows [features, d_out], given each feature's density: the share
     of tokens on which it fires [features]. With a `split`, W_dec has this rank's rows only."""
     live = density.nonzero().squeeze(1)
@@ -64,7 +64,7 @@ def find_nearest_cosines(W_dec: Tensor, indices: Tensor) -> Tensor:
     return nearest
 
 
-def find_nearest_on_ranks(W_dec: Tensor, indices: Tensor, split: Split) -> Tensor:
+def find_nearest_on_ranks(W_dec: Tensor, indices: Tensor, split: FeatureSplit) -> Tensor:
     """`find_nearest_cosines` for a decoder that is split over ranks, each with its own rows W_dec
     [own features, d_out]: every block of the rows in `indices` [n] is sent to all ranks, which
     compare it with their own rows."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import SpliceScores
-from sae_lightning.ranks import Split
+from sae_lightning.ranks import FeatureSplit
 from sae_lightning.sae import Output
 from sae_lightning.scoring.dominance import DominantTokens, find_dominant_tokens
 from sae_lightning.scoring.duplicates import COPY_COSINE, Copies, measure_copies
@@ -75,7 +75,7 @@ def score_saes(
     weights: Sequence[Callable[[], dict[str, Tensor]]] = (),
     *,
     fidelity: bool = False,
-    splits: Sequence[Split] = (),
+    splits: Sequence[FeatureSplit] = (),
 ) -> list[Scorecard]:
     """Score SAEs of one source and target site, given as functions of raw activations [n, d_in],
     with their decoder rows [features, d_out].
@@ -89,7 +89,7 @@ def score_saes(
     x, y = held_out.activations(source), held_out.activations(target)
     dominant = find_dominant_tokens(y)
     with torch.autocast(x.device.type, enabled=False):
-        splits = splits or [Split(len(decoder)) for decoder in decoders]
+        splits = splits or [FeatureSplit(len(decoder)) for decoder in decoders]
         features = max(split.features for split in splits)
         rows = max(1, min(MAX_TOKENS_AT_ONCE, MAX_ACTIVATIONS_AT_ONCE // features))
         errors = [
@@ -116,7 +116,7 @@ def _measure_errors(
     dominant: DominantTokens | None,
     fidelity: bool,
     rows: int,
-    split: Split,
+    split: FeatureSplit,
 ) -> tuple[Quality, FidelitySums | None, WithoutDominantTokens | None]:
     """Measure an SAE on inputs [n, d_in] and targets [n, d_out], `rows` at a time."""
     quality_sums, others_sums = QualitySums(), QualitySums()

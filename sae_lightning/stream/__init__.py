@@ -1,20 +1,20 @@
 """From text to shuffled batches of activations: text -> tokens -> rows -> pool -> batches.
 
-A kind of data is one file (its settings and a subclass of `Source`) and one entry of `SOURCES`.
+A kind of data is one file (its settings and a subclass of `DataSource`) and one entry of `SOURCES`.
 data=synthetic makes rows from known concepts, data=activations reads them from files, both without
 text or LLM.
 """
 
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.stream.activations import ActivationsSource
-from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.hub import HubSource
 from sae_lightning.stream.local import LocalSource
 from sae_lightning.stream.plays import PlaysSource
-from sae_lightning.stream.source import DataConfig, Source, TextConfig
+from sae_lightning.stream.source import DataConfig, DataSource, TextConfig
 from sae_lightning.stream.synthetic import SyntheticSource
 
-SOURCES: dict[str, type[Source]] = {
+SOURCES: dict[str, type[DataSource]] = {
     "plays": PlaysSource,
     "hub": HubSource,
     "local": LocalSource,
@@ -23,11 +23,11 @@ SOURCES: dict[str, type[Source]] = {
 }
 
 
-def make_source(llm: LLMConfig, data: DataConfig, seed: int) -> Source:
+def make_source(llm: LLMConfig, data: DataConfig, seed: int) -> DataSource:
     """Make the source that the stream half of a config describes."""
     return SOURCES[data.kind](llm, data, seed)
 
 
-def open_text(data: TextConfig) -> SplitText:
+def open_text(data: TextConfig) -> SplitDocuments:
     """Open the documents that `data` describes, without loading an LLM."""
     return make_source(LLMConfig(name="none"), data, seed=0).open_quietly()

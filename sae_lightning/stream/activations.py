@@ -137,17 +137,17 @@ class ActivationsSource(NoLLMSource):
         widths = {site: shape.width_at(site) for site in sites}
         expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)
 
-    def _open(self, sites: Sequence[Site], own: Sequence[Site]) -> tuple[dict, RowBlocks]:
+    def _open(self, sites: Sequence[Site], own_sites: Sequence[Site]) -> tuple[dict, RowBlocks]:
         with world().go_first():  # copies parquet files once per machine
             by_site = self.read_headers()
-            matrices = {site: by_site[site] for site in own}
+            matrices = {site: by_site[site] for site in own_sites}
             for matrix in matrices.values():
                 matrix.try_files()
         return matrices, self._split([by_site[site] for site in sites])
 
     def open_data(self, needs: Needs) -> OpenedData:
-        own = needs.sites if needs.own is None else needs.own
-        matrices, blocks = self._open(needs.sites, own)
+        own_sites = needs.sites if needs.own_sites is None else needs.own_sites
+        matrices, blocks = self._open(needs.sites, own_sites)
         device = pick_device(self.llm)
         rows = SavedRows(matrices, blocks, seed=self.seed, device=device)
         held_out = HeldOutRows(matrices, blocks, tokens=needs.tokens, device=device)

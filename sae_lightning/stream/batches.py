@@ -62,7 +62,7 @@ class BatchStream:
                 self._fill()
                 with record_function("pool"):
                     taken = self._pool.take(self.batch)
-            self._ids = taken.ids
+            self._ids = taken.sequence_ids
             self._served += 1  # first: a state saved at the yield continues after this batch
             yield taken.activations
 
@@ -104,8 +104,8 @@ class BatchStream:
             while len(self._pool) < self.pool_rows and self._count_missing() > 0:
                 rows = self.rows.next(self._count_missing())
                 with record_function("pool"):
-                    self._pool.add(rows.activations, rows.ids)
-                advance(len(rows.ids))
+                    self._pool.add(rows.activations, rows.sequence_ids)
+                advance(len(rows.sequence_ids))
 
     @contextmanager
     def _time(self) -> Iterator[None]:

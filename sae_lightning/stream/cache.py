@@ -54,15 +54,15 @@ class CachedRows(RowStream):
         settings: dict[str, Any],
         width: int,
         resumed: bool,
-        own: Sequence[Site] | None = None,
+        own_sites: Sequence[Site] | None = None,
     ) -> None:
         """`folder` holds the shards of one key, the hash of `settings`; `width` is that of an
         activation; a `resumed` run goes on without writing where a new one would stop with an
-        error; rows are read at the sites `own` only (None: at all)."""
+        error; rows are read at the sites `own_sites` only (None: at all)."""
         self.live = live
         self.sites, self.device, self.max_rows = live.sites, live.device, live.max_rows
         self.folder, self.settings, self.resumed = folder, settings, resumed
-        self.width, self.own = width, own or live.sites
+        self.width, self.own_sites = width, own_sites or live.sites
         itemsize = next(live.llm.model.parameters()).dtype.itemsize
         self.row_bytes = len(self.sites) * width * itemsize + 8  # for the id
         self.shards: list[Shard] = []  # in order
@@ -89,20 +89,20 @@ class CachedRows(RowStream):
         if self._position == self._stop:
             self._begin_stretch()
         rows = self._compute(remaining) if self._shard is None else self._read(self._shard)
-        if len(rows.ids) >= remaining:
+        if len(rows.sequence_ids) >= remaining:
             self._end_stretch()
             self.close()
         return rows
 
     def _read(self, shard: Shard) -> Rows:
-        rows = shard.read_batch(self._position, self.own)
+        rows = shard.read_batch(self._position, self.own_sites)
         epoch = shard.epochs[self._position - shard.first]
         if epoch > self.epoch:  # the token stream, which usually prints this, is not read
             report_epoch("the text ran out", epoch)
         self.epoch = epoch
         self._position += 1
         on_device = {site: move_to_device(x, self.device) for site, x in rows.activations.items()}
-        return Rows(on_device, rows.ids)
+        return Rows(on_device, rows.sequence_ids)
 
     def _compute(self, remaining: int) -> Rows:
         if self._stop is not None:  # from there on, a shard has the rows
@@ -111,9 +111,9 @@ class CachedRows(RowStream):
         self.epoch = self.live.epoch
         self._position += 1
         if self._buffer is not None:
-            kept = Rows({site: x.cpu() for site, x in rows.activations.items()}, rows.ids)
+            kept = Rows({site: x.cpu() for site, x in rows.activations.items()}, rows.sequence_ids)
             self._buffer.append((kept, self.epoch, self.live.tokens_crc32))
-            buffered = sum(len(kept.ids) for kept, _, _ in self._buffer)
+            buffered = sum(len(kept.sequence_ids) for kept, _, _ in self._buffer)
             if buffered * self.row_bytes >= SHARD_BYTES:
                 self._stop = self._position
         return rows

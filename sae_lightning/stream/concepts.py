@@ -14,7 +14,7 @@ GROUP_CONCEPTS = 8  # concepts that tend to fire together
 LOG_STRENGTH_STD = 0.5  # one standard deviation is a factor of 1.65
 
 
-class World(NamedTuple):
+class ConceptWorld(NamedTuple):
     """x = sum of s_i d_i over the active concepts i, with strength s_i > 0 and |d_i| = 1.
 
     Concepts are linear directions in superposition (Elhage et al. 2022, "Toy Models of
@@ -62,7 +62,7 @@ class World(NamedTuple):
         return drawn & drawn[:, self.parent]
 
 
-def make_world(
+def make_concept_world(
     *,
     concepts: int,
     dim: int,
@@ -71,14 +71,14 @@ def make_world(
     correlation: float = 0.0,
     hierarchy: float = 0.0,
     seed: int = 0,
-) -> World:
+) -> ConceptWorld:
     """Make a world with a mean of `l0` active concepts per sample. The rarest concepts, a share
     `hierarchy` of all, are children of the others."""
     generator = Generator().manual_seed(seed)
     directions = torch.randn(concepts, dim, generator=generator)
     index = torch.arange(concepts)
     parents = concepts - int(hierarchy * concepts)
-    return World(
+    return ConceptWorld(
         directions=directions / directions.norm(dim=1, keepdim=True),
         rates=make_zipf_rates(concepts, l0, zipf),
         parent=torch.where(index < parents, index, (index - parents) % parents),

@@ -20,7 +20,7 @@ SCANNED_BYTES = 1 << 20  # bytes of a document scanned at a time
 OFFLINE_PRESETS = "data=shakespeare (the packaged plays) or data=text (your own files)"
 
 
-class SplitText(NamedTuple):
+class SplitDocuments(NamedTuple):
     """Training and held-out documents; none is in both, though one may be cut in two."""
 
     train: "Dataset | IterableDataset"
@@ -39,7 +39,7 @@ class SplitText(NamedTuple):
     weight: float = 1.0
     """Share of the tokens, in a mixture."""
 
-    others: tuple["SplitText", ...] = ()
+    others: tuple["SplitDocuments", ...] = ()
     """The other texts of a mixture."""
 
 
@@ -71,7 +71,7 @@ def prepare_text_cache() -> Path:
     return folder
 
 
-def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitText:
+def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitDocuments:
     """Hold out about `share` of the text's bytes: a fixed random sample of the documents.
 
     It is the first of these whose bytes are near `share`: that share of the documents; as many as
@@ -90,12 +90,12 @@ def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitText:
     for n in (count,) if whole else (count, last + 1, last):
         if whole or lowest * held[-1] <= held[n] <= highest * held[-1]:
             # in the files' own order: reading stays sequential, shuffling comes later
-            return SplitText(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
+            return SplitDocuments(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
     row, size = int(order[last]), sizes[order[last]]
     (text,) = view_texts(column.slice(row, 1))
     cut = _cut(text, share * (held[-1] / size) - held[last] / size)
     parts = (order[last + 1 :], text[:cut]), (order[:last], text[cut:])
-    return SplitText(
+    return SplitDocuments(
         *(_append_part(data, np.sort(rows), part, f"{row} {cut}") for rows, part in parts)
     )
 

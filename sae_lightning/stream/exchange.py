@@ -28,7 +28,7 @@ def exchange_rows(
     ranks = ranks or world()
     if ranks.size == 1:
         return [rows]
-    own = sorted(wanted[ranks.rank])
+    own_sites = sorted(wanted[ranks.rank])
     sent = {tuple(sorted(sites)) for sites in wanted if rows and sites}
     stacks = {sites: torch.stack([rows[site] for site in sites]) for sites in sent}
     outgoing = [
@@ -36,12 +36,14 @@ def exchange_rows(
         for other, sites in enumerate(wanted)
     ]
     incoming = [
-        None if other == ranks.rank else like.new_empty(len(own), count, like.shape[-1])
+        None if other == ranks.rank else like.new_empty(len(own_sites), count, like.shape[-1])
         for other, count in enumerate(counts)
     ]
     ranks.exchange(outgoing, incoming)
     return [
-        {site: rows[site] for site in own} if x is None else dict(zip(own, x, strict=True))
+        {site: rows[site] for site in own_sites}
+        if x is None
+        else dict(zip(own_sites, x, strict=True))
         for x in incoming
     ]
 

@@ -17,7 +17,7 @@ from sae_lightning.llm.placement import find_row_device
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import SpliceBaseline, SpliceScores, score_baseline, score_splices
 from sae_lightning.llm.vocabulary import find_special_ids
-from sae_lightning.ranks import ALONE, Split, world
+from sae_lightning.ranks import ALONE, FeatureSplit, world
 from sae_lightning.stream.exchange import apply_together, exchange_rows
 from sae_lightning.stream.packing import HeldOutStream, read_ids
 from sae_lightning.stream.rows import compute_medians, find_usual_rows
@@ -47,20 +47,20 @@ class HeldOut(HeldOutData):
         batch: int,
         keep_special: bool = False,
         max_norm: float | None = None,
-        own: Sequence[Site] | None = None,
+        own_sites: Sequence[Site] | None = None,
     ):
         """Holds `tokens` tokens, rounded up to whole sequences, or fewer if the text is short. The
         LLM's loss is measured on `loss_tokens` of them, spread evenly (0: not measured). A forward
-        pass takes `batch` sequences. This rank keeps the activations at the sites `own` only (None:
-        at all `sites`)."""
-        self.own = set(sites if own is None else own)
+        pass takes `batch` sequences. `own_sites`: those whose activations this rank keeps (None:
+        all `sites`)."""
+        self.own_sites = set(sites if own_sites is None else own_sites)
         self.llm, self.sites, self.batch, self.max_norm = llm, sites, batch, max_norm
-        chosen = text.pick_sequences(-(-tokens // text.packing.width))
+        chosen = text.pick_sequences(-(-tokens // text.packing.window_size))
         self.tokens = read_ids(chosen)  # [sequences, context]
         dropped = torch.tensor([] if keep_special else find_special_ids(llm.tokenizer))
         self._keep = ~torch.isin(self.tokens, dropped) & (chosen >= 0)
         self._keep[:, 0] = False
-        count = min(len(self.tokens), -(-loss_tokens // text.packing.width))
+        count = min(len(self.tokens), -(-loss_tokens // text.packing.window_size))
         # indices of sequences
         self._loss_sequences = torch.linspace(0, len(self.tokens) - 1, count).round().long()
         self._rows: dict[Site, Tensor] | None = None  # {site: [n, d]}, once they are read
@@ -105,8 +105,8 @@ class HeldOut(HeldOutData):
         batches = list(
             zip(self.tokens.split(self.batch), self._keep.split(self.batch), strict=True)
         )
-        rows: dict[Site, list[Tensor]] = {site: [] for site in self.sites if site in self.own}
-        wanted = ranks.gather_values(self.own)
+        rows: dict[Site, list[Tensor]] = {site: [] for site in self.sites if site in self.own_sites}
+        wanted = ranks.gather_values(self.own_sites)
         width = model.config.get_text_config().hidden_size
         like = torch.empty(0, width, dtype=model.dtype, device=find_row_device(model))
         with phase("reading held-out text", total=len(self.tokens)) as advance:
@@ -145,7 +145,7 @@ class HeldOut(HeldOutData):
     def _compute_mean(self, target: Site) -> Tensor:
         """Mean activation [d] at `target`, from a rank that keeps these activations."""
         mean = None
-        if target in self.own:
+        if target in self.own_sites:
             mean = self.activations(target).cpu().double().mean(dim=0).float()
         return next(x for x in world().gather_values(mean) if x is not None)
 
@@ -156,7 +156,7 @@ class HeldOut(HeldOutData):
         saes: Sequence[Callable[[Tensor], Any]],
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
-        splits: Sequence[Split] = (),
+        splits: Sequence[FeatureSplit] = (),
         means: Sequence[Tensor] = (),
     ) -> list[SpliceScores | None]:
         """Measure the LLM's loss with each SAE's reconstruction in place of `target`; `weights` are

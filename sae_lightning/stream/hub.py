@@ -10,7 +10,7 @@ from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.stream.documents import (
     OFFLINE_PRESETS,
     Documents,
-    SplitText,
+    SplitDocuments,
     keep_text_column,
     summarise_cause,
 )
@@ -95,24 +95,24 @@ class HubSource(TextSource):
     data: HubConfig
     settings = HubConfig
 
-    def open_documents(self) -> SplitText:
+    def open_documents(self) -> SplitDocuments:
         config = self.data
         where = f"data.name={config.name}"
         if config.held_out_split is not None:
             parts = (_open_split(config, name) for name in (config.split, config.held_out_split))
-            return SplitText(*parts, where)
+            return SplitDocuments(*parts, where)
         n = config.held_out_documents or HELD_OUT_DOCUMENTS
         data = _open_split(config, config.split)
         if config.streaming:
             # take() and skip() come before any shuffling and fix the order of the files, so the
             # first n documents are the same in every epoch
-            return SplitText(data.skip(n), data.take(n), where)
+            return SplitDocuments(data.skip(n), data.take(n), where)
         if n >= len(data):
             raise UserError(
                 f"data.held_out_documents={n} leaves nothing to train on: "
                 f"split {config.split} has {len(data)} documents"
             )
-        return SplitText(data.select(range(n, len(data))), data.select(range(n)), where)
+        return SplitDocuments(data.select(range(n, len(data))), data.select(range(n)), where)
 
     def open_labelled(self, label: str) -> Documents:
         return _load_split(self.data, self.data.split)

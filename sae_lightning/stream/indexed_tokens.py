@@ -25,7 +25,7 @@ class IndexedTokens(TokenStream):
         if not len(flat):
             raise UserError(NO_TOKENS)
         self.flat, self.packing, self.seed = flat, packing, seed
-        self.windows = -(-len(flat) // packing.width)
+        self.windows = -(-len(flat) // packing.window_size)
         self._fingerprint = ""
         self._begin(1)
 
@@ -45,8 +45,8 @@ class IndexedTokens(TokenStream):
             if self.cursor == self.windows:
                 report_epoch(f"the text ran out after {len(self.flat):,} tokens", self.epoch + 1)
                 self._begin(self.epoch + 1)
-            start = self._order[self.cursor] * self.packing.width
-            windows.append(self.flat.slice(start, self.packing.width).to_numpy())
+            start = self._order[self.cursor] * self.packing.window_size
+            windows.append(self.flat.slice(start, self.packing.window_size).to_numpy())
             ids.append(self.served)
             self.cursor += 1
         return self.packing.pack_sequences(windows, torch.tensor(ids, dtype=torch.int64))

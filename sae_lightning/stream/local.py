@@ -13,7 +13,7 @@ from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.stream.chat_files import copy_chats
 from sae_lightning.stream.documents import (
     Documents,
-    SplitText,
+    SplitDocuments,
     concerns_copy,
     hold_out,
     keep_text_column,
@@ -103,7 +103,7 @@ class LocalSource(TextSource):
         if self.data.chat:
             ChatEncoder(load_tokenizer(self.llm), bool(self.data.assistant_only))
 
-    def open_documents(self) -> SplitText:
+    def open_documents(self) -> SplitDocuments:
         if not self.data.weights:
             return _open_split(self.data)
         self._check_files()
@@ -145,7 +145,7 @@ class LocalSource(TextSource):
         return [replace(self.data, path=path, weights={}) for path in paths]
 
 
-def _open_split(config: LocalConfig) -> SplitText:
+def _open_split(config: LocalConfig) -> SplitDocuments:
     """Open the text of `config`, and hold out a part of it."""
     documents = _load_table(config)
     if config.chat:

@@ -7,10 +7,10 @@ from typing import Any
 from sae_lightning.errors import UserError
 from sae_lightning.llm.load import NO_LLM, Dtype, LLMConfig
 from sae_lightning.llm.sites import LayerConfig, Site
-from sae_lightning.stream.source import Source
+from sae_lightning.stream.source import DataSource
 
 
-class NoLLMSource(Source):
+class NoLLMSource(DataSource):
     """Activations without an LLM and without text."""
 
     has_llm = False

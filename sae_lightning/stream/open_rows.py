@@ -42,11 +42,11 @@ def open_rows(
     sites: Sequence[Site],
     resumed: bool = False,
     ahead: int = 0,
-    own: Sequence[Site] | None = None,
+    own_sites: Sequence[Site] | None = None,
 ) -> RowStream:
     """Open the rows at `sites`: from the LLM, or from the cache if `data.cache` is set.
 
-    With several ranks, which run the LLM in turn, this one gets the rows at its `own` sites.
+    With several ranks, which run the LLM in turn, this one gets the rows at its `own_sites` sites.
 
     On a GPU `ahead` rows are prefetched while SAEs train, but not with a cache, whose writes wait
     for the LLM anyway. UserError: no disk space for the cache of a run that is not `resumed`.
@@ -60,14 +60,14 @@ def open_rows(
         rows = LLMRows(llm, tokens, sites, **settings)
     else:
         writes = data.cache and world().is_first  # the cache needs all sites
-        rows = SharedRows(llm, tokens, sites, own=sites if writes else own, **settings)
+        rows = SharedRows(llm, tokens, sites, own_sites=sites if writes else own_sites, **settings)
     if not data.cache:
         return PrefetchedRows(rows, ahead) if ahead and rows.device.type == "cuda" else rows
     identity = identify_rows(config, data, seed, rows)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     width = llm.model.config.get_text_config().hidden_size
     folder = pick_cache_folder(data.cache_folder) / key
-    return CachedRows(rows, folder, identity, width, resumed, own)
+    return CachedRows(rows, folder, identity, width, resumed, own_sites)
 
 
 def pick_cache_folder(chosen: str | None) -> Path:

@@ -37,7 +37,7 @@ class Sequences(NamedTuple):
     is_text: Tensor
     """[n, context] bool; false for BOS in column 0, padding, and tokens that are not trained on."""
 
-    ids: Tensor
+    sequence_ids: Tensor
     """[n] int64; a number that is unique within the run."""
 
     def mark_kept(self, dropped: Tensor) -> Tensor:
@@ -58,12 +58,12 @@ class Packing(NamedTuple):
     """Id after every document, and in the padding of an epoch's last sequence."""
 
     @property
-    def width(self) -> int:
+    def window_size(self) -> int:
         """Tokens of text in a sequence."""
         return self.context - 1
 
     def pack(self, windows: list[np.ndarray]) -> Tensor:
-        """Put BOS before each window of at most `width` tokens -> [n, context] int64."""
+        """Put BOS before each window of at most `window_size` tokens -> [n, context] int64."""
         rows = np.full((len(windows), self.context), self.separator, dtype=np.int64)
         rows[:, 0] = self.bos
         for row, window in zip(rows, windows, strict=True):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.documents import SplitText, make_documents
+from sae_lightning.stream.documents import SplitDocuments, make_documents
 from sae_lightning.stream.source import TextConfig
 from sae_lightning.stream.text_source import TextSource
 
@@ -35,7 +35,7 @@ class PlaysSource(TextSource):
     settings = PlaysConfig
     labels = ("genre", "play", "speaker")
 
-    def open_documents(self) -> SplitText:
+    def open_documents(self) -> SplitDocuments:
         plays = {file.stem: file for file in find_plays()}
         wanted = self.data.held_out
         if unknown := [name for name in wanted if name not in plays]:
@@ -48,7 +48,7 @@ class PlaysSource(TextSource):
         if not len(train):
             raise UserError("data.held_out names every play; leave some to train on")
         held_out = [f.read_text("utf-8") for name, f in plays.items() if name in wanted]
-        return SplitText(train, make_documents(held_out))
+        return SplitDocuments(train, make_documents(held_out))
 
 
 def find_plays() -> list[Path]:

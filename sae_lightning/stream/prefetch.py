@@ -47,11 +47,13 @@ class PrefetchedRows(RowStream):
 
     def next(self, remaining: int) -> Rows:
         """Return the rows of the next LLM batch, and start on the following ones."""
-        left = remaining - sum(len(batch.rows.ids) for batch in self._waiting)
+        left = remaining - sum(len(batch.rows.sequence_ids) for batch in self._waiting)
         if not self._waiting:
             left -= self._begin(left)
         rows, _, self.epoch, done = self._waiting.popleft()
-        while left > 0 and sum(len(batch.rows.ids) for batch in self._waiting) < self.ahead:
+        while (
+            left > 0 and sum(len(batch.rows.sequence_ids) for batch in self._waiting) < self.ahead
+        ):
             left -= self._begin(left)
         if done is not None:
             # Wait for this batch only: the whole stream includes batches started after it.
@@ -68,7 +70,7 @@ class PrefetchedRows(RowStream):
             rows = self.inner.next(remaining)
             done = self._stream.record_event() if self._stream else None
         self._waiting.append(_Prefetched(rows, before, self.inner.epoch, done))
-        return len(rows.ids)
+        return len(rows.sequence_ids)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of `inner` before the prefetched rows."""

@@ -45,7 +45,7 @@ class Recovery(NamedTuple):
     for classes without one), in weights that take raw activations. NaN if none are recovered."""
 
 
-WORLD_METRICS = {"concept_overlap", "projection_readout"}
+CONCEPT_METRICS = {"concept_overlap", "projection_readout"}
 """Fields of `Recovery` that depend on the concepts alone, not on the SAE."""
 
 

@@ -43,7 +43,7 @@ class Selected(NamedTuple):
     positions: Tensor
     """[rows] indices into the flattened tokens."""
 
-    ids: Tensor
+    sequence_ids: Tensor
     """[rows] id of the sequence that each row comes from."""
 
 
@@ -71,7 +71,7 @@ class LLMRows(RowStream):
             str(site) for site in self.sites if measure_branch_scale(llm.model, site) != 1
         ]
         self.device = find_row_device(llm.model)
-        self.max_rows = batch * tokens.packing.width
+        self.max_rows = batch * tokens.packing.window_size
         self.llm_batches = 0  # served so far
         self.tokens_crc32 = 0  # of the last LLM batch
         self.llm_seconds = 0.0
@@ -88,13 +88,16 @@ class LLMRows(RowStream):
         """Run a whole LLM batch, whatever `remaining` is; its rows are on the LLM's device."""
         selected = self.select_tokens()
         rows = self.run_llm(selected)
-        if self.max_norm is not None and len(selected.ids):
+        if self.max_norm is not None and len(selected.sequence_ids):
             # The medians of the first LLM batch serve the whole run.
             self._medians = self._medians or compute_medians(rows)
             kept = self.find_usual(rows)
-            rows, selected = keep_rows(rows, kept), selected._replace(ids=selected.ids[kept])
-        self.check_not_empty(len(selected.ids))
-        return Rows(rows, selected.ids)
+            rows, selected = (
+                keep_rows(rows, kept),
+                selected._replace(sequence_ids=selected.sequence_ids[kept]),
+            )
+        self.check_not_empty(len(selected.sequence_ids))
+        return Rows(rows, selected.sequence_ids)
 
     def select_tokens(self) -> Selected:
         """Read the sequences of the next LLM batch and select tokens, without running the LLM."""
@@ -102,7 +105,7 @@ class LLMRows(RowStream):
             sequences = self.read_sequences()
             keep = sequences.mark_kept(self._dropped)  # [n, context]
             positions = keep.flatten().nonzero().squeeze(1)
-            ids = sequences.ids.repeat_interleave(keep.sum(1))
+            ids = sequences.sequence_ids.repeat_interleave(keep.sum(1))
         return Selected(sequences.tokens, positions, ids)
 
     def run_llm(self, selected: Selected) -> dict[Site, Tensor]:

@@ -116,11 +116,15 @@ def write_shard(
 ) -> Shard:
     """Write the rows of LLM batches (tensors on the CPU), the row stream's `state` before them
     and, for each batch, the epoch after it and the crc32 of its tokens (`texts`)."""
-    tensors = {"ids": torch.cat([batch.ids for batch in batches])}
+    tensors = {"ids": torch.cat([batch.sequence_ids for batch in batches])}
     for site in batches[0].activations:
         tensors[str(site)] = torch.cat([batch.activations[site] for batch in batches])
     tensors |= {name: x for name, x in state["tokens"].items() if isinstance(x, Tensor)}
-    about = {"rows": [len(batch.ids) for batch in batches], "epochs": epochs, "texts": texts}
+    about = {
+        "rows": [len(batch.sequence_ids) for batch in batches],
+        "epochs": epochs,
+        "texts": texts,
+    }
     header = json.dumps(about | {"state": state}, default=lambda tensor: None)
     path = folder / f"{state['llm_batches']:08d}{SHARD_SUFFIX}"
     with write_atomically(path) as temporary:

@@ -35,10 +35,10 @@ class SharedRows(LLMRows):
     are computed but not served yet are computed again after a resume.
     """
 
-    def __init__(self, *args: Any, own: Sequence[Site], **options: Any) -> None:
-        """`own`: the sites whose rows this rank needs; the rest is as in `LLMRows`."""
+    def __init__(self, *args: Any, own_sites: Sequence[Site], **options: Any) -> None:
+        """`own_sites`: the sites whose rows this rank needs; the rest is as in `LLMRows`."""
         super().__init__(*args, **options)
-        self._wanted = world().gather_values(set(own))
+        self._wanted = world().gather_values(set(own_sites))
         self._waiting: deque[_Computed] = deque()
         self._epoch = super().epoch
         model = self.llm.model
@@ -56,7 +56,7 @@ class SharedRows(LLMRows):
         computed = self._waiting.popleft()
         self.llm_batches += 1
         self.tokens_crc32, self._epoch = computed.crc32, computed.epoch
-        self.check_not_empty(len(computed.rows.ids))
+        self.check_not_empty(len(computed.rows.sequence_ids))
         return computed.rows
 
     def _compute_round(self, remaining: int) -> None:
@@ -67,24 +67,24 @@ class SharedRows(LLMRows):
             before.append(super().state_dict())
             chosen.append(self.select_tokens())
             ends.append((self.tokens.epoch, self.tokens_crc32))
-            remaining -= len(chosen[-1].ids)
+            remaining -= len(chosen[-1].sequence_ids)
         self.llm_batches = served
-        own = self.run_llm(chosen[ranks.rank]) if ranks.rank < len(chosen) else {}
-        ids = [selected.ids for selected in chosen]
+        own_rows = self.run_llm(chosen[ranks.rank]) if ranks.rank < len(chosen) else {}
+        ids = [selected.sequence_ids for selected in chosen]
         if self.max_norm is not None and any(map(len, ids)):
             if self._medians is None:  # of the first LLM batch with rows
                 first = next(rank for rank, batch_ids in enumerate(ids) if len(batch_ids))
-                computed = compute_medians(own) if ranks.rank == first else None
+                computed = compute_medians(own_rows) if ranks.rank == first else None
                 self._medians = ranks.gather_values(computed)[first]
                 medians = {str(site): median for site, median in self._medians.items()}
                 after = [state | {"medians": medians} for state in before[first + 1 :]]
                 before = before[: first + 1] + after
-            kept = self.find_usual(own) if own else torch.empty(0, dtype=torch.int64)
-            own = keep_rows(own, kept)
+            kept = self.find_usual(own_rows) if own_rows else torch.empty(0, dtype=torch.int64)
+            own_rows = keep_rows(own_rows, kept)
             all_kept = ranks.gather_values(kept)
             ids = [batch_ids[kept] for batch_ids, kept in zip(ids, all_kept, strict=False)]
         rows = exchange_rows(
-            own, [len(batch_ids) for batch_ids in ids], self._wanted, self._no_rows
+            own_rows, [len(batch_ids) for batch_ids in ids], self._wanted, self._no_rows
         )
         for part, batch_ids, state, end in zip(rows, ids, before, ends, strict=True):
             self._waiting.append(_Computed(Rows(part, batch_ids), state, *end))

@@ -12,7 +12,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLM, Dtype, LLMConfig, pick_device, pick_dtype
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, Site, SitePair
-from sae_lightning.ranks import Split
+from sae_lightning.ranks import FeatureSplit
 from sae_lightning.stream.local_files import make_absolute
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
     activations: dict[Site, Tensor]
     """{site: [n, d]}; row i is the same token at every site."""
-    ids: Tensor
+    sequence_ids: Tensor
     """[n] int64 on the CPU; the sequence that each row came from."""
 
 
@@ -136,7 +136,7 @@ class TextConfig(DataConfig):
 class HeldOutData(Protocol):
     """Activations that training never sees, on which SAEs are measured."""
 
-    noun: ClassVar[str]  # as in `Source`
+    noun: ClassVar[str]  # as in `DataSource`
 
     def activations(self, site: Site) -> Tensor:
         """Return the activations [n, d] at `site`."""
@@ -149,7 +149,7 @@ class HeldOutData(Protocol):
         saes: Sequence[Callable[[Tensor], Any]],
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
-        splits: Sequence[Split],
+        splits: Sequence[FeatureSplit],
         means: Sequence[Tensor] = (),
     ) -> list[Any]:
         """Measure SAEs, which map [n, d_in] of `source` to [n, d_out] of `target`, on `rows` tokens
@@ -176,7 +176,7 @@ class Needs(NamedTuple):
     """Rows to prefetch while SAEs train."""
     resumed: bool = False
     """Whether the run goes on without a cache if the disk has no space for it."""
-    own: Sequence[Site] | None = None
+    own_sites: Sequence[Site] | None = None
     """With several ranks, the sites whose rows this one needs (None: all)."""
 
 
@@ -204,7 +204,7 @@ class DataMemory(NamedTuple):
     """Elements held for each SAE while it is evaluated."""
 
 
-class Source(ABC):
+class DataSource(ABC):
     """A kind of data, as the stream half of a config describes it: an entry of `SOURCES`."""
 
     settings: ClassVar[type[DataConfig]]

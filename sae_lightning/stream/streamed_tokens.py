@@ -90,12 +90,12 @@ class StreamedTokens(TokenStream):
         return True
 
     def next_window(self) -> np.ndarray | None:
-        """The next window [<= width] of this epoch; the last may be short; None at its end."""
-        while len(self.carry) < self.packing.width and self._tokenise_more():
+        """The next window [<= window_size] of this epoch, the last one perhaps short; None at the end."""
+        while len(self.carry) < self.packing.window_size and self._tokenise_more():
             pass
         if not len(self.carry):
             return None
-        window, self.carry = np.split(self.carry, [self.packing.width])
+        window, self.carry = np.split(self.carry, [self.packing.window_size])
         return window
 
     def next(self, n: int) -> Sequences:

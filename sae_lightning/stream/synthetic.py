@@ -15,10 +15,15 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.load import LLM, pick_device
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, Site
-from sae_lightning.ranks import Split
-from sae_lightning.stream.concepts import MAX_RATE, World, make_world, make_zipf_rates
+from sae_lightning.ranks import FeatureSplit
+from sae_lightning.stream.concepts import (
+    MAX_RATE,
+    ConceptWorld,
+    make_concept_world,
+    make_zipf_rates,
+)
 from sae_lightning.stream.no_llm import NoLLMSource
-from sae_lightning.stream.recovery import WORLD_METRICS, Recovery, measure_recovery
+from sae_lightning.stream.recovery import CONCEPT_METRICS, Recovery, measure_recovery
 from sae_lightning.stream.source import (
     DataConfig,
     DataMemory,
@@ -37,7 +42,7 @@ MAX_CONCEPTS = 8192
 
 @dataclass(slots=True, kw_only=True)
 class SyntheticConfig(DataConfig):
-    """Sparse sums of known concepts instead of an LLM's activations (see `concepts.World`)."""
+    """Sparse sums of known concepts instead of an LLM's activations (see `ConceptWorld`)."""
 
     kind: str = "synthetic"
 
@@ -110,9 +115,9 @@ class SyntheticConfig(DataConfig):
             )
 
 
-def open_world(data: SyntheticConfig) -> World:
+def open_concept_world(data: SyntheticConfig) -> ConceptWorld:
     """Make the world of concepts that `data` describes."""
-    return make_world(
+    return make_concept_world(
         concepts=data.concepts,
         dim=data.dim,
         l0=data.l0,
@@ -136,7 +141,7 @@ class ConceptRows(RowStream):
     """
 
     def __init__(
-        self, world: World, sites: Sequence[Site], *, seed: int, device: torch.device | str
+        self, world: ConceptWorld, sites: Sequence[Site], *, seed: int, device: torch.device | str
     ) -> None:
         self.world, self.sites, self.device = world, tuple(sites), torch.device(device)
         self.max_rows = SAMPLED_ROWS
@@ -168,7 +173,9 @@ class HeldOutConcepts(HeldOutData):
 
     noun = "samples"
 
-    def __init__(self, world: World, *, seed: int, tokens: int, device: torch.device | str) -> None:
+    def __init__(
+        self, world: ConceptWorld, *, seed: int, tokens: int, device: torch.device | str
+    ) -> None:
         """Draw `tokens` samples with the world's `seed`: all runs in that world share them."""
         self.world = world
         generator = make_generator("held out", seed)
@@ -188,7 +195,7 @@ class HeldOutConcepts(HeldOutData):
         saes: Sequence[Callable[[Tensor], Any]],
         weights: Sequence[Callable[[], dict[str, Tensor]]],
         rows: int,
-        splits: Sequence[Split],
+        splits: Sequence[FeatureSplit],
         means: Sequence[Tensor] = (),
     ) -> list[Recovery]:
         return [
@@ -199,14 +206,14 @@ class HeldOutConcepts(HeldOutData):
         ]
 
     def _encode(
-        self, sae: Callable[[Tensor], Any], rows: int, split: Split
+        self, sae: Callable[[Tensor], Any], rows: int, split: FeatureSplit
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield activations, concept strengths and features [rows, ...] of all samples."""
         for x, strengths in zip(self._x.split(rows), self.strengths.split(rows), strict=True):
             yield x.cpu(), strengths, split.join(sae(x).features.cpu().T).T
 
 
-def _join_weights(weights: dict[str, Tensor], split: Split) -> dict[str, Tensor]:
+def _join_weights(weights: dict[str, Tensor], split: FeatureSplit) -> dict[str, Tensor]:
     """The weights that `measure_recovery` reads, gathered from all ranks: data of few concepts
     needs so few features that all of them fit on one rank."""
     dims = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
@@ -224,7 +231,7 @@ class SyntheticSource(NoLLMSource):
     settings = SyntheticConfig
     noun, where = "samples", "data=synthetic"
     origin, fits_text = "synthetic concepts", False
-    metrics = frozenset(Recovery._fields) - WORLD_METRICS
+    metrics = frozenset(Recovery._fields) - CONCEPT_METRICS
     headline = "recovered"
 
     def check_settings(self, layer: LayerConfig) -> None:
@@ -251,7 +258,9 @@ class SyntheticSource(NoLLMSource):
 
     def open_data(self, needs: Needs) -> OpenedData:
         device = pick_device(self.llm)
-        rows = ConceptRows(open_world(self.data), needs.sites, seed=self.seed, device=device)
+        rows = ConceptRows(
+            open_concept_world(self.data), needs.sites, seed=self.seed, device=device
+        )
         return OpenedData(rows, self.open_held_out(*needs[:3]), self._describe())
 
     def open_held_out(
@@ -261,7 +270,7 @@ class SyntheticSource(NoLLMSource):
         loss_tokens: int,
         opened: tuple[LLM, SplitTokens] | None = None,
     ) -> HeldOutConcepts:
-        world = open_world(self.data)
+        world = open_concept_world(self.data)
         return HeldOutConcepts(
             world, seed=self.data.seed, tokens=tokens, device=pick_device(self.llm)
         )

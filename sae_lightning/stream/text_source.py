@@ -29,10 +29,10 @@ from sae_lightning.llm.sites import LayerConfig, Site, SitePair, find_module_pat
 from sae_lightning.llm.splice import LOGIT_ROWS, SpliceBaseline, SpliceScores
 from sae_lightning.llm.vocabulary import find_bos_id
 from sae_lightning.ranks import world
-from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.open_rows import open_rows, pick_cache_folder
-from sae_lightning.stream.source import DataMemory, Needs, OpenedData, Source, TextConfig
+from sae_lightning.stream.source import DataMemory, DataSource, Needs, OpenedData, TextConfig
 from sae_lightning.stream.states import expect, expect_rows, expect_stream
 from sae_lightning.stream.tokens import SplitTokens, open_tokens
 from sae_lightning.stream.tuning_text import TuningText
@@ -40,7 +40,7 @@ from sae_lightning.stream.tuning_text import TuningText
 EAGER_CONTEXT = 256  # tokens; longer contexts take too much memory with eager attention
 
 
-class TextSource(Source):
+class TextSource(DataSource):
     """Text that an LLM reads; a subclass defines how documents are opened."""
 
     data: TextConfig
@@ -50,13 +50,13 @@ class TextSource(Source):
     headline = "ce_recovered"
 
     @abstractmethod
-    def open_documents(self) -> SplitText:
+    def open_documents(self) -> SplitDocuments:
         """Open training and held-out documents, reading as little of them as possible.
 
         UserError: nothing there, no such column, hub out of reach, package not installed.
         """
 
-    def open_quietly(self) -> SplitText:
+    def open_quietly(self) -> SplitDocuments:
         """Call `open_documents` with the messages of libraries muted."""
         with mute_libraries():
             return self.open_documents()
@@ -146,10 +146,10 @@ class TextSource(Source):
         expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)
 
     def open_data(self, needs: Needs) -> OpenedData:
-        sites, tokens, loss_tokens, ahead, resumed, own = needs
+        sites, tokens, loss_tokens, ahead, resumed, own_sites = needs
         llm, text = opened = self.open_llm(self._count_blocks(sites, loss_tokens))
         rows = open_rows(
-            self.llm, self.data, self.seed, llm, text.train, sites, resumed, ahead, own
+            self.llm, self.data, self.seed, llm, text.train, sites, resumed, ahead, own_sites
         )
         about = {"LLM": f"{self.llm.name}, {self.llm.dtype.name} on {rows.device}"}
         if llm.tokenizer.lacks_bos_and_eos:
@@ -158,7 +158,7 @@ class TextSource(Source):
                 f"the tokenizer names none: {bos} opens sequences and {separator} ends documents "
                 "(others: llm.bos, llm.separator)"
             )
-        held_out = self.open_held_out(sites, tokens, loss_tokens, opened, own)
+        held_out = self.open_held_out(sites, tokens, loss_tokens, opened, own_sites)
         # a module returns another activation than its site's if the block scales it afterwards
         unscaled = [site for site in sites if measure_branch_scale(llm.model, site) == 1]
         tuning_text = TuningText(
@@ -178,7 +178,7 @@ class TextSource(Source):
         tokens: int,
         loss_tokens: int,
         opened: tuple[LLM, SplitTokens] | None = None,
-        own: Sequence[Site] | None = None,
+        own_sites: Sequence[Site] | None = None,
     ) -> HeldOut:
         llm, text = opened or self.open_llm(self._count_blocks(sites, loss_tokens))
         return HeldOut(
@@ -190,7 +190,7 @@ class TextSource(Source):
             max_norm=self.data.max_norm,
             batch=self.llm.batch,
             keep_special=self.data.keep_special,
-            own=own,
+            own_sites=own_sites,
         )
 
     def open_llm(self, blocks: int | None = None) -> tuple[LLM, SplitTokens]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_lightning.errors import UserError
 from sae_lightning.llm.chat import ChatEncoder
 from sae_lightning.llm.vocabulary import check_ids, find_bos_id, find_separator_id
-from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.flat import tokenise_indexed
 from sae_lightning.stream.indexed_tokens import IndexedTokens
 from sae_lightning.stream.mixture import mix_texts
@@ -45,7 +45,7 @@ class HeldOutTokens(HeldOutStream):
                 self.data, self.tokenizer, separator, "held-out text", self.chat
             )
             _check_flat(self.tokenizer, flat, self.where)
-            width, count = self.packing.width, max(1, len(flat) // self.packing.width)
+            width, count = self.packing.window_size, max(1, len(flat) // self.packing.window_size)
             chosen = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
             windows = [flat.slice(n * width, width).to_numpy() for n in chosen if len(flat)]
         else:
@@ -56,7 +56,7 @@ class HeldOutTokens(HeldOutStream):
                 "data: no text is held out for evaluation; raise the held-out part "
                 "(data.held_out, data.held_out_split or data.held_out_documents)"
             )
-        full = [window for window in windows if len(window) == self.packing.width]
+        full = [window for window in windows if len(window) == self.packing.window_size]
         return self.packing.pack(full or windows)[:, : 1 + len((full or windows)[0])]
 
 
@@ -67,8 +67,8 @@ class SplitTokens(NamedTuple):
     held_out: HeldOutStream
 
 
-def open_tokens(text: SplitText, tokenizer: Any, *, context: int, seed: int) -> SplitTokens:
-    """Tokenise an opened `SplitText` into training and held-out sequences of `context` tokens.
+def open_tokens(text: SplitDocuments, tokenizer: Any, *, context: int, seed: int) -> SplitTokens:
+    """Tokenise an opened `SplitDocuments` into training and held-out sequences of `context` tokens.
 
     An indexed training text is tokenised right away, a streamed one as it is read.
     UserError: the text holds no token, or one that the LLM does not know.

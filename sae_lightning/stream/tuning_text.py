@@ -51,7 +51,7 @@ class TuningText:
     def run_update(self, first: int, update: int, tokens: int) -> list[CleanRun]:
         """Run the LLM on the sequences of an `update`, about `tokens` tokens, for SAEs whose first
         such update is `first`."""
-        sequences = self._read(first, update, -(-tokens // self.tokens.packing.width))
+        sequences = self._read(first, update, -(-tokens // self.tokens.packing.window_size))
         keep = sequences.mark_kept(self._dropped)
         parts = zip(sequences.tokens.split(self.batch), keep.split(self.batch), strict=True)
         model = self.llm.model

@@ -14,8 +14,8 @@ from sae_lightning.llm.sites import Kind, Site, SitePair
 from sae_lightning.llm.splice import SpliceScores
 from sae_lightning.sae import ARCHITECTURES, SAE, SAEConfig, build_sae
 from sae_lightning.scoring.scorecard import score_saes
-from sae_lightning.stream.concepts import make_world
-from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.concepts import make_concept_world
+from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.stream.tokens import open_tokens
@@ -45,7 +45,7 @@ def held_out(tiny):
 
     text = Dataset.from_dict({"text": ["seven wizards mix a potion over the lazy dog " * 20]})
     llm = tiny("llama")
-    tokens = open_tokens(SplitText(text, text), llm.tokenizer, context=16, seed=0)
+    tokens = open_tokens(SplitDocuments(text, text), llm.tokenizer, context=16, seed=0)
     return HeldOut(llm, tokens.held_out, [SITES.source], tokens=200, loss_tokens=100, batch=4)
 
 
@@ -194,7 +194,7 @@ def test_silent_features_are_counted_in_the_caption(held_out):
 
 
 def test_synthetic_concepts_are_scored_without_an_llm():
-    world = make_world(concepts=8, dim=8, l0=1.0, seed=0)
+    world = make_concept_world(concepts=8, dim=8, l0=1.0, seed=0)
     held_out = HeldOutConcepts(world, seed=0, tokens=500, device="cpu")
     result = evaluate(both_signs(8), held_out, SITES)
     found = result.to_dict()

@@ -24,7 +24,7 @@ from sae_lightning.llm.vocabulary import (
     read_vocabulary,
 )
 from sae_lightning.stream import make_source
-from sae_lightning.stream.documents import SplitText, make_documents
+from sae_lightning.stream.documents import SplitDocuments, make_documents
 from sae_lightning.stream.local import LocalConfig
 from sae_lightning.stream.tokens import open_tokens
 
@@ -181,7 +181,7 @@ def test_a_text_that_needs_a_token_without_a_row_is_refused(larger, part, stream
     beyond = make_documents(["the fox " * 40, "the x15y fox"])
     if streamed:
         ordinary, beyond = ordinary.to_iterable_dataset(), beyond.to_iterable_dataset()
-    text = SplitText(ordinary, ordinary, "data.path=a")._replace(**{part: beyond})
+    text = SplitDocuments(ordinary, ordinary, "data.path=a")._replace(**{part: beyond})
     with pytest.raises(UserError, match=f"^data.path=a: {MISSING}"):
         found = open_tokens(text, tokenizer, context=8, seed=0)
         found.train.next(100)
@@ -192,7 +192,7 @@ def test_a_text_that_needs_a_token_without_a_row_is_refused(larger, part, stream
 
 def test_a_token_without_a_row_that_no_text_needs_is_no_matter(larger):
     tokenizer, text = load_tokenizer(larger), make_documents(["the quick fox " * 40] * 9)
-    open_tokens(SplitText(text, text), tokenizer, context=8, seed=0).train.next(100)
+    open_tokens(SplitDocuments(text, text), tokenizer, context=8, seed=0).train.next(100)
     assert find_special_ids(tokenizer) == [0, 1]
     assert len(read_vocabulary(load_llm(larger))) == 100
 

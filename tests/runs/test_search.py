@@ -15,7 +15,7 @@ from sae_lightning.scoring.metrics import Quality
 from sae_lightning.scoring.scorecard import Scorecard
 from sae_lightning.stream import make_source
 from sae_lightning.stream.plays import PlaysConfig
-from sae_lightning.stream.recovery import WORLD_METRICS, Recovery
+from sae_lightning.stream.recovery import CONCEPT_METRICS, Recovery
 from sae_lightning.stream.synthetic import SyntheticConfig
 
 RUN = {"ce_recovered": 0.9, "ce_clean": 3.0, "ce_zero": 9.0, "kl": 0.25, "l0": 80.0}
@@ -70,7 +70,7 @@ def test_every_number_of_a_run_that_the_sae_decides_can_be_the_objective():
     quality, near = Quality(1.0, 0.5, 0.1, torch.zeros(2), None), Copies(0.1, 0.4)
     of_text = Scorecard(quality, near, scores=SpliceScores(1, 2, 3, 3, 0.5, 0.1)).scalars()
     of_concepts = Scorecard(quality, near, Recovery(*range(9))).scalars()
-    fixed = {*SpliceBaseline._fields, *WORLD_METRICS}
+    fixed = {*SpliceBaseline._fields, *CONCEPT_METRICS}
     without_loss = Scorecard(quality, near).scalars()
     llm = LLMConfig(name="none")
     text, concepts = (make_source(llm, data, 0) for data in (PlaysConfig(), SyntheticConfig()))

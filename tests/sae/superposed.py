@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.sae import ARCHITECTURES, build_sae
-from sae_lightning.stream.concepts import make_world
+from sae_lightning.stream.concepts import make_concept_world
 from sae_lightning.training.callbacks.keep_control import KeepControl
 from sae_lightning.training.callbacks.resample import resample
 from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, TargetL0
@@ -26,7 +26,7 @@ CALLBACKS = (Schedule(), DecoderNorm(), KeepControl(), ClipGradient(), TargetL0(
 @cache
 def activations(n: int = 4096, seed: int = 0) -> Tensor:
     """[n, 16] with a mean of 0 and a mean square of 1: 40 concepts, 3 at a time."""
-    world = make_world(concepts=40, dim=16, l0=3, zipf=0.5, seed=0)
+    world = make_concept_world(concepts=40, dim=16, l0=3, zipf=0.5, seed=0)
     x, _ = world.sample(n, Generator().manual_seed(seed))
     x -= x.mean(dim=0)
     return x / x.square().mean().sqrt()

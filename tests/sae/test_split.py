@@ -10,7 +10,7 @@ from torch import Generator
 
 from sae_lightning import UserError
 from sae_lightning.llm.sites import Kind, Site
-from sae_lightning.ranks import Ranks, Split, world
+from sae_lightning.ranks import FeatureSplit, Ranks, world
 from sae_lightning.sae import ARCHITECTURES, SAEConfig, build_sae, initial
 from sae_lightning.sae.jumprelu import JumpReLULoss, PenaltyKind
 from sae_lightning.training.callbacks.curves import measure_training_scalars
@@ -193,7 +193,7 @@ def test_each_rank_draws_its_rows_of_one_draw(monkeypatch, features, d, size):
     whole = torch.randn(features, d, generator=after)
     generators = [Generator().manual_seed(0) for _ in range(size)]
     for rank, generator in enumerate(generators):
-        split = Split(features, Ranks(rank, size))
+        split = FeatureSplit(features, Ranks(rank, size))
         rows = initial.draw_directions(split, d, generator)
         assert torch.equal(rows, whole[rank::size])
         assert torch.equal(generator.get_state(), after.get_state())

@@ -21,12 +21,12 @@ from tiny_llm import make_byte_llama
 from sae_lightning.llm import splice
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Kind, Site
-from sae_lightning.ranks import ALONE, Split, world
+from sae_lightning.ranks import ALONE, FeatureSplit, world
 from sae_lightning.sae import ARCHITECTURES, Output, build_sae
 from sae_lightning.scoring import duplicates, scorecard
 from sae_lightning.stream import held_out as held_out_module
-from sae_lightning.stream.concepts import make_world
-from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.concepts import make_concept_world
+from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.exchange import exchange_rows
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.synthetic import HeldOutConcepts
@@ -52,9 +52,9 @@ def load_tiny() -> LLM:
 def open_held_out(llm: LLM, own, **settings) -> HeldOut:
     """13 sequences, 8 of them for the loss; in batches of 3 unless otherwise given."""
     data = Dataset.from_dict({"text": DOCUMENTS})
-    tokens = open_tokens(SplitText(data, data), llm.tokenizer, context=9, seed=0).held_out
+    tokens = open_tokens(SplitDocuments(data, data), llm.tokenizer, context=9, seed=0).held_out
     chosen = {"tokens": 1000, "loss_tokens": 70, "batch": 3} | settings
-    return HeldOut(llm, tokens, SITES, own=own, **chosen)
+    return HeldOut(llm, tokens, SITES, own_sites=own, **chosen)
 
 
 class Linear:
@@ -63,7 +63,7 @@ class Linear:
     config = SimpleNamespace(start="")
 
     def __init__(self, features: int, ranks):
-        self.split = split = Split(features, ranks)
+        self.split = split = FeatureSplit(features, ranks)
         generator = torch.Generator().manual_seed(features)
         W_enc, W_dec = torch.randn(2, features, WIDTH, generator=generator)
         W_dec[4] = 1.1 * W_dec[3] + 0.05  # on other ranks
@@ -161,7 +161,7 @@ def read(llm: LLM, own, **settings) -> tuple:
     held_out = open_held_out(llm, own, **settings)
     CALLS.clear()
     held_out.prepare(SITES[1:] if world().is_first else [])
-    activations = {site: held_out.activations(site) for site in SITES if site in held_out.own}
+    activations = {site: held_out.activations(site) for site in SITES if site in held_out.own_sites}
     return held_out.keep, activations, held_out._baselines, CALLS["capture"]
 
 
@@ -190,7 +190,7 @@ def compute_results() -> dict:
     }
     own = None if ranks.size == 1 else OWN[ranks.rank] or SITES[1:2]
     concepts = HeldOutConcepts(
-        make_world(concepts=7, dim=WIDTH, l0=1), seed=0, tokens=300, device="cpu"
+        make_concept_world(concepts=7, dim=WIDTH, l0=1), seed=0, tokens=300, device="cpu"
     )
     results |= {
         "text": evaluate(open_held_out(llm, own)),

@@ -15,10 +15,10 @@ from sae_lightning.stream import batches as batches_module
 from sae_lightning.stream import open_text, streamed_tokens
 from sae_lightning.stream import rows as rows_module
 from sae_lightning.stream.batches import BatchStream
-from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.rows import LLMRows
-from sae_lightning.stream.synthetic import ConceptRows, SyntheticConfig, open_world
+from sae_lightning.stream.synthetic import ConceptRows, SyntheticConfig, open_concept_world
 from sae_lightning.stream.tokens import open_tokens
 
 SITES = [Site(1, Kind.resid), Site(0, Kind.mlp)]
@@ -28,7 +28,7 @@ CONTEXT = 8
 def make(llm, style: str = "indexed", **settings) -> BatchStream:
     data = Dataset.from_dict({"text": story(5, documents=60)})
     data = data if style == "indexed" else data.to_iterable_dataset()
-    tokens = open_tokens(SplitText(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
+    tokens = open_tokens(SplitDocuments(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
     return stream_of(llm, tokens, **settings)
 
 
@@ -98,7 +98,7 @@ def test_the_padding_of_an_epochs_last_sequence_is_never_trained_on(
     # One text of "abc" and its separator, in sequences of 7 tokens: 3 of padding in each epoch.
     data = Dataset.from_dict({"text": ["abc"]})
     data = data if style == "indexed" else data.to_iterable_dataset()
-    tokens = open_tokens(SplitText(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
+    tokens = open_tokens(SplitDocuments(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
     monkeypatch.setattr(
         rows_module,
         "capture",
@@ -296,7 +296,7 @@ def test_what_an_accelerator_still_has_to_do_for_a_peek_is_counted(monkeypatch, 
 
     monkeypatch.setattr(batches_module, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(torch.accelerator, "synchronize", wait)
-    world = open_world(SyntheticConfig(concepts=4, dim=3, l0=1))
+    world = open_concept_world(SyntheticConfig(concepts=4, dim=3, l0=1))
     rows = ConceptRows(world, SITES, seed=0, device=device)
     stream = BatchStream(rows, batch=16, total_batches=4, pool=32)
     assert stream.peek(8)[SITES[0]].shape == (8, 3)

@@ -25,7 +25,7 @@ from sae_lightning.stream import rows as rows_module
 from sae_lightning.stream import shards as shards_module
 from sae_lightning.stream.batches import BatchStream
 from sae_lightning.stream.cache import CachedRows
-from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.shards import Shard
 from sae_lightning.stream.tokens import open_tokens
@@ -65,7 +65,7 @@ def make(
     """A stream of 40 batches, live without a `folder`."""
     data = Dataset.from_dict({"text": story(5, documents=60)})
     data = data if style == "indexed" else data.to_iterable_dataset()
-    tokens = open_tokens(SplitText(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
+    tokens = open_tokens(SplitDocuments(data, data), llm.tokenizer, context=CONTEXT, seed=3).train
     rows = LLMRows(llm, tokens, sites, batch=LLM_BATCH, max_norm=max_norm)
     if folder is not None:
         rows = CachedRows(rows, folder, {"made": "for a test"}, WIDTH, resumed)

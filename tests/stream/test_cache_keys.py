@@ -13,7 +13,7 @@ from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream import open_rows as open_rows_module
 from sae_lightning.stream import open_text
-from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.local import LocalConfig
 from sae_lightning.stream.open_rows import hash_llm, open_rows, pick_cache_folder
@@ -128,7 +128,7 @@ def test_a_streamed_text_is_known_by_its_beginning(llm):
     def fingerprint(texts):
         data = Dataset.from_dict({"text": texts}).to_iterable_dataset()
         return open_tokens(
-            SplitText(data, data), llm.tokenizer, context=8, seed=0
+            SplitDocuments(data, data), llm.tokenizer, context=8, seed=0
         ).train.fingerprint()
 
     assert fingerprint(["abc", "def"]) == fingerprint(["abc", "def"])

@@ -9,7 +9,7 @@ from sae_lightning.stream.synthetic import (
     ConceptRows,
     HeldOutConcepts,
     SyntheticConfig,
-    open_world,
+    open_concept_world,
 )
 
 SITE = Site(0, Kind.resid)
@@ -17,7 +17,7 @@ DATA = SyntheticConfig(concepts=12, dim=5, l0=2.0)
 
 
 def rows(seed: int = 0, data: SyntheticConfig = DATA) -> ConceptRows:
-    return ConceptRows(open_world(data), [SITE], seed=seed, device="cpu")
+    return ConceptRows(open_concept_world(data), [SITE], seed=seed, device="cpu")
 
 
 def stream(seed: int = 0) -> BatchStream:
@@ -25,7 +25,7 @@ def stream(seed: int = 0) -> BatchStream:
 
 
 def held_out(data: SyntheticConfig = DATA, tokens: int = 100) -> HeldOutConcepts:
-    return HeldOutConcepts(open_world(data), seed=data.seed, tokens=tokens, device="cpu")
+    return HeldOutConcepts(open_concept_world(data), seed=data.seed, tokens=tokens, device="cpu")
 
 
 def test_batches_are_as_many_as_asked_for_and_no_row_comes_twice():
@@ -42,7 +42,9 @@ def test_rows_come_in_blocks_and_are_numbered():
     source = rows()
     first, second = source.next(1), source.next(10**9)
     assert first.activations[SITE].shape == second.activations[SITE].shape == (SAMPLED_ROWS, 5)
-    assert torch.cat([first.ids, second.ids]).tolist() == list(range(2 * SAMPLED_ROWS))
+    assert torch.cat([first.sequence_ids, second.sequence_ids]).tolist() == list(
+        range(2 * SAMPLED_ROWS)
+    )
     assert (source.max_rows, source.epoch, source.llm_seconds) == (SAMPLED_ROWS, 1, 0.0)
 
 

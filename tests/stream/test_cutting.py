@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_lightning.errors import UserError
 from sae_lightning.stream import flat
-from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.flat import tokenise_documents, tokenise_indexed
 from sae_lightning.stream.tokens import open_tokens
 
@@ -103,7 +103,7 @@ def test_what_is_tokenised_at_a_time_is_bounded(streamed, part, monkeypatch):
     texts = [LONG, *["note"] * 500, LONG]
     data = Dataset.from_dict({"text": texts})
     data = data.to_iterable_dataset() if streamed else data
-    tokens = open_tokens(SplitText(data, data), counting, context=9, seed=0)
+    tokens = open_tokens(SplitDocuments(data, data), counting, context=9, seed=0)
     if part == "train":
         tokens.train.next(100)
     else:

@@ -15,7 +15,7 @@ from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLM
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream import held_out as held_out_module
-from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.held_out import HeldOut
 from sae_lightning.stream.tokens import open_tokens
 
@@ -25,7 +25,7 @@ DOCUMENTS = ["abcdefgh" * 5, "hgfedcba" * 4, "abba" * 9]
 
 def make(llm: LLM, **settings) -> HeldOut:
     data = Dataset.from_dict({"text": DOCUMENTS})
-    tokens = open_tokens(SplitText(data, data), llm.tokenizer, context=9, seed=0).held_out
+    tokens = open_tokens(SplitDocuments(data, data), llm.tokenizer, context=9, seed=0).held_out
     chosen = {"tokens": 1000, "loss_tokens": 40, "batch": 4} | settings
     return HeldOut(llm, tokens, chosen.pop("sites", SITES), **chosen)
 

@@ -55,7 +55,7 @@ def test_a_mixture_does_not_depend_on_how_it_is_served_and_resumes_exactly(corpu
     whole, parts = open_mixture(corpus).train, open_mixture(corpus).train
     expected = whole.next(500)
     assert whole.epoch == 1 and whole.texts[0].epoch > 3, "each text has epochs of its own"
-    assert expected.ids.tolist() == list(range(500))
+    assert expected.sequence_ids.tolist() == list(range(500))
     served = [parts.next(n) for n in (1, 99, 131)]
     state = parts.state_dict()
     resumed = open_mixture(corpus).train

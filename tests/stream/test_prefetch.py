@@ -11,7 +11,7 @@ from small_text import STYLES, story
 
 from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.stream.batches import BatchStream
-from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.prefetch import PrefetchedRows
 from sae_lightning.stream.rows import LLMRows
 from sae_lightning.stream.source import Rows
@@ -24,7 +24,7 @@ BATCH, BATCHES = 40, 20  # an update takes two LLM batches of up to 28 rows
 def source(llm, style: str = "indexed") -> LLMRows:
     data = Dataset.from_dict({"text": story(5, documents=60)})
     data = data if style == "indexed" else data.to_iterable_dataset()
-    tokens = open_tokens(SplitText(data, data), llm.tokenizer, context=8, seed=3).train
+    tokens = open_tokens(SplitDocuments(data, data), llm.tokenizer, context=8, seed=3).train
     return LLMRows(llm, tokens, SITES, batch=4, max_norm=1.5)
 
 
@@ -64,8 +64,12 @@ def test_an_update_finds_its_rows_begun(llm):
     rows = PrefetchedRows(source(llm), BATCH)
     for count in (800, 700, 600):
         rows.next(count)
-        assert BATCH <= sum(len(item.rows.ids) for item in rows._waiting) < BATCH + rows.max_rows
-    waiting = sum(len(item.rows.ids) for item in rows._waiting)
+        assert (
+            BATCH
+            <= sum(len(item.rows.sequence_ids) for item in rows._waiting)
+            < BATCH + rows.max_rows
+        )
+    waiting = sum(len(item.rows.sequence_ids) for item in rows._waiting)
     read = rows.inner.llm_batches
     rows.next(waiting)
     assert rows.inner.llm_batches == read, "the run wants what waits and no more"
@@ -89,9 +93,9 @@ def test_resuming_is_exact_at_every_batch_with_and_without_reading_ahead(llm, st
 def test_a_state_loaded_in_the_middle_forgets_what_waited(llm):
     rows = PrefetchedRows(source(llm), BATCH)
     state = pickle.dumps(rows.state_dict())
-    first = [rows.next(500).ids for _ in range(3)]
+    first = [rows.next(500).sequence_ids for _ in range(3)]
     rows.load_state_dict(pickle.loads(state))
-    assert all(torch.equal(rows.next(500).ids, ids) for ids in first)
+    assert all(torch.equal(rows.next(500).sequence_ids, ids) for ids in first)
 
 
 def test_closing_loses_no_row(llm):
@@ -100,7 +104,7 @@ def test_closing_loses_no_row(llm):
     plain.next(500)
     rows.close()
     assert rows.state_dict() == plain.state_dict()
-    assert torch.equal(rows.next(400).ids, plain.next(400).ids)
+    assert torch.equal(rows.next(400).sequence_ids, plain.next(400).sequence_ids)
 
 
 def test_the_epoch_is_that_of_the_rows_handed_out(llm):

@@ -33,9 +33,9 @@ def test_every_row_comes_out_exactly_once_and_aligned():
         added += new
         taken = pool.take(min(7, len(pool)))
         assert torch.equal(taken.activations[SHALLOW][:, 0], -taken.activations[DEEP][:, 2])
-        assert torch.equal(taken.activations[SHALLOW][:, 0].long(), taken.ids)
-        seen += taken.ids.tolist()
-    seen += pool.take(len(pool)).ids.tolist()
+        assert torch.equal(taken.activations[SHALLOW][:, 0].long(), taken.sequence_ids)
+        seen += taken.sequence_ids.tolist()
+    seen += pool.take(len(pool)).sequence_ids.tolist()
     assert len(pool) == 0
     assert sorted(seen) == list(range(added))
 
@@ -46,8 +46,8 @@ def test_every_row_is_as_likely_as_any_other_wherever_it_lies():
     first, second = torch.zeros(20), torch.zeros(20)
     for seed in range(2000):
         pool = filled(20, seed)
-        first[pool.take(5).ids] += 1
-        second[pool.take(5).ids] += 1
+        first[pool.take(5).sequence_ids] += 1
+        second[pool.take(5).sequence_ids] += 1
     for count in (first, second):
         assert count.sum() == 10_000
         assert (count - 500).abs().max() < 97
@@ -57,29 +57,29 @@ def test_pairs_of_rows_are_taken_independently_of_their_distance():
     # Two of 6 rows: 15 pairs, each expected 200 times of 3000, sd sqrt(3000 * 14/225) = 13.7.
     count = torch.zeros(6, 6)
     for seed in range(3000):
-        a, b = filled(6, seed).take(2).ids.sort().values
+        a, b = filled(6, seed).take(2).sequence_ids.sort().values
         count[a, b] += 1
     pairs = count[torch.triu_indices(6, 6, 1).unbind()]
     assert (pairs - 200).abs().max() < 69
 
 
 def test_the_seed_fixes_the_draw():
-    assert torch.equal(filled(50, 1).take(9).ids, filled(50, 1).take(9).ids)
-    assert not torch.equal(filled(50, 1).take(9).ids, filled(50, 2).take(9).ids)
+    assert torch.equal(filled(50, 1).take(9).sequence_ids, filled(50, 1).take(9).sequence_ids)
+    assert not torch.equal(filled(50, 1).take(9).sequence_ids, filled(50, 2).take(9).sequence_ids)
 
 
 def test_peeking_consumes_nothing_and_leaves_chance_alone():
     pool, other = filled(50), filled(50)
     peeked = pool.peek(10)
-    assert len(peeked.ids.unique()) == 10
+    assert len(peeked.sequence_ids.unique()) == 10
     assert peeked.activations[DEEP].shape == (10, 3)
-    assert {0, 49} <= set(peeked.ids.tolist()), "from all over the pool"
-    assert len(pool.peek(1000).ids) == 50, "no more than there are"
+    assert {0, 49} <= set(peeked.sequence_ids.tolist()), "from all over the pool"
+    assert len(pool.peek(1000).sequence_ids) == 50, "no more than there are"
     peeked.activations[SHALLOW].zero_()
     assert len(pool) == 50
     for _ in range(5):
         a, b = pool.take(10), other.take(10)
-        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.sequence_ids, b.sequence_ids)
         assert torch.equal(a.activations[SHALLOW], b.activations[SHALLOW])
 
 
@@ -94,7 +94,7 @@ def test_a_restored_pool_continues_exactly():
         for p in (pool, other):
             p.add(rows(100 * step, 100 * step + 3), torch.arange(100 * step, 100 * step + 3))
         a, b = pool.take(8), other.take(8)
-        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.sequence_ids, b.sequence_ids)
         assert all(torch.equal(a.activations[s], b.activations[s]) for s in (SHALLOW, DEEP))
 
 
@@ -132,7 +132,7 @@ def test_a_pool_of_fewer_sites_goes_on_from_the_state_of_one_of_more():
     assert len(one) == 42
     for _ in range(4):
         a, b = both.take(8), one.take(8)
-        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.sequence_ids, b.sequence_ids)
         assert b.activations.keys() == {DEEP}
         assert torch.equal(a.activations[DEEP], b.activations[DEEP])
 

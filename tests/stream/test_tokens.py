@@ -18,7 +18,7 @@ from small_text import BOS, SEPARATOR, STYLES, byte_tokenizer, story
 from sae_lightning.errors import UserError
 from sae_lightning.files import LOCK_FILE
 from sae_lightning.stream import open_text, streamed_tokens
-from sae_lightning.stream.documents import SplitText
+from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.flat import hash_tokenizer, tokenise_documents, tokenise_indexed
 from sae_lightning.stream.hub import HubConfig
 from sae_lightning.stream.indexed_tokens import IndexedTokens
@@ -28,8 +28,8 @@ from sae_lightning.stream.tokens import open_tokens
 from sae_lightning.terminal import console
 
 
-def text(documents: list[str], style: str, held_out: tuple[str, ...] = ()) -> SplitText:
-    return SplitText(*(part_of(list(part), style) for part in (documents, held_out)))
+def text(documents: list[str], style: str, held_out: tuple[str, ...] = ()) -> SplitDocuments:
+    return SplitDocuments(*(part_of(list(part), style) for part in (documents, held_out)))
 
 
 def part_of(documents: list[str], style: str):
@@ -157,7 +157,7 @@ def test_the_seed_fixes_the_order(tokenizer, style):
 @pytest.mark.parametrize("style", STYLES)
 def test_every_sequence_has_its_own_id_across_epochs(tokenizer, style):
     train = source(story(2), style, tokenizer)
-    ids = torch.cat([train.next(n).ids for n in (1, 30, 7, 200, 5)])
+    ids = torch.cat([train.next(n).sequence_ids for n in (1, 30, 7, 200, 5)])
     assert train.epoch > 2
     assert len(ids.unique()) == len(ids) == 243
     assert ids.dtype == torch.int64
@@ -195,7 +195,7 @@ def test_resuming_is_exact_at_every_sequence(tokenizer, style, monkeypatch):
         if place % 7 == 0 or 60 < place < 80:
             continued = resumed.next(60)
             assert torch.equal(continued.tokens, reference.tokens[place : place + 60])
-            assert torch.equal(continued.ids, reference.ids[place : place + 60])
+            assert torch.equal(continued.sequence_ids, reference.sequence_ids[place : place + 60])
         train.next(1)
 
 
@@ -207,7 +207,7 @@ def unreliable():
 @pytest.mark.parametrize("part", ["train", "held_out"])
 def test_a_stream_that_breaks_off_says_how_to_go_on(tokenizer, part):
     data = IterableDataset.from_generator(unreliable)
-    tokens = open_tokens(SplitText(data, data, "data.name=a/b"), tokenizer, context=6, seed=0)
+    tokens = open_tokens(SplitDocuments(data, data, "data.name=a/b"), tokenizer, context=6, seed=0)
     read = {
         "train": lambda: tokens.train.next(1),
         "held_out": lambda: tokens.held_out.pick_sequences(9),
@@ -221,7 +221,7 @@ def test_a_stream_that_breaks_off_says_how_to_go_on(tokenizer, part):
 @pytest.mark.parametrize("value", [7, 0, ["a"], {"a": 1}])
 def test_a_streamed_row_that_holds_no_text_is_told(tokenizer, value):
     data = IterableDataset.from_generator(lambda: iter([{"text": "ab"}, {"text": value}]))
-    tokens = open_tokens(SplitText(data, data, "data.name=a/b"), tokenizer, context=6, seed=0)
+    tokens = open_tokens(SplitDocuments(data, data, "data.name=a/b"), tokenizer, context=6, seed=0)
     told = rf"^data.name=a/b: a row holds {type(value).__name__} in place of text \(.*data.column$"
     with pytest.raises(UserError, match=told):
         tokens.train.next(9)

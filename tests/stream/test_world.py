@@ -9,7 +9,7 @@ from sae_lightning.stream.concepts import (
     GROUP_CONCEPTS,
     LOG_STRENGTH_STD,
     MAX_RATE,
-    make_world,
+    make_concept_world,
     make_zipf_rates,
 )
 
@@ -43,7 +43,7 @@ def test_rates_add_up_to_l0_and_none_is_above_a_half(concepts, exponent, share):
 @pytest.mark.parametrize("correlation", [0.0, 0.6])
 @pytest.mark.parametrize("hierarchy", [0.0, 0.5])
 def test_concepts_fire_at_their_rates_whatever_binds_them(correlation, hierarchy):
-    world = make_world(**SMALL, correlation=correlation, hierarchy=hierarchy)
+    world = make_concept_world(**SMALL, correlation=correlation, hierarchy=hierarchy)
     _, strengths = world.sample(N, generator())
     measured = (strengths > 0).float().mean(dim=0)
     deviation = (world.rates * (1 - world.rates) / N).sqrt()
@@ -52,7 +52,7 @@ def test_concepts_fire_at_their_rates_whatever_binds_them(correlation, hierarchy
 
 
 def test_an_activation_is_the_sum_of_its_concepts():
-    world = make_world(**SMALL)
+    world = make_concept_world(**SMALL)
     x, strengths = world.sample(100, generator())
     by_hand = torch.stack(
         [sum((s * d for s, d in zip(row, world.directions, strict=True))) for row in strengths]
@@ -62,7 +62,7 @@ def test_an_activation_is_the_sum_of_its_concepts():
 
 
 def test_strengths_are_positive_and_vary_as_stated():
-    strengths = make_world(**SMALL).sample(N, generator())[1]
+    strengths = make_concept_world(**SMALL).sample(N, generator())[1]
     logs = strengths[strengths > 0].log()
     assert strengths.min() == 0
     assert logs.mean().item() == pytest.approx(0, abs=0.01)
@@ -70,7 +70,7 @@ def test_strengths_are_positive_and_vary_as_stated():
 
 
 def test_concepts_of_a_group_fire_together_and_others_do_not():
-    world = make_world(**SMALL, correlation=0.6)
+    world = make_concept_world(**SMALL, correlation=0.6)
     assert world.group.bincount().tolist() == [GROUP_CONCEPTS] * 8
     active = (world.sample(N, generator())[1] > 0).float()
     measured = torch.corrcoef(active.T).fill_diagonal_(0)
@@ -82,7 +82,7 @@ def test_concepts_of_a_group_fire_together_and_others_do_not():
 
 def test_a_copula_of_two_halves_has_the_known_orthant():
     # P(both) = 1/4 + arcsin(r) / 2 pi for two normals of correlation r below their medians
-    world = make_world(concepts=2, dim=2, l0=1.0, zipf=0.0, correlation=0.5)
+    world = make_concept_world(concepts=2, dim=2, l0=1.0, zipf=0.0, correlation=0.5)
     active = world.sample(N, generator())[1] > 0
     expected = 0.25 + math.asin(0.5) / (2 * math.pi)  # 1/3
     assert active.all(dim=1).float().mean().item() == pytest.approx(expected, abs=0.01)
@@ -90,7 +90,7 @@ def test_a_copula_of_two_halves_has_the_known_orthant():
 
 @pytest.mark.parametrize("correlation", [0.0, 0.6])
 def test_a_child_never_fires_without_its_parent(correlation):
-    world = make_world(**SMALL, hierarchy=0.25, correlation=correlation)
+    world = make_concept_world(**SMALL, hierarchy=0.25, correlation=correlation)
     children = (world.parent != torch.arange(64)).nonzero().squeeze(1)
     assert children.tolist() == list(range(48, 64))  # the rarest
     assert world.parent[children].tolist() == list(range(16))
@@ -102,16 +102,16 @@ def test_a_child_never_fires_without_its_parent(correlation):
 
 
 def test_many_more_concepts_than_dimensions_are_nearly_orthogonal():
-    directions = make_world(concepts=1024, dim=256, l0=10.0).directions
+    directions = make_concept_world(concepts=1024, dim=256, l0=10.0).directions
     nearest = (directions @ directions.T).fill_diagonal_(0).abs().amax(dim=1)
     assert nearest.mean().item() == pytest.approx(0.21, abs=0.01)
     assert nearest.max() < 0.35
 
 
 def test_seeds_fix_the_world_and_generators_its_samples():
-    world, same = make_world(**SMALL, seed=3), make_world(**SMALL, seed=3)
+    world, same = make_concept_world(**SMALL, seed=3), make_concept_world(**SMALL, seed=3)
     assert torch.equal(world.directions, same.directions)
-    assert not torch.equal(world.directions, make_world(**SMALL, seed=4).directions)
+    assert not torch.equal(world.directions, make_concept_world(**SMALL, seed=4).directions)
     x, strengths = world.sample(50, generator(7))
     assert torch.equal(x, same.sample(50, generator(7))[0])
     assert not torch.equal(x, same.sample(50, generator(8))[0])

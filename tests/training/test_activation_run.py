@@ -29,7 +29,7 @@ from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae.objective import AuxKLoss
 from sae_lightning.sae.topk import TopKConfig
 from sae_lightning.stream.activations import ActivationsConfig
-from sae_lightning.stream.concepts import make_world
+from sae_lightning.stream.concepts import make_concept_world
 from sae_lightning.stream.plays import PlaysConfig
 from sae_lightning.training.settings import (
     EvalConfig,
@@ -43,7 +43,7 @@ TRANSCODER = LayerConfig(index=4, source=Kind.mlp_in, target=Kind.mlp)
 @pytest.fixture
 def files(tmp_path):
     """Known concepts in 16 dimensions, of which mlp.4 [n, 24] is a linear map."""
-    world = make_world(concepts=32, dim=16, l0=2.0)
+    world = make_concept_world(concepts=32, dim=16, l0=2.0)
     x, _ = world.sample(ROWS, torch.Generator().manual_seed(1))
     y = x @ torch.randn(16, 24, generator=torch.Generator().manual_seed(2)) / 4
     (tmp_path / "acts").mkdir()

@@ -67,11 +67,11 @@ def labelled(
         packing = Packing(config.context, find_bos_id(tokenizer), find_separator_id(tokenizer))
         if plays:
             pieces, notes = cut_plays(label, tokenizer, packing, seed)
-        classes = pick_classes(label, pieces, tokens, packing.width)
-        chosen = pick_pieces(pieces, classes, tokens // packing.width)
+        classes = pick_classes(label, pieces, tokens, packing.window_size)
+        chosen = pick_pieces(pieces, classes, tokens // packing.window_size)
         if not plays:
             chosen = _cut_beginnings(chosen, tokenizer, packing)
-            classes = pick_classes(label, chosen, tokens, packing.width)
+            classes = pick_classes(label, chosen, tokens, packing.window_size)
             chosen = [piece for piece in chosen if piece.name in classes]
     classes.sort(key=make_natural_key)
     if left_out := len({piece.name for piece in pieces}) - len(classes):
@@ -144,7 +144,7 @@ def share_out(available: list[int], total: int) -> list[int]:
 def _cut_beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:
     """Cut texts to their first tokens; of those that begin alike, keep one."""
     texts = tokenise_documents(tokenizer, [piece.content for piece in pieces], packing.separator)
-    windows = [text[:-1][: packing.width] for text in texts]
+    windows = [text[:-1][: packing.window_size] for text in texts]
     # different documents with equal beginnings may lie in two folds
     distinct = {window.tobytes(): n for n, window in enumerate(windows)}.values()
     return [pieces[n]._replace(content=windows[n]) for n in distinct]

@@ -14,7 +14,7 @@ from sae_lightning.stream.documents import Documents, summarise_cause
 from sae_lightning.stream.flat import tokenise_documents
 from sae_lightning.stream.packing import Packing
 from sae_lightning.stream.plays import find_plays
-from sae_lightning.stream.source import DataConfig, Source
+from sae_lightning.stream.source import DataConfig, DataSource
 
 FOLDS = 4
 RIVAL_PLAYS = 4  # plays from which the two main speakers are taken
@@ -62,11 +62,11 @@ def cut_plays(
     for i, tokens in enumerate(
         tokenise_documents(tokenizer, list(texts.values()), packing.separator)
     ):
-        starts = range(0, len(tokens) - packing.width, packing.width)
+        starts = range(0, len(tokens) - packing.window_size, packing.window_size)
         for place, start in enumerate(starts):
             fold = folds[i] if folds else pick_fold(place, len(starts))
             if fold is not None:
-                pieces.append(Piece(names[i], fold, tokens[start : start + packing.width]))
+                pieces.append(Piece(names[i], fold, tokens[start : start + packing.window_size]))
     return pieces, [
         SPLIT_NOTES[label],
         "The SAE may have been trained on these plays, without labels.",
@@ -119,7 +119,7 @@ def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
     return {f"{name} ({play})": words for play in chosen for name, words in pairs[play]}
 
 
-def cut_documents(source: Source, label: str, seed: int) -> tuple[list[Piece], list[str]]:
+def cut_documents(source: DataSource, label: str, seed: int) -> tuple[list[Piece], list[str]]:
     """The beginning of each document, as text; also return notes for the reader."""
     documents = source.open_labelled(label)
     try:
