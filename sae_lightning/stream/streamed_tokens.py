@@ -90,7 +90,8 @@ class StreamedTokens(TokenStream):
         return True
 
     def next_window(self) -> np.ndarray | None:
-        """The next window [<= window_size] of this epoch, the last one perhaps short; None at the end."""
+        """The next window [<= window_size] of this epoch (the last may be short), or None at its
+        end."""
         while len(self.carry) < self.packing.window_size and self._tokenise_more():
             pass
         if not len(self.carry):
