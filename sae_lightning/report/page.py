@@ -17,16 +17,17 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 TEMPLATES = Path(__file__).parent / "templates"
-# The first number of a cell, after any punctuation.
+# A cell from its start to the end of its first number; group 1 is the number.
 NUMBER = re.compile(r"^[^\w.]*?([-−+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
 
 MAX_ONE_LINE = 40  # characters; a longer cell of a table may wrap
-# Largest unpacked size of blocks that stay in the page; compressed, as base64, they take a third.
+# Largest unpacked size of blocks that stay in the page. (They are compressed, as base64, to about a
+# third of it.)
 MAX_EMBEDDED_BYTES = 1 << 26
 
 
 def render_template(template: str, *, figures: bool, **values: object) -> str:
-    """Render a template; plotly.js is embedded if there are `figures`."""
+    """Render a template with `values`; plotly.js is embedded if it has `figures`."""
     # imported late: train.py needs none of them
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -69,26 +70,27 @@ class AnalysisPage(NamedTuple):
 
 
 def write_page(path: Path, page: AnalysisPage) -> None:
-    """Write `page`; blocks of more than MAX_EMBEDDED_BYTES go into a folder beside it."""
-    units = pack_catalogues(page.catalogues) if page.catalogues else None
-    if units and units.blocks.size > MAX_EMBEDDED_BYTES:
-        units.index["folder"] = write_blocks(path, units.blocks)
-        units = units._replace(blocks={})
-    text = render_page(page, units)
+    """Write `page`; if its blocks have more than MAX_EMBEDDED_BYTES, they go into a folder beside
+    it."""
+    page_data = pack_catalogues(page.catalogues) if page.catalogues else None
+    if page_data and page_data.blocks.size > MAX_EMBEDDED_BYTES:
+        page_data.index["folder"] = write_blocks(path, page_data.blocks)
+        page_data = page_data._replace(blocks={})
+    text = render_page(page, page_data)
     with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf8")
-    remove_old_blocks(path, kept=units and units.index.get("folder"))
+    remove_old_blocks(path, kept=page_data and page_data.index.get("folder"))
 
 
-def render_page(page: AnalysisPage, units: PageData | None) -> str:
-    """The HTML of `page`; `units`: its catalogues, packed."""
+def render_page(page: AnalysisPage, page_data: PageData | None) -> str:
+    """The HTML of `page`; `page_data`: its catalogues, packed."""
     return render_template(
         "analysis.html",
         figures=any(section.figures for section in page.sections),
         title=page.title,
         facts=page.facts,
         kinds=[catalogue.kind for catalogue in page.catalogues],
-        units=units,
+        page_data=page_data,
         parts=_group_by_part(page.sections),
         commands=page.commands,
         files=page.files,
@@ -121,14 +123,14 @@ def _group_by_part(sections: Sequence[Section]) -> dict[str, tuple[str, list[Sec
 def find_long_columns(table: ResultTable) -> set[int]:
     """Indices of the columns with a cell longer than MAX_ONE_LINE, which may wrap."""
     return {
-        number for row in table.rows for number, cell in enumerate(row) if len(cell) > MAX_ONE_LINE
+        column for row in table.rows for column, cell in enumerate(row) if len(cell) > MAX_ONE_LINE
     }
 
 
-def make_sort_value(cell: str, *, word: bool) -> float | str:
-    """The sort key of a table's cell: its first number, or "". In a column of words (`word`), the
-    cell itself unless all of it is a number."""
+def make_sort_value(cell: str, *, is_word: bool) -> float | str:
+    """The sort key of a table's cell: its first number, or "" if it has none. In a column of words
+    (`is_word`), the cell itself unless all of it is a number."""
     match = NUMBER.match(cell)
-    if match is None or (word and match.group() != cell):
-        return cell if word else ""
+    if match is None or (is_word and match.group() != cell):
+        return cell if is_word else ""
     return float(match.group(1).replace(",", "").replace("−", "-"))

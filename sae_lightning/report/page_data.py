@@ -1,18 +1,18 @@
 """Packs catalogues compactly for the page's script (templates/blocks.js).
 
-block "texts"            the tokens of all sequences
-block "feature"          what all units are sorted by: frequency, strength, scores
-block "feature-words-0"  tokens that the list shows and searches, of units   0 ... 127
-block "feature-words-1"  of units 128 ... 255
-block "feature-0"        details of units   0 ... 127: examples, histogram, relations
-block "feature-1"        of units 128 ... 255
+block "text"              the tokens of all sequences
+block "feature"           what the list sorts all units by: frequency, strength, scores
+block "feature-tokens-0"  tokens that the list shows and searches, of units   0 ... 127
+block "feature-tokens-1"  the same of units 128 ... 255
+block "feature-0"         details of units   0 ... 127: examples, histogram, relations
+block "feature-1"         the same of units 128 ... 255
 
-"feature" is loaded when the page opens, words when one of their units is listed (for a search,
-those of all units), details when one of their units is opened.
+The page loads "feature" when it opens, a block of tokens when it lists one of its units (all of
+them for a search), and a block of details when it opens one of its units.
 A block holds its fields one after another, deflated, as base64. The bytes of a field are grouped by
 significance (the lowest byte of every number, then the next ...), which compresses best.
-Tokens are renumbered from 1 by frequency: the high bytes of common ones are 0, which compress to
-nearly nothing. 0 is no token.
+Tokens are renumbered from 1 by frequency, so that the high bytes of common tokens are 0 and
+compress to nearly nothing. 0 is no token.
 """
 
 import base64
@@ -36,46 +36,49 @@ from sae_lightning.report.catalogue import (
 )
 from sae_lightning.report.section import show_token
 
-UNITS_PER_BLOCK = 128  # in a block of words or details; about 150 kB of details unpacked
-COUNTED_AT_ONCE = 8192  # rows (units or sequences) counted at a time: bounds memory
-LEVELS = 255  # a strength is stored in 255ths of its unit's maximum
-HUNDREDTHS = 100  # a similarity is stored in hundredths
+UNITS_PER_BLOCK = 128  # in a block of tokens or details; about 150 kB of details unpacked
+COUNTED_AT_ONCE = 8192  # units or sequences whose tokens are counted at a time: bounds memory
+MAX_LEVEL = 255  # a strength is stored in 255ths of its unit's maximum
+SIMILARITY_SCALE = 100  # a similarity is stored in hundredths
 PREVIEW = slice(BEFORE - 3, BEFORE + 8)  # tokens of the strongest example that the list shows
 
-Fields = dict[str, np.ndarray]  # name -> [units, ...]
+Fields = dict[str, np.ndarray]
+"""Name -> numbers [units, ...]; of the text, [sequences, context]."""
 
 
 class PageData(NamedTuple):
     """Catalogues as the page holds them."""
 
     index: dict[str, Any]
-    """For the script: the vocabulary and the layout of the blocks."""
+    """What the script needs to read the blocks: the vocabulary, and the layout of each block."""
     blocks: "Blocks"
     """Name -> base64 text."""
 
 
 class Blocks(Mapping[str, str]):
-    """Blocks by name, packed on access, since all of them together are as large as the page."""
+    """Blocks by name. Each is packed on access: all together would take as much memory as the
+    page."""
 
     def __init__(self, catalogues: Sequence[Catalogue], page_ids: np.ndarray):
         self.page_ids = page_ids
         self.parts = {catalogue.kind: (catalogue, _make_list_fields) for catalogue in catalogues}
-        self.parts["texts"] = catalogues[0], _make_text_fields
+        """Name of a block -> the units in it, and the function that makes its fields."""
+        self.parts["text"] = catalogues[0], _make_text_fields
         self.size = catalogues[0].token_ids.size * page_ids.itemsize  # bytes, unpacked
         for catalogue in catalogues:
             first = slice_units(catalogue, slice(1))
-            for make_fields in (_make_list_fields, _make_word_fields, _make_detail_fields):
+            for make_fields in (_make_list_fields, _make_token_fields, _make_detail_fields):
                 fields = make_fields(first, page_ids).values()
                 self.size += catalogue.num_units * sum(values[0].nbytes for values in fields)
             for start in range(0, catalogue.num_units, UNITS_PER_BLOCK):
                 part = slice_units(catalogue, slice(start, start + UNITS_PER_BLOCK))  # a view
-                number = start // UNITS_PER_BLOCK
-                self.parts[f"{catalogue.kind}-words-{number}"] = part, _make_word_fields
-                self.parts[f"{catalogue.kind}-{number}"] = part, _make_detail_fields
+                i = start // UNITS_PER_BLOCK
+                self.parts[f"{catalogue.kind}-tokens-{i}"] = part, _make_token_fields
+                self.parts[f"{catalogue.kind}-{i}"] = part, _make_detail_fields
 
     def __getitem__(self, name: str) -> str:
-        catalogue, fields = self.parts[name]
-        return _pack(fields(catalogue, self.page_ids))
+        catalogue, make_fields = self.parts[name]
+        return _pack(make_fields(catalogue, self.page_ids))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)
@@ -86,7 +89,7 @@ class Blocks(Mapping[str, str]):
 
 def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
     """Pack `catalogues`, which share an LLM and a text, for the page's script."""
-    words, page_ids = _number_tokens(catalogues)
+    vocabulary, page_ids = _number_tokens(catalogues)
     kinds = []
     for catalogue in catalogues:
         first = slice_units(catalogue, slice(1))
@@ -95,21 +98,23 @@ def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
                 "kind": catalogue.kind,
                 "units": catalogue.num_units,
                 "tokens": catalogue.statistics.tokens,
-                "strongest": catalogue.top.peak_strength.shape[1],
-                "listed": _describe_layout(_make_list_fields(first, page_ids)),
-                "words": _describe_layout(_make_word_fields(first, page_ids)),
-                "detailed": _describe_layout(_make_detail_fields(first, page_ids)),
+                "top_examples": catalogue.top.peak_strength.shape[1],
+                "list_layout": _describe_layout(_make_list_fields(first, page_ids)),
+                "token_layout": _describe_layout(_make_token_fields(first, page_ids)),
+                "detail_layout": _describe_layout(_make_detail_fields(first, page_ids)),
             }
         )
-    index = {"words": words, "kinds": kinds, "edges": EDGES.tolist(), "chunk": UNITS_PER_BLOCK}
-    index |= {"window": WINDOW, "before": BEFORE, "levels": LEVELS, "preview": PREVIEW.start}
+    index = {"vocabulary": vocabulary, "kinds": kinds, "units_per_block": UNITS_PER_BLOCK}
+    index |= {"edges": EDGES.tolist(), "max_level": MAX_LEVEL}
+    index |= {"window": WINDOW, "before": BEFORE, "preview_start": PREVIEW.start}
     index |= {"intervals": INTERVALS, "sequences": len(catalogues[0].token_ids)}
-    index |= {"texts": _describe_layout(_make_text_fields(catalogues[0], page_ids))}
+    index |= {"text_layout": _describe_layout(_make_text_fields(catalogues[0], page_ids))}
     return PageData(index, Blocks(catalogues, page_ids))
 
 
 def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarray]:
-    """The page's vocabulary, as shown, and page_ids [vocabulary + 1]: token id (or -1) -> index."""
+    """The texts of the tokens that the page shows, and page_ids [vocabulary + 1]: token id -> index
+    in these texts. The last entry, 0, is that of token id -1, no token."""
     vocabulary = catalogues[0].vocabulary
     counts = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
     ids = [torch.from_numpy(catalogues[0].token_ids)]
@@ -120,7 +125,7 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
             ids += [catalogue.effect.promoted, catalogue.effect.suppressed]
     for part in (part for tensor in ids for part in tensor.split(COUNTED_AT_ONCE)):
         counts += torch.bincount(part.flatten() + 1, minlength=len(counts))
-    counts = counts[1:]
+    counts = counts[1:]  # without -1
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
     page_ids = np.zeros(len(vocabulary) + 1, "u2" if len(used) < 2**16 else "u4")
     page_ids[used] = range(1, len(used) + 1)
@@ -136,21 +141,21 @@ def _make_list_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields that the list of units is sorted and filtered by."""
     statistics = catalogue.statistics
     fields = {
-        "fired": _to_array(statistics.firing_counts, "u4"),
+        "firing_counts": _to_array(statistics.firing_counts, "u4"),
         "mean": _to_array(statistics.mean, "f4"),
         "maximum": _to_array(statistics.maximum, "f4"),
     }
     if catalogue.token_sets is not None:
         fields["score"] = _to_array(catalogue.token_sets.score, "f4")
     if catalogue.informativeness is not None:
-        fields["telling"] = _to_array(catalogue.informativeness, "f4")
+        fields["informativeness"] = _to_array(catalogue.informativeness, "f4")
         fields["copy_of"] = _to_array(catalogue.copy_of, "u4")
     if catalogue.effect is not None:
         fields["sharpness"] = _to_array(catalogue.effect.sharpness, "f4")
     return fields
 
 
-def _make_word_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
+def _make_token_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields of tokens that the list shows and searches."""
     top = catalogue.top
     fields = {
@@ -169,14 +174,14 @@ def _make_word_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
 def _make_detail_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields that only the view of a single unit shows."""
     lists, maximum = (catalogue.top, catalogue.random), catalogue.statistics.maximum
-    sequence, position = map(np.min_scalar_type, catalogue.token_ids.shape)
+    sequence_dtype, position_dtype = map(np.min_scalar_type, catalogue.token_ids.shape)
     fields = {
-        "sequence": _to_array(torch.cat([examples.sequence for examples in lists], 1), sequence),
-        "position": _to_array(torch.cat([examples.position for examples in lists], 1), position),
+        "sequence": _to_array(torch.cat([x.sequence for x in lists], 1), sequence_dtype),
+        "position": _to_array(torch.cat([x.position for x in lists], 1), position_dtype),
         "interval": _to_array(
             find_interval(catalogue.random.peak_strength, maximum[:, None]), "u1"
         ),
-        "strengths": _to_array(
+        "levels": _to_array(
             torch.cat([_quantise(examples, maximum) for examples in lists], 1), "u1"
         ),
         "histogram": _to_array(catalogue.statistics.histogram, "u4"),
@@ -184,18 +189,19 @@ def _make_detail_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     relations = {"neighbours": catalogue.neighbours, "partners": catalogue.partners}
     for name, related in relations.items():
         if related is not None:
-            hundredths = (related.similarity.nan_to_num() * HUNDREDTHS).round()
+            similarity = (related.similarity.nan_to_num() * SIMILARITY_SCALE).round()
             fields[name] = _to_array(related.units, "i4")
-            fields[name + "_similarity"] = _to_array(hundredths, "i1")
+            fields[name + "_similarity"] = _to_array(similarity, "i1")
     return fields
 
 
 def _quantise(examples: Examples, maximum: Tensor) -> Tensor:
-    """[units, n, WINDOW] strengths in 255ths of the unit's maximum; only 0 is stored as 0."""
+    """Levels [units, n, WINDOW]: strengths in 255ths of the unit's maximum; a strength above 0 has
+    a level of at least 1."""
     strengths = examples.strengths.float()
     strengths[:, :, BEFORE] = examples.peak_strength  # exact: float16 turns tiny strengths into 0
     share = strengths / maximum.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
-    return torch.where(strengths > 0, (share * LEVELS).round().clamp(1, LEVELS), 0)
+    return torch.where(strengths > 0, (share * MAX_LEVEL).round().clamp(1, MAX_LEVEL), 0)
 
 
 def _to_array(values: Tensor, dtype: str | np.dtype) -> np.ndarray:

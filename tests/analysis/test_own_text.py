@@ -127,7 +127,7 @@ def test_the_planted_feature_is_told_in_the_terminal_the_numbers_and_the_page(he
     )
     page = (here / "sae" / "analysis" / "text.html").read_text()
     own = json.loads(re.search(r'id="annotated">(.*?)</script>', page)[1])
-    assert own["shown"] == ["<bos>", "a", " lazy", " potion"]
+    assert own["tokens"] == ["<bos>", "a", " lazy", " potion"]
     assert FEATURE in own["features"][-1]
     assert own["strengths"][-1][own["features"][-1].index(FEATURE)] == 2
     assert 'class="unread">&lt;bos&gt;</bdi>' in page

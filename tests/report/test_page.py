@@ -32,7 +32,7 @@ from sae_lightning.report.page import (
     render_page,
     write_page,
 )
-from sae_lightning.report.page_data import LEVELS, UNITS_PER_BLOCK, pack_catalogues
+from sae_lightning.report.page_data import MAX_LEVEL, UNITS_PER_BLOCK, pack_catalogues
 from sae_lightning.report.section import ColouredText, ResultTable, Section
 
 WORDS = [" a", "\n", "</script><script>alert(1)</script>", '"', "&amp;", "<!--<script>", "ü"]
@@ -157,15 +157,15 @@ def test_every_number_of_a_unit_can_be_read_back():
     units = UNITS_PER_BLOCK + 2
     given = catalogue(units)
     index, blocks = pack_catalogues([given])
-    parts = {f"feature-{name}" for name in ("0", "1", "words-0", "words-1")}
-    assert {*blocks} == {"texts", "feature", *parts}
+    parts = {f"feature-{name}" for name in ("0", "1", "tokens-0", "tokens-1")}
+    assert {*blocks} == {"text", "feature", *parts}
     (kind,) = index["kinds"]
-    listed = unpacked(blocks["feature"], kind["listed"], units)
-    assert listed["fired"][:, 0].tolist() == given.statistics.firing_counts.tolist()
+    listed = unpacked(blocks["feature"], kind["list_layout"], units)
+    assert listed["firing_counts"][:, 0].tolist() == given.statistics.firing_counts.tolist()
     assert np.array_equal(listed["score"][:, 0], given.token_sets.score.numpy(), equal_nan=True)
-    words = unpacked(blocks["feature-words-1"], kind["words"], 2)
+    words = unpacked(blocks["feature-tokens-1"], kind["token_layout"], 2)
     assert words["previous"][:, 0].tolist() == given.token_sets.previous.tolist()[-2:]
-    last = unpacked(blocks["feature-1"], kind["detailed"], 2)
+    last = unpacked(blocks["feature-1"], kind["detail_layout"], 2)
     assert np.array_equal(last["histogram"], given.statistics.histogram[UNITS_PER_BLOCK:].numpy())
     assert last["neighbours"].tolist() == [[1, -1]] * 2
     assert last["neighbours_similarity"][:, 0].tolist() == [-25, -25]
@@ -175,16 +175,16 @@ def test_tokens_are_numbered_by_how_common_they_are_and_read_back():
     given = catalogue(4)
     index, blocks = pack_catalogues([given])
     (kind,) = index["kinds"]
-    words = index["words"]
+    words = index["vocabulary"]
     # the most frequent token has the lowest number, which compresses best
     assert words[:2] == ["", " a"]
-    details = unpacked(blocks["feature-0"], kind["detailed"], 4)
-    texts = unpacked(blocks["texts"], index["texts"], index["sequences"])["tokens"]
+    details = unpacked(blocks["feature-0"], kind["detail_layout"], 4)
+    texts = unpacked(blocks["text"], index["text_layout"], index["sequences"])["tokens"]
     position = details["position"].astype(int)[..., None] + range(3 - BEFORE, WINDOW - BEFORE)
     read = [words[number] for number in texts[details["sequence"][..., None], position].flatten()]
     ids = torch.cat((given.top.tokens, given.random.tokens), 1)[..., 3:].flatten().tolist()
     assert read == [WORDS[i].replace("\n", "↵") for i in ids]
-    listed = unpacked(blocks["feature-words-0"], kind["words"], 4)
+    listed = unpacked(blocks["feature-tokens-0"], kind["token_layout"], 4)
     peaks = [WORDS[i].replace("\n", "↵") for i in given.top.tokens[:, :, BEFORE].flatten()]
     assert [words[number] for number in listed["peaks"].flatten()] == peaks
 
@@ -193,15 +193,15 @@ def test_strengths_are_within_half_a_level_and_never_vanish():
     given = catalogue(4)
     given.top.strengths[0, 0, 5] = 1e-4  # far below a level
     index, blocks = pack_catalogues([given])
-    details = unpacked(blocks["feature-0"], index["kinds"][0]["detailed"], 4)
+    details = unpacked(blocks["feature-0"], index["kinds"][0]["detail_layout"], 4)
     strengths = torch.cat((given.top.strengths, given.random.strengths), 1).float().flatten(1)
-    levels = torch.from_numpy(details["strengths"].astype(np.float32))
+    levels = torch.from_numpy(details["levels"].astype(np.float32))
     assert ((levels > 0) == (strengths > 0)).all()
     assert levels[0, 5] == 1
-    error = (levels * 7.5 / LEVELS - strengths).abs()
+    error = (levels * 7.5 / MAX_LEVEL - strengths).abs()
     error[0, 5] = 0
-    assert error.max() <= 7.5 / LEVELS / 2 + 1e-6
-    assert levels.max() == LEVELS
+    assert error.max() <= 7.5 / MAX_LEVEL / 2 + 1e-6
+    assert levels.max() == MAX_LEVEL
 
 
 def test_a_unit_that_never_fires_is_packed_without_a_nan():
@@ -212,15 +212,15 @@ def test_a_unit_that_never_fires_is_packed_without_a_nan():
         top=given.top._replace(peak_strength=torch.zeros(2, 3), strengths=given.top.strengths * 0),
     )
     index, blocks = pack_catalogues([given])
-    details = unpacked(blocks["feature-0"], index["kinds"][0]["detailed"], 2)
-    assert not details["strengths"][:, : 3 * WINDOW].any()
+    details = unpacked(blocks["feature-0"], index["kinds"][0]["detail_layout"], 2)
+    assert not details["levels"][:, : 3 * WINDOW].any()
 
 
 def test_ten_thousand_features_fit_into_30_MB():
     vocabulary = [f" word{i}" for i in range(49_152)]
     few = pack_catalogues([catalogue(2 * UNITS_PER_BLOCK, vocabulary=vocabulary, n=12)])
     page_of_none = len(render("t", {}, [Section("a", "b", figures={"c": FIGURE})], [catalogue(1)]))
-    texts = len(few.blocks["texts"])
+    texts = len(few.blocks["text"])
     size = texts + (sum(map(len, few.blocks.values())) - texts) / (2 * UNITS_PER_BLOCK) * 10_000
     words = len(json.dumps(vocabulary))
     # neurons are active on every token: all their strengths are random bytes
@@ -249,7 +249,7 @@ def test_no_request_can_leave_the_page(full):
 def test_tokens_can_hold_anything(full):
     index = json.loads(full.scripts["index"])
     shown = {word.replace("\n", "↵") for word in WORDS}
-    assert set(index["words"]) <= shown | {""}
+    assert set(index["vocabulary"]) <= shown | {""}
     # plotly, a figure, the index, the texts, three blocks of each kind, the page's own two
     assert full.tags().count("script") == 1 + 1 + 1 + 1 + 3 + 3 + 2
     for text in ("</script><script>alert(1)</script>", "<!--<script>", "</td><script>", "&amp;"):
@@ -273,7 +273,7 @@ def test_no_character_of_a_name_or_token_is_invisible_or_turns_others_round():
     shown = "a<U+202E><U+2066><U+200B><U+2028><U+FEFF>␇␛[2J<U+009B>1m␡<U+3164><U+DC80>b"
     page = Elements(html)
     assert page.text.count(shown) == 14
-    words = json.loads(page.scripts["index"])["words"]
+    words = json.loads(page.scripts["index"])["vocabulary"]
     assert {shown, "◌\u0301", "سلام"} <= {*words}
 
 
@@ -297,9 +297,11 @@ def test_every_block_that_the_index_names_is_there(full):
     index = json.loads(full.scripts["index"])
     assert [kind["kind"] for kind in index["kinds"]] == ["feature", "neuron"]
     for kind in index["kinds"]:
-        unpacked(full.scripts[f"block-{kind['kind']}"], kind["listed"], kind["units"])
-        unpacked(full.scripts[f"block-{kind['kind']}-words-0"], kind["words"], kind["units"])
-        unpacked(full.scripts[f"block-{kind['kind']}-0"], kind["detailed"], kind["units"])
+        unpacked(full.scripts[f"block-{kind['kind']}"], kind["list_layout"], kind["units"])
+        unpacked(
+            full.scripts[f"block-{kind['kind']}-tokens-0"], kind["token_layout"], kind["units"]
+        )
+        unpacked(full.scripts[f"block-{kind['kind']}-0"], kind["detail_layout"], kind["units"])
 
 
 def test_a_page_of_one_task_is_small_and_has_no_navigation():
@@ -331,20 +333,20 @@ def test_colours_can_be_compared_between_the_texts_of_a_section():
     ],
 )
 def test_cells_are_sorted_by_their_number(cell, number):
-    assert make_sort_value(cell, word=False) == number
+    assert make_sort_value(cell, is_word=False) == number
 
 
 def test_the_first_column_is_sorted_as_words_unless_it_holds_only_numbers():
-    assert make_sort_value("12", word=True) == 12
-    assert make_sort_value("12 monkeys", word=True) == "12 monkeys"
-    assert make_sort_value("genre", word=True) == "genre"
+    assert make_sort_value("12", is_word=True) == 12
+    assert make_sort_value("12 monkeys", is_word=True) == "12 monkeys"
+    assert make_sort_value("genre", is_word=True) == "genre"
 
 
 def test_a_feature_that_is_alone_has_no_neighbours_to_show():
     alone = catalogue(1)
     nobody = RelatedUnits(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 0))
     data = pack_catalogues([alone._replace(neighbours=nobody, partners=nobody)])
-    layout = data.index["kinds"][0]["detailed"]
+    layout = data.index["kinds"][0]["detail_layout"]
     assert ("neighbours", "i4", 0) in layout
     assert unpacked(data.blocks["feature-0"], layout, 1)["neighbours"].shape == (1, 0)
 

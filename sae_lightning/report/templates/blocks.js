@@ -1,10 +1,10 @@
 // Unpacks the data blocks that page_data.py packs, each when it is first needed.
 const blocks = (() => {
 const index = JSON.parse(document.getElementById("index").textContent);
-const unpacked = new Map(), waiting = new Map();
+const unpacked = new Map(), waiting = new Map(); // name of a block -> promise of its fields; what to call with its text
 
 // Blocks of a large page are scripts in a folder beside it; each calls `add`.
-function textOf(name) {
+function readText(name) {
   if (!index.folder) return document.getElementById("block-" + name).textContent;
   return new Promise((resolve, reject) => {
     waiting.set(name, resolve);
@@ -26,16 +26,17 @@ function add(name, text) {
   waiting.delete(name);
 }
 
-async function unpack(name, layout, units) {
+// Returns name of a field -> { values: of all rows, of(row): of one }; a row is a unit, or a sequence of the text.
+async function unpack(name, layout, rows) {
   const ARRAYS = { u1: Uint8Array, i1: Int8Array, u2: Uint16Array, u4: Uint32Array, i4: Int32Array, f4: Float32Array };
-  const text = atob(await textOf(name)), packed = new Uint8Array(text.length);
+  const text = atob(await readText(name)), packed = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) packed[i] = text.charCodeAt(i);
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
   const fields = {};
   let at = 0;
   for (const [field, type, width] of layout) {
-    const size = ARRAYS[type].BYTES_PER_ELEMENT, count = units * width;
+    const size = ARRAYS[type].BYTES_PER_ELEMENT, count = rows * width;
     const numbers = new Uint8Array(count * size);
     for (let byte = 0; byte < size; byte++) {
       for (let i = 0; i < count; i++) numbers[i * size + byte] = bytes[at++];
@@ -46,36 +47,38 @@ async function unpack(name, layout, units) {
   return fields;
 }
 
-function unpackOnce(name, layout, units) {
-  if (!unpacked.has(name)) unpacked.set(name, unpack(name, layout, units));
+function unpackOnce(name, layout, rows) {
+  if (!unpacked.has(name)) unpacked.set(name, unpack(name, layout, rows));
   return unpacked.get(name);
 }
 
-const blockOf = unit => Math.floor(unit / index.chunk);
-const part = (kind, name, layout, block) =>
-  unpackOnce(`${name}-${block}`, layout, Math.min(index.chunk, kind.units - block * index.chunk));
+const findBlock = unit => Math.floor(unit / index.units_per_block);
+const unpackPart = (kind, name, layout, block) =>
+  unpackOnce(`${name}-${block}`, layout, Math.min(index.units_per_block, kind.units - block * index.units_per_block));
 
-// What all units are sorted by, and the words of `units`.
-async function listedOf(kind, units = []) {
-  const listed = await unpackOnce(kind.kind, kind.listed, kind.units);
-  if (!listed.words) {
-    const words = listed.words = []; // by block
-    for (const [field] of kind.words) {
-      listed[field] = { of: unit => words[blockOf(unit)][field].of(unit % index.chunk) };
+// Loads the fields that the list shows: those it sorts by, of all units, and the tokens of `units`.
+async function loadFields(kind, units = []) {
+  const fields = await unpackOnce(kind.kind, kind.list_layout, kind.units);
+  if (!fields.tokenBlocks) {
+    const tokenBlocks = fields.tokenBlocks = []; // fields of each block that has been unpacked
+    for (const [field] of kind.token_layout) {
+      fields[field] = { of: unit => tokenBlocks[findBlock(unit)][field].of(unit % index.units_per_block) };
     }
   }
-  await Promise.all([...new Set([...units].map(blockOf))].map(async block => {
-    listed.words[block] = await part(kind, `${kind.kind}-words`, kind.words, block);
+  await Promise.all([...new Set([...units].map(findBlock))].map(async block => {
+    fields.tokenBlocks[block] = await unpackPart(kind, `${kind.kind}-tokens`, kind.token_layout, block);
   }));
-  return listed;
+  return fields;
 }
 
-async function detailsOf(kind, unit) {
-  const fields = await part(kind, kind.kind, kind.detailed, blockOf(unit)), row = unit % index.chunk;
+// Loads the details of a unit: name of a field -> its values.
+async function loadDetails(kind, unit) {
+  const fields = await unpackPart(kind, kind.kind, kind.detail_layout, findBlock(unit));
+  const row = unit % index.units_per_block;
   return Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.of(row)]));
 }
 
-const texts = () => unpackOnce("texts", index.texts, index.sequences);
+const loadText = () => unpackOnce("text", index.text_layout, index.sequences);
 
-return { index, add, listedOf, detailsOf, texts };
+return { index, add, loadFields, loadDetails, loadText };
 })();

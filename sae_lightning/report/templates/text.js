@@ -1,55 +1,55 @@
-// The reader's own text: a click on a token lists its features; the open feature colours the text.
+// The user's own text: a click on a token lists its features; the open feature colours the text.
 {
-const { index, listedOf } = blocks, [kind] = index.kinds, { make, chips, digits, link, COPIES } = units;
+const { index, loadFields } = blocks, [kind] = index.kinds, { make, makeChips, formatNumber, makeLink, COPIES } = units;
 const annotated = JSON.parse(document.getElementById("annotated").textContent);
-const text = document.querySelector(".annotated .tokens"), tokens = [...text.children];
+const text = document.querySelector(".annotated .tokens"), elements = [...text.children]; // one per token
 const heading = document.querySelector(".strongest h2"), results = document.querySelector(".results");
 const note = document.querySelector(".annotated .note");
 const MAX_FEATURES = 100; // features of a token
 let chosen = null, open = null; // index of the chosen token; the feature that is open
 
-// [feature, strength] of each feature on a token, by descending strength x norm of its decoder row
-const featuresOn = token => annotated.features[token].map((feature, i) => [feature, annotated.strengths[token][i]]);
-const bare = number => index.words[number].trim().toLowerCase();
-const same = (a, b) => bare(a) === bare(b);
-const isolated = word => `\u2066${word}\u2069`; // a right-to-left token reorders no neighbour
-const wordsOf = (listed, feature) => { // distinct tokens of its strongest examples
-  const peaks = [...listed.peaks.of(feature)].filter(Boolean);
-  return peaks.filter((word, i) => i === peaks.findIndex(other => same(other, word))).slice(0, 4);
+// Returns [feature, strength] of each feature on a token, by descending strength x norm of its decoder row.
+const listFirings = token => annotated.features[token].map((feature, i) => [feature, annotated.strengths[token][i]]);
+const normalise = id => index.vocabulary[id].trim().toLowerCase();
+const isolate = token => `\u2066${token}\u2069`; // a right-to-left token reorders no neighbour
+const listPeakTokens = (fields, feature) => { // ids of distinct tokens of its strongest examples
+  const peaks = [...fields.peaks.of(feature)].filter(Boolean);
+  return peaks.filter((id, i) => i === peaks.findIndex(other => normalise(other) === normalise(id))).slice(0, 4);
 };
-const shareOf = (listed, feature, strength) => {
-  const maximum = listed.maximum.values[feature];
+const formatOfMaximum = (fields, feature, strength) => {
+  const maximum = fields.maximum.values[feature];
   return maximum ? `${Math.round(100 * strength / maximum)} %` : "–";
 };
 
-// Merge copies into the first of them -> [feature, strength, number of copies that fire too]
-function mergeCopies(listed, features) {
+// Merges copies into the first of them; returns [feature, strength, number of copies that fire too].
+function mergeCopies(fields, firings) {
   const merged = new Map();
-  for (const [feature, strength] of features) {
-    const original = listed.copy_of?.values[feature] ?? feature;
+  for (const [feature, strength] of firings) {
+    const original = fields.copy_of?.values[feature] ?? feature;
     if (merged.has(original)) merged.get(original)[2]++;
     else merged.set(original, [feature, strength, 0]);
   }
   return [...merged.values()];
 }
 
-async function list() {
-  const token = chosen, features = token === null ? annotated.strongest : featuresOn(token);
-  const merged = mergeCopies(await listedOf(kind), features).slice(0, MAX_FEATURES);
-  const listed = await listedOf(kind, merged.map(([feature]) => feature));
+// Lists the features of the chosen token or, if none is chosen, of the whole text.
+async function listFeatures() {
+  const token = chosen, firings = token === null ? annotated.ranked : listFirings(token);
+  const merged = mergeCopies(await loadFields(kind), firings).slice(0, MAX_FEATURES);
+  const fields = await loadFields(kind, merged.map(([feature]) => feature));
   if (token !== chosen) return; // a later call lists
-  const what = chosen === null ? "Strongest in the text"
-    : make("span", {}, `${features.length} features on `, make("bdi", { className: "chip" }, annotated.shown[chosen]));
-  const all = make("button", { onclick: () => choose(null) }, "whole text");
-  heading.replaceChildren(what, chosen === null ? make("small", { className: "number" }, "strength · share of maximum") : all);
+  const title = chosen === null ? "Strongest in the text"
+    : make("span", {}, `${firings.length} features on `, make("bdi", { className: "chip" }, annotated.tokens[chosen]));
+  const back = make("button", { onclick: () => choose(null) }, "whole text");
+  heading.replaceChildren(title, chosen === null ? make("small", { className: "number" }, "strength · share of maximum") : back);
   results.replaceChildren(...merged.map(([feature, strength, copies]) => {
-    const words = chips(wordsOf(listed, feature));
-    if (copies) words.push(make("span", { tip: COPIES }, `+${copies} ${copies === 1 ? "copy" : "copies"}`));
-    const line = make("a", { href: link(kind, feature) },
+    const chips = makeChips(listPeakTokens(fields, feature));
+    if (copies) chips.push(make("span", { tip: COPIES }, `+${copies} ${copies === 1 ? "copy" : "copies"}`));
+    const line = make("a", { href: makeLink(kind, feature) },
       make("span", { className: "id" }, String(feature)),
-      make("span", { className: "line" }, ...words),
-      make("span", { className: "number" }, digits(strength)),
-      make("span", { className: "number" }, shareOf(listed, feature, strength)));
+      make("span", { className: "line" }, ...chips),
+      make("span", { className: "number" }, formatNumber(strength)),
+      make("span", { className: "number" }, formatOfMaximum(fields, feature, strength)));
     line.toggleAttribute("aria-current", feature === open);
     return line;
   }));
@@ -58,15 +58,15 @@ async function list() {
 
 function choose(token) {
   chosen = token === chosen || !annotated.features[token]?.length ? null : token;
-  tokens.forEach((element, i) => element.classList.toggle("chosen", i === chosen));
-  list();
+  elements.forEach((element, i) => element.classList.toggle("chosen", i === chosen));
+  listFeatures();
 }
 
 async function colour(feature) {
-  const listed = await listedOf(kind), maximum = listed.maximum.values[feature];
+  const fields = await loadFields(kind), maximum = fields.maximum.values[feature];
   let most = 0;
   open = feature;
-  tokens.forEach((element, i) => {
+  elements.forEach((element, i) => {
     const strength = annotated.strengths[i][annotated.features[i].indexOf(feature)] ?? 0;
     most = Math.max(most, strength);
     element.classList.toggle("t", strength > 0);
@@ -74,39 +74,40 @@ async function colour(feature) {
     element.style.setProperty("--s", Math.min(1, Math.max(.12, strength / maximum)).toFixed(2));
   });
   note.textContent = `Coloured by feature ${feature}, `
-    + (most ? `up to ${digits(most)} (${shareOf(listed, feature, most)} of its maximum in the catalogue). ` : "which does not fire here. ")
+    + (most ? `up to ${formatNumber(most)} (${formatOfMaximum(fields, feature, most)} of its maximum in the catalogue). ` : "which does not fire here. ")
     + "Click a token to list the features that fire on it; the arrow keys move to the next one.";
-  for (const line of results.children) line.toggleAttribute("aria-current", line.hash === link(kind, feature));
+  for (const line of results.children) line.toggleAttribute("aria-current", line.hash === makeLink(kind, feature));
 }
 
+// Sets the tooltip of a token: the open feature if it fires there, then the first features of the token.
 async function setTip(token) {
-  const listed = await listedOf(kind);
-  const line = ([feature, strength]) => `${feature}: ${digits(strength)}, ${shareOf(listed, feature, strength)}  `
-    + wordsOf(listed, feature).map(word => isolated(index.words[word].trim() || "␣")).join(" ");
-  const fired = mergeCopies(listed, featuresOn(token)), here = fired.find(([feature]) => feature === open);
-  const told = [...new Set([...here ? [here] : [], ...fired.slice(0, 5)])];
-  await listedOf(kind, told.map(([feature]) => feature));
-  const lines = told.map(line);
-  tokens[token].dataset.tip = lines.length ? lines.join("\n") : "not read by the SAE";
+  const fields = await loadFields(kind);
+  const describe = ([feature, strength]) => `${feature}: ${formatNumber(strength)}, ${formatOfMaximum(fields, feature, strength)}  `
+    + listPeakTokens(fields, feature).map(id => isolate(index.vocabulary[id].trim() || "␣")).join(" ");
+  const merged = mergeCopies(fields, listFirings(token)), ofOpen = merged.filter(([feature]) => feature === open);
+  const described = [...new Set([...ofOpen, ...merged.slice(0, 5)])];
+  await loadFields(kind, described.map(([feature]) => feature));
+  const isRead = !elements[token].classList.contains("unread");
+  elements[token].dataset.tip = described.map(describe).join("\n") || (isRead ? "no feature fires" : "not read by the SAE");
 }
 
 text.addEventListener("click", event => {
-  const token = tokens.indexOf(event.target.closest("bdi"));
+  const token = elements.indexOf(event.target.closest("bdi"));
   if (token >= 0) choose(token);
 });
 text.addEventListener("pointerover", event => {
-  const token = tokens.indexOf(event.target.closest("bdi"));
+  const token = elements.indexOf(event.target.closest("bdi"));
   if (token >= 0) setTip(token);
 });
 text.addEventListener("keydown", event => {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (!step) return;
-  let next = chosen ?? (step > 0 ? -1 : tokens.length);
-  do next += step; while (tokens[next] && !annotated.features[next].length);
-  if (tokens[next]) choose(next);
+  let next = chosen ?? (step > 0 ? -1 : elements.length);
+  do next += step; while (elements[next] && !annotated.features[next].length);
+  if (elements[next]) choose(next);
   event.preventDefault();
 });
 addEventListener("unit", ({ detail }) => colour(detail.unit));
-if (!location.hash && annotated.strongest.length) history.replaceState(null, "", link(kind, annotated.strongest[0][0]));
-list();
+if (!location.hash && annotated.ranked.length) history.replaceState(null, "", makeLink(kind, annotated.ranked[0][0]));
+listFeatures();
 }
