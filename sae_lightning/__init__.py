@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sae_lightning.analysis.steer import steer
     from sae_lightning.analysis.subject import open_run
     from sae_lightning.analysis.survey.survey import survey
-    from sae_lightning.analysis.theory.claims import TheoryReducers, theory
+    from sae_lightning.analysis.theory.claims import TheoryReducer, measure_claims
     from sae_lightning.commands.from_python import Run, train, train_sweep
     from sae_lightning.formats.load_sae import load_sae
     from sae_lightning.llm.generate import Sampling
@@ -46,7 +46,7 @@ DEFINED_IN = {
     "PlaysConfig": "stream.plays",
     "Run": "commands.from_python",
     "Sampling": "llm.generate",
-    "TheoryReducers": "analysis.theory.claims",
+    "TheoryReducer": "analysis.theory.claims",
     "annotate": "analysis.annotate",
     "collect": "analysis.collect",
     "evaluate": "analysis.evaluate",
@@ -55,11 +55,11 @@ DEFINED_IN = {
     "labelled": "analysis.probing.labelled",
     "lens": "analysis.lens",
     "load_sae": "formats.load_sae",
+    "measure_claims": "analysis.theory.claims",
     "open_run": "analysis.subject",
     "probe": "analysis.probing.probes",
     "steer": "analysis.steer",
     "survey": "analysis.survey.survey",
-    "theory": "analysis.theory.claims",
     "train": "commands.from_python",
     "train_sweep": "commands.from_python",
 }
@@ -76,7 +76,7 @@ __all__ = [
     "PlaysConfig",
     "Run",
     "Sampling",
-    "TheoryReducers",
+    "TheoryReducer",
     "UserError",
     "annotate",
     "collect",
@@ -86,11 +86,11 @@ __all__ = [
     "labelled",
     "lens",
     "load_sae",
+    "measure_claims",
     "open_run",
     "probe",
     "steer",
     "survey",
-    "theory",
     "train",
     "train_sweep",
 ]

@@ -87,9 +87,9 @@ class ControlReducers:
 
     def result(self) -> Scores:
         """Scores on all text that was read."""
-        counts, words = self.concepts.counts.result(), self.concepts.words
+        counts, vocabulary = self.concepts.counts.result(), self.concepts.vocabulary
         f1 = [find_detector(counts, i).f1 for i in find_frequent_concepts(counts).values()]
-        token_scores = score_token_sets(self.sampler.result(), len(words)).score
+        token_scores = score_token_sets(self.sampler.result(), len(vocabulary)).score
         return score_features(token_scores, f1)
 
 

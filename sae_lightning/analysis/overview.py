@@ -52,12 +52,12 @@ class OverviewTask(FeaturesTask):
             self.print_and_publish(subject, {"evaluate": card.to_dict()}, sections)
             return
         text = subject.corpus
-        reducers = claims.TheoryReducers(subject)
+        theory_reducer = claims.TheoryReducer(subject)
         of_controls = {name: ControlReducers(subject, sae) for name, sae in controls.items()}
         others = [(sae, of_controls[name].reducers) for name, sae in controls.items()]
-        survey = self.make_catalogues(subject, reducers, controls=others)
-        theory = claims.theory(subject, reducers)
-        del reducers, others  # 14 KB a feature, which scoring can use
+        survey = self.make_catalogues(subject, theory_reducer, controls=others)
+        theory = claims.measure_claims(subject, theory_reducer)
+        del theory_reducer, others  # 14 KB a feature, which scoring can use
         interpreted = {name: of_controls.pop(name).result() for name in controls}
         card = evaluate.score_subject(subject, opened=(subject.llm, text), controls=controls)
         summary, scorecard = make_features_section(survey), evaluate.make_scorecard_section(card)
@@ -99,14 +99,14 @@ def _compare_with_controls(
 def _gather_scores(
     card: evaluate.Evaluation,
     survey: Survey,
-    theory: claims.Theory,
+    theory: claims.TheoryResult,
     probes: Probes | None,
     interpreted: dict[str, Scores],
 ) -> tuple[Scores, dict[str, Scores], Scores]:
     """Scores of the SAE, of its controls and of random directions, from the results of all parts;
     `interpreted`: those of the controls' features."""
     own, controls = card.list_scores()
-    f1 = {best.concept: best.feature.f1 for best in theory.numbers["detection"]["each"]}
+    f1 = {best.concept: best.feature.f1 for best in theory.detectors}
     own |= score_features(survey.features.token_sets.score, [f1[c] for c in CONCEPTS if c in f1])
     for name, scores in interpreted.items():
         controls[name] |= scores

@@ -91,7 +91,7 @@ def planted_feature() -> Tensor:
 def test_a_planted_feature_is_found_with_its_threshold():
     detector = find_detector(by_feature(planted_feature()), 0)
     assert (detector.unit, detector.f1, detector.precision, detector.recall) == (3, 1, 1, 1)
-    assert (detector.ranker, detector.auroc) == (3, 1)
+    assert (detector.auroc_unit, detector.auroc) == (3, 1)
     assert 1 <= detector.threshold <= 2
     assert not detector.below
 
@@ -120,7 +120,7 @@ def test_what_predicts_by_accident_on_the_first_half_does_not_score():
     detector = find_detector(by_feature(strengths), 0)
     assert (detector.unit, detector.chosen_f1) == (0, 1)
     assert (detector.f1, detector.recall) == (0, 0)
-    assert (detector.ranker, detector.auroc) == (0, 0.5)
+    assert (detector.auroc_unit, detector.auroc) == (0, 0.5)
 
 
 def test_scores_by_hand():
@@ -151,7 +151,7 @@ def test_what_ranks_best_need_not_be_what_says_yes_best():
     is_one = MEMBER[:, 0]
     strengths = torch.stack([is_one & (turn < 5), is_one | (turn < 4)], dim=1).float()
     detector = find_detector(by_feature(strengths), 0)
-    assert (detector.unit, detector.ranker) == (0, 1)
+    assert (detector.unit, detector.auroc_unit) == (0, 1)
     assert (detector.f1, detector.auroc) == pytest.approx((2 / 3, 0.8), abs=0.03)
 
 
@@ -181,7 +181,7 @@ def test_units_can_be_chosen_among_a_few_only():
     counts = by_feature(planted_feature())
     assert find_detector(counts, 0, torch.tensor([0, 5])).unit in (0, 5)
     detector = find_detector(counts, 0, torch.tensor([5, 3]))
-    assert (detector.unit, detector.ranker) == (3, 3)
+    assert (detector.unit, detector.auroc_unit) == (3, 3)
 
 
 @pytest.mark.parametrize(("kind", "sign"), [(by_feature, 1), (by_neuron, 1), (by_neuron, -1)])
@@ -198,5 +198,5 @@ def test_scores_are_those_of_the_strengths_themselves_where_these_are_few(kind, 
     assert detector.f1 == pytest.approx(f1_score(truth, said))
     assert detector.precision == pytest.approx(precision_score(truth, said))
     assert detector.recall == pytest.approx(recall_score(truth, said))
-    auroc = roc_auc_score(truth, sign * values[second, detector.ranker])
+    auroc = roc_auc_score(truth, sign * values[second, detector.auroc_unit])
     assert detector.auroc == pytest.approx(auroc)

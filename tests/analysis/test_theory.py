@@ -14,10 +14,10 @@ from sae_lightning.analysis.collect import EncodedBatch, collect, excerpt
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.theory.claims import (
     DENSE_TOKENS,
-    TheoryReducers,
+    TheoryReducer,
     measure_activity,
+    measure_claims,
     summarise_distribution,
-    theory,
 )
 from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import Detector
@@ -61,12 +61,12 @@ def batch_of(
 
 def theory_of(subject: Subject, x: Tensor, tokens: Tensor | None = None):
     """The theory of a subject on activations, given in uneven batches."""
-    reducers, first = TheoryReducers(subject), 0
+    reducer, first = TheoryReducer(subject), 0
     for n in (3, len(x) - 3):
         part = slice(first, first + n)
-        reducers.add(batch_of(subject, x[part], None if tokens is None else tokens[part], first))
+        reducer.add(batch_of(subject, x[part], None if tokens is None else tokens[part], first))
         first += n
-    return theory(subject, reducers)
+    return measure_claims(subject, reducer)
 
 
 def lead(result, title: str) -> str:
@@ -141,7 +141,7 @@ def test_a_threshold_counts_against_the_feature(tiny):
     result = theory_of(subject, noise(50, CONTEXT, WIDTH))
     # b_enc = 0 and mean about 0; the encoder's columns have norm 0.1 and x has deviation 1
     assert result.margin.mean().item() == pytest.approx(-0.5, abs=0.05)
-    assert "100.0% of features are below its threshold" in lead(result, "Encoder biases")
+    assert "100.0% of features are below their threshold" in lead(result, "Encoder biases")
     assert "standard deviations below it" in lead(result, "Encoder biases")
 
 
@@ -233,7 +233,7 @@ def test_active_features_are_counted_and_the_error_is_that_of_the_sae(tiny):
     kept = x[:, 1:].flatten(0, 1)
     output = subject.sae(kept)
     number = (output.features > 0).sum(dim=1)
-    assert torch.equal(result.active, torch.bincount(number, minlength=FEATURES + 1))
+    assert torch.equal(result.l0_counts, torch.bincount(number, minlength=FEATURES + 1))
     total = (kept - kept.mean(dim=0)).square().sum()
     explained = 1 - (kept - output.reconstruction).square().sum() / total
     assert result.numbers["dense"]["explained"] == pytest.approx(explained.item(), abs=1e-5)
@@ -255,7 +255,7 @@ def test_a_planted_feature_is_found_as_the_one_of_its_concept(tiny):
     subject.sae.W_enc[:, 7] = one_hot(torch.tensor(3), WIDTH).float()
     subject.sae.b_enc[7] = -5
     result = theory_of(subject, x, tokens)
-    (found,) = [one for one in result.numbers["detection"]["each"] if one.concept == "animals"]
+    (found,) = [one for one in result.detectors if one.concept == "animals"]
     assert (found.feature.unit, found.feature.f1, found.feature.auroc) == (7, 1, 1)
     assert (found.neuron.unit, found.neuron.below, found.neuron.f1) == (3, False, 1)
     assert found.share == pytest.approx(0.4, abs=0.05)
@@ -282,7 +282,7 @@ def test_halves_are_of_sequences_and_a_concept_of_one_half_is_not_scored(tiny):
     for odd_share in (0.0, 0.2):
         tokens, is_animal = animals_in(subject.llm, torch.where(even, 0.4, odd_share))
         result = theory_of(subject, noise(60, CONTEXT, WIDTH), tokens)
-        found = [one for one in result.numbers["detection"]["each"] if one.concept == "animals"]
+        found = [one for one in result.detectors if one.concept == "animals"]
         assert len(found) == (odd_share > 0)
     share = is_animal[1::2, 1:].double().mean().item()  # of the half that is scored
     assert found[0].share == pytest.approx(share)
@@ -302,10 +302,10 @@ def test_a_fair_choice_is_among_as_many_features_as_neurons_have_directions(tiny
     x = noise(60, CONTEXT, WIDTH)
     x[..., 3] = 10.0 * is_animal
     result = theory_of(subject, x, tokens)
-    (found,) = [one for one in result.numbers["detection"]["each"] if one.concept == "animals"]
+    (found,) = [one for one in result.detectors if one.concept == "animals"]
     assert found.feature.unit == planted
-    assert found.few.unit in lot
-    assert (found.few.unit == planted) == is_drawn
+    assert found.subset_feature.unit in lot
+    assert (found.subset_feature.unit == planted) == is_drawn
 
 
 @pytest.mark.parametrize(
@@ -339,15 +339,20 @@ def test_rows_that_share_a_direction_are_not_called_orthogonal(tiny, common, ver
 
 def test_special_tokens_hold_no_word_and_a_sentence_ends_before_them(tiny):
     subject = subject_of(tiny("llama"))
-    words = TheoryReducers(subject).words
+    vocabulary = TheoryReducer(subject).vocabulary
     for special in find_special_ids(subject.llm.tokenizer):
         column = list(CONCEPTS).index("ends of sentences")
-        assert tag_tokens([" dog", ".", words[special], " fox"])[:, column].tolist() == [0, 1, 0, 0]
+        assert tag_tokens([" dog", ".", vocabulary[special], " fox"])[:, column].tolist() == [
+            0,
+            1,
+            0,
+            0,
+        ]
 
 
 def test_a_text_without_the_concepts_says_so(tiny):
     result = theory_of(subject_of(tiny("llama")), noise(20, CONTEXT, WIDTH))
-    assert result.numbers["detection"]["each"] == []
+    assert result.detectors == []
     assert lead(result, "One feature, one concept").startswith("No concept")
     assert result.numbers["detection"]["concepts"] == 0
 
@@ -363,7 +368,7 @@ def test_the_dense_curve_follows_from_the_covariance():
     found, directions = moments.find_principal_directions()
     assert torch.allclose(found, variances)
     assert torch.allclose((directions @ axes.T).abs(), torch.eye(4).double(), atol=1e-7)
-    dense = compare_dense(found, noise(200, 4), l0=1.5, error=2.0)
+    dense = compare_dense(found, noise(200, 4), l0=1.5, mse=2.0)
     assert dense["curve"] == pytest.approx([0, 0.4, 0.7, 0.9, 1])
     assert dense["explained"] == pytest.approx(0.8)
     assert dense["worth"] == pytest.approx(2.5)  # half way from 0.7 to 0.9
@@ -375,7 +380,7 @@ def test_networks_attain_the_bound_and_none_with_fewer_features_than_dimensions_
     moments = Moments()
     moments.add(x)
     variances, _ = moments.find_principal_directions()
-    dense = compare_dense(variances, x, l0=3.0, error=0.0)
+    dense = compare_dense(variances, x, l0=3.0, mse=0.0)
     assert [check["features"] for check in dense["checks"]] == [5, 9, 10]
     for check in dense["checks"]:
         assert check["measured"] == pytest.approx(check["expected"], abs=1e-12)
@@ -400,25 +405,25 @@ def test_moments_do_not_depend_on_the_cutting_or_on_a_far_mean():
     assert torch.allclose(moments.covariance, x.T.cov(correction=0), rtol=1e-9, atol=1e-12)
 
 
-def test_nothing_in_the_reducers_grows_with_the_text(tiny):
+def test_nothing_in_the_reducer_grows_with_the_text(tiny):
     subject = subject_of(tiny("llama"))
-    reducers, sizes = TheoryReducers(subject), []
+    reducer, sizes = TheoryReducer(subject), []
     for n in range(12):
-        reducers.add(batch_of(subject, noise(16, CONTEXT, WIDTH, seed=n), first=16 * n))
-        parts = reducers.source, reducers.feature, reducers.neuron, reducers
+        reducer.add(batch_of(subject, noise(16, CONTEXT, WIDTH, seed=n), first=16 * n))
+        parts = reducer.source, reducer.feature_counts, reducer.neuron_counts, reducer
         tensors = [v for part in parts for v in vars(part).values() if isinstance(v, Tensor)]
         sizes.append(sum(tensor.numel() for tensor in tensors))
     assert sizes[0] < sizes[8]  # the sample fills up
     assert len(set(sizes[8:])) == 1
-    assert len(reducers.sample) == DENSE_TOKENS
+    assert len(reducer.sample) == DENSE_TOKENS
 
 
 def words_of(tiny, words, name: str = "relu", **sites):
     subject = make_subject(tiny("llama"), **sites) if sites else subject_of(tiny("llama"), name)
-    reducers = TheoryReducers(subject)
+    reducer = TheoryReducer(subject)
     batches, total = excerpt(words(5000), 1500, 16)
-    collect(subject, batches, [reducers], total=total)
-    return theory(subject, reducers)
+    collect(subject, batches, [reducer], total=total)
+    return measure_claims(subject, reducer)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -434,8 +439,11 @@ def test_every_architecture_is_tested_with_a_sentence_a_number_and_a_figure(tiny
     assert all(section.figures for section in found)
     numbers = json.loads(json.dumps(result.numbers, allow_nan=False))
     assert numbers["tokens"] >= 1500
-    assert numbers["detection"]["concepts"] == len(result.numbers["detection"]["each"]) > 0
+    assert numbers["detection"]["concepts"] == len(result.detectors) > 0
     assert math.isclose(numbers["dense"]["curve"][-1], 1)
+    each = numbers["detection"]["each"][0]
+    assert [*each] == ["concept", "share", "feature", "neuron", "few"]
+    assert [*each["few"]][-4:] == ["precision", "recall", "ranker", "auroc"]
 
 
 def test_a_transcoder_is_spared_what_has_no_meaning_for_it(tiny, words):
@@ -454,6 +462,7 @@ def test_a_measure_that_speaks_against_features_is_told_too(tiny, auroc, verdict
     feature = neuron._replace(f1=0.9, auroc=auroc)
     found = ConceptDetectors("war", 0.1, feature, neuron, feature)
     result.numbers["detection"] = compare_units([found])
+    result = result._replace(detectors=[found])
     said = lead(result, "One feature, one concept")
     assert f"{verdict} tokens better (AUROC {auroc:.2f} against 0.80)" in said
 
@@ -467,6 +476,7 @@ def test_the_comparison_says_what_the_numbers_say(tiny, f1, verdict):
     feature = neuron._replace(f1=f1)
     found = ConceptDetectors("war", 0.1, feature, neuron, feature)
     result.numbers["detection"] = compare_units([found])
+    result = result._replace(detectors=[found])
     said = lead(result, "One feature, one concept")
     assert verdict in said
     assert f"wins on {int(f1 > 0.5)} of 1 concepts" in said

@@ -1,9 +1,9 @@
 """The claims of the theory behind SAEs, each measured on an SAE and the text that it reads.
 
-    one pass over text -> TheoryReducers -> theory() -> Theory -> make_theory_sections()
+    pass over text -> TheoryReducer -> measure_claims() -> TheoryResult -> make_theory_sections()
 
-Shapes: d = width of the target site; fired = features that fired on the text; active = features
-that fire in a batch.
+Shapes: n = tokens of a batch, d = width of the target site, active = features that fire in a batch,
+fired = features that fired anywhere in the text.
 """
 
 from typing import Any, NamedTuple
@@ -17,9 +17,10 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.analysis.theory.dense import compare_dense
 from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts
 from sae_lightning.analysis.theory.one_concept import (
+    ConceptDetectors,
     compare_units,
     detect_concepts,
-    read_words,
+    read_blanked_vocabulary,
     tag_batch,
 )
 from sae_lightning.analysis.theory.overlap import Cosines, compare_directions
@@ -33,14 +34,16 @@ DENSE_TOKENS = 2048  # tokens on which dense autoencoders are run
 FEATURES_AT_ONCE = 16_384  # features whose weights are copied at a time: bounds memory
 
 
-class Theory(NamedTuple):
-    """The numbers of `theory.json`, and the tensors that the page's figures show."""
+class TheoryResult(NamedTuple):
+    """The numbers of `theory.json`, and what the page shows in figures and tables."""
 
     numbers: dict[str, Any]
-    """Claim -> its numbers. Agreement, biases and overlap are missing if fewer than two features
-    fired, agreement and dense for a transcoder."""
-    active: Tensor
+    """Claim -> its numbers. If fewer than two features fired, agreement, biases and overlap are
+    missing; for a transcoder, agreement and dense."""
+    l0_counts: Tensor
     """[features + 1] int64: number of tokens with 0, 1, 2, ... active features"""
+    detectors: list[ConceptDetectors]
+    """The units that detect each concept best, the most frequent concept first."""
     agreement: Tensor | None = None
     """[fired] cosines of W_enc[:, i] and W_dec[i]"""
     margin: Tensor | None = None
@@ -48,24 +51,24 @@ class Theory(NamedTuple):
     competes: bool = False
     """True for TopK: the threshold is 0, and a feature must also be among the k strongest."""
     overlap: dict[str, Cosines] | None = None
-    """By kind of direction: `decoder`, `random` and `like_data` (see `compare_directions`)."""
+    """Kind of directions (see `compare_directions`) -> cosines between them."""
 
 
-class TheoryReducers:
-    """Reducer that collects everything `theory` needs from the text."""
+class TheoryReducer:
+    """Reducer that collects everything that `measure_claims` needs from the text."""
 
     def __init__(self, subject: Subject):
         sae, sites = subject.sae, subject.sites
         self.sae = sae
         self.is_autoencoder = sites.source == sites.target
-        self.words = read_words(subject)
+        self.vocabulary = read_blanked_vocabulary(subject)
         self.source = Moments()
         self.target = self.source if self.is_autoencoder else Moments()
-        self.feature = FeatureCounts(len(CONCEPTS), subject.features, subject.device)
-        self.neuron = NeuronCounts(len(CONCEPTS))
-        self.active = torch.zeros(subject.features + 1, dtype=torch.int64)
-        self.residual = 0.0
-        self.sample = torch.empty(0)  # [at most DENSE_TOKENS, d]
+        self.feature_counts = FeatureCounts(len(CONCEPTS), subject.features, subject.device)
+        self.neuron_counts = NeuronCounts(len(CONCEPTS))
+        self.l0_counts = torch.zeros(subject.features + 1, dtype=torch.int64)
+        self.squared_error = 0.0  # summed over tokens
+        self.sample = torch.empty(0)  # [at most DENSE_TOKENS, d] target activations
 
     @torch.no_grad()
     def add(self, batch: EncodedBatch) -> None:
@@ -73,92 +76,101 @@ class TheoryReducers:
         keep = batch.keep
         if not keep.any():
             return
-        values, units = batch.active_features
-        x, y, features = batch.x[keep], batch.y[keep], values[keep]
+        strengths, active = batch.active_features
+        x, y, strengths = batch.x[keep], batch.y[keep], strengths[keep]
         self.source.add(x)
         if not self.is_autoencoder:
             self.target.add(y)
         if len(self.sample) < DENSE_TOKENS:
             self.sample = torch.cat([self.sample, y[: DENSE_TOKENS - len(self.sample)].cpu()])
-        self._reconstruct(x, y, features, units)
-        member, half = tag_batch(batch, self.words)
-        self.feature.add(features, member, half, units)
-        self.neuron.add(x, member, half)
+        self._add_reconstruction(x, y, strengths, active)
+        is_member, half = tag_batch(batch, self.vocabulary)
+        self.feature_counts.add(strengths, is_member, half, active)
+        self.neuron_counts.add(x, is_member, half)
 
-    def _reconstruct(self, x: Tensor, y: Tensor, features: Tensor, units: Tensor) -> None:
-        """Count active features and sum the squared error; features [n, active] are the strengths
-        of the features `units` [active]."""
-        token, unit = features.nonzero(as_tuple=True)
-        per_token = torch.bincount(token, minlength=len(features))
-        self.active += torch.bincount(per_token.cpu(), minlength=len(self.active))
+    def _add_reconstruction(self, x: Tensor, y: Tensor, strengths: Tensor, active: Tensor) -> None:
+        """Add up the active features of each token and the squared error, from the strengths
+        [n, active] of the features with the indices `active` [active]."""
+        token, column = strengths.nonzero(as_tuple=True)
+        l0 = torch.bincount(token, minlength=len(strengths))
+        self.l0_counts += torch.bincount(l0.cpu(), minlength=len(self.l0_counts))
         # most features are silent: summing a few rows takes a tenth of a dense product's time
-        places = token * self.sae.config.features + units.to(token.device)[unit]
+        places = token * self.sae.config.features + active.to(token.device)[column]
         pattern = SparsityPattern(places, len(x), self.sae.config.features)
-        decoded = self.sae.reconstruct(x, SparseMatrix(features[token, unit], pattern))
-        self.residual += (y - decoded).square().sum(dim=1).cpu().double().sum().item()
+        decoded = self.sae.reconstruct(x, SparseMatrix(strengths[token, column], pattern))
+        self.squared_error += (y - decoded).square().sum(dim=1).cpu().double().sum().item()
 
 
-def theory(subject: Subject, reducers: TheoryReducers) -> Theory:
-    """Test every claim on the sums in the reducers, after a pass over text (`collect`)."""
+def measure_claims(subject: Subject, reducer: TheoryReducer) -> TheoryResult:
+    """Test every claim on what the reducer has collected from the text (`collect`)."""
     with phase("testing the theory"):
-        counts, tokens = reducers.feature.result(), reducers.source.tokens
+        counts, tokens = reducer.feature_counts.result(), reducer.source.tokens
+        # bin 0 counts the tokens on which a feature is silent
         density = counts.counts[:, -1, :, 1:].sum(dim=(0, 2)).double() / tokens
+        detectors = detect_concepts(counts, reducer.neuron_counts.result())
+        del counts, reducer.feature_counts  # gigabytes if there are very many features
         numbers = {
             "tokens": tokens,
             "features": len(density),
             "fired": int((density > 0).sum()),
-            "activity": measure_activity(reducers.active, density),
-            "detection": compare_units(detect_concepts(counts, reducers.neuron.result())),
+            "activity": measure_activity(reducer.l0_counts, density),
+            "detection": compare_units(detectors),
         }
-        del counts, reducers.feature  # gigabytes if there are very many features
-        variances, directions = reducers.target.find_principal_directions()
-        if reducers.is_autoencoder:
-            l0, error = density.sum().item(), reducers.residual / tokens
-            numbers["dense"] = compare_dense(variances, reducers.sample, l0, error)
-        result = Theory(numbers, reducers.active)
+        variances, directions = reducer.target.find_principal_directions()
+        if reducer.is_autoencoder:
+            l0, mse = density.sum().item(), reducer.squared_error / tokens
+            numbers["dense"] = compare_dense(variances, reducer.sample, l0, mse)
+        result = TheoryResult(numbers, reducer.l0_counts, detectors)
         if numbers["fired"] < 2:  # no pair to compare
             return result
-        spread_data = variances.sqrt()[:, None] * directions
-        return _measure_weights(subject, reducers, density > 0, spread_data, result)
+        covariance_root = variances.sqrt()[:, None] * directions
+        return _measure_weights(subject, reducer, density > 0, covariance_root, result)
 
 
-def measure_activity(active: Tensor, density: Tensor) -> dict[str, float]:
-    """Distribution of the number of active features on a token.
+def measure_activity(l0_counts: Tensor, density: Tensor) -> dict[str, float]:
+    """Mean, standard deviation and quantiles of the L0, the number of active features on a token.
 
-    active: [features + 1] number of tokens with 0, 1, 2, ... active features; density: [features]
-    share of tokens on which each feature fires.
+    l0_counts: [features + 1] number of tokens with an L0 of 0, 1, 2, ...; density: [features] share
+    of tokens on which each feature fires.
     """
-    number = torch.arange(len(active)).double()
-    share = active.double() / active.sum()
-    up_to = active.double().cumsum(0) / active.sum()
-    # the quantile q is the smallest number that a share q of the tokens does not exceed
+    l0 = torch.arange(len(l0_counts)).double()
+    share = l0_counts.double() / l0_counts.sum()
+    cumulative_share = l0_counts.double().cumsum(0) / l0_counts.sum()
+    # the quantile q is the smallest L0 that a share q of the tokens does not exceed
     quantiles = 0, 0.05, 0.25, 0.5, 0.75, 0.95, 1
     return {
-        "mean": density.sum().item(),  # L0
-        "deviation": (share @ (number - share @ number).square()).sqrt().item(),
+        "mean": density.sum().item(),
+        "deviation": (share @ (l0 - share @ l0).square()).sqrt().item(),
         "deviation_if_independent": (density * (1 - density)).sum().sqrt().item(),
-    } | {f"{q:.0%}": int((up_to <= max(q - 1e-9, 0)).sum()) for q in quantiles}
+    } | {f"{q:.0%}": int((cumulative_share <= max(q - 1e-9, 0)).sum()) for q in quantiles}
 
 
 def _measure_weights(
-    subject: Subject, reducers: TheoryReducers, fired: Tensor, data: Tensor, result: Theory
-) -> Theory:
-    """Add to `result` the biases, agreement and overlap of the features that fired; the others may
-    still be as initialised, with encoder = decoder transposed. `data`: see `compare_directions`."""
+    subject: Subject,
+    reducer: TheoryReducer,
+    has_fired: Tensor,
+    covariance_root: Tensor,
+    result: TheoryResult,
+) -> TheoryResult:
+    """Add to `result` the biases, agreement and overlap of the features that fired. (The others may
+    still be as initialised, with encoder = decoder transposed.)
+
+    has_fired: [features] bool; covariance_root: see `compare_directions`.
+    """
     weights = {name: value.cpu() for name, value in subject.sae.weights().items()}
-    encoder, decoder, b_enc = weights["W_enc"].T[fired], weights["W_dec"][fired], weights["b_enc"]
-    margin = _measure_margins(weights, reducers.source)[fired]
+    encoder, decoder = weights["W_enc"].T[has_fired], weights["W_dec"][has_fired]
+    margin = _measure_margins(weights, reducer.source)[has_fired]
     result.numbers["biases"] = summarise_distribution(margin.float()) | {
         "negative": (margin < 0).float().mean().item(),
-        "raw_negative": (b_enc[fired] < 0).float().mean().item(),
+        "raw_negative": (weights["b_enc"][has_fired] < 0).float().mean().item(),
         # active features per token if pre-activations were normally distributed
         "l0_if_normal": torch.special.ndtr(margin).sum().item(),
     }
-    cosines = compare_directions(decoder, data)
-    result.numbers["overlap"] = {kind: counted.scalars() for kind, counted in cosines.items()}
-    result.numbers["overlap"]["rows"] = len(cosines["decoder"].nearest)
+    overlap = compare_directions(decoder, covariance_root)
+    result.numbers["overlap"] = {kind: cosines.scalars() for kind, cosines in overlap.items()}
+    result.numbers["overlap"]["rows"] = len(overlap["decoder"].nearest)
     agreement = None
-    if reducers.is_autoencoder:
+    if reducer.is_autoencoder:
         parts = zip(encoder.split(FEATURES_AT_ONCE), decoder.split(FEATURES_AT_ONCE), strict=True)
         agreement = torch.cat(
             [(normalize(a, dim=1) * normalize(b, dim=1)).sum(dim=1) for a, b in parts]
@@ -167,7 +179,7 @@ def _measure_weights(
             "chance": decoder.shape[1] ** -0.5
         }
     competes = subject.sae.architecture == "topk"
-    return result._replace(margin=margin, competes=competes, overlap=cosines, agreement=agreement)
+    return result._replace(margin=margin, competes=competes, overlap=overlap, agreement=agreement)
 
 
 def _measure_margins(weights: dict[str, Tensor], source: Moments) -> Tensor:

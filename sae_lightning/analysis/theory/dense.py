@@ -1,4 +1,4 @@
-"""The best dense autoencoders, with fewer features than dimensions and with as many.
+"""The best dense autoencoders, with at most as many features as dimensions.
 
 x_hat = f W_dec + b_dec lies in an affine subspace of F dimensions, so that no autoencoder with F
 features, whatever its encoder, beats the first F principal directions (Eckart and Young 1936). ReLU
@@ -18,26 +18,27 @@ from sae_lightning.sae.relu import DenseConfig
 from sae_lightning.scoring.moments import Moments
 
 
-def compare_dense(variances: Tensor, sample: Tensor, l0: float, error: float) -> dict[str, Any]:
-    """Compare the best dense autoencoders with an SAE of this L0 and mean squared error per token,
-    |x - x_hat|^2.
+def compare_dense(variances: Tensor, sample: Tensor, l0: float, mse: float) -> dict[str, Any]:
+    """Compare the best dense autoencoders with an SAE, given its L0 and its mean over tokens of
+    |x - x_hat|^2, `mse`.
 
     variances: [d] along principal directions; sample: [n, d] activations to run networks on.
     """
     d, curve = len(variances), _compute_curve(variances)
-    explained_variance = 1 - error / variances.sum().item()
+    explained_variance = 1 - mse / variances.sum().item()
     # between whole numbers of features the curve is interpolated
     below = min(int(l0), d - 1)
     low, high = curve[below : below + 2].tolist()
     at_l0 = low + min(l0 - below, 1.0) * (high - low)
-    worth = least = int((curve < explained_variance).sum())  # F that explains at least as much
-    if 0 < least <= d:
-        low, high = curve[least - 1 : least + 1].tolist()
-        worth = least - 1 + (explained_variance - low) / (high - low)
+    # the smallest F that explains at least as much as the SAE, then interpolated down to as much
+    worth = smallest = int((curve < explained_variance).sum())
+    if 0 < smallest <= d:
+        low, high = curve[smallest - 1 : smallest + 1].tolist()
+        worth = smallest - 1 + (explained_variance - low) / (high - low)
     return {
         "l0": l0,
         "explained": explained_variance,
-        "at_l0": at_l0,  # explained variance with as many dense features as the SAE's L0
+        "at_l0": at_l0,  # explained variance of as many dense features as the SAE's L0
         "worth": float(min(worth, d)),  # dense features that explain as much as the SAE
         "checks": [
             _run_dense(sample, size)
@@ -54,8 +55,8 @@ def _compute_curve(variances: Tensor) -> Tensor:
 
 
 def _run_dense(x: Tensor, features: int) -> dict[str, float]:
-    """Build the best ReLU autoencoder for x [n, d], which projects on the first principal
-    directions around the mean; return its explained variance on x, expected and measured."""
+    """Build the best ReLU autoencoder of this many features for x [n, d]: it projects x - mean on
+    the first principal directions. Return its explained variance on x, expected and measured."""
     moments = Moments()
     moments.add(x)
     variances, directions = moments.find_principal_directions()

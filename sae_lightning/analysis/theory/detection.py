@@ -1,14 +1,14 @@
 """How well single units detect concepts, from counts that do not grow with the text.
 
-    counts[half, concept, unit, bin]     tokens of the concept on which the unit's strength is
-                                         in the bin (the last concept: all tokens)
-    first half of the sequences          -> the unit and the threshold with the best F1
-    second half                          -> their scores
+    counts[half, concept, unit, bin]   number of the concept's tokens on which the unit's strength
+                                       is in the bin; the last concept: all tokens
+    first half of the sequences        -> the unit and the threshold with the best F1
+    second half                        -> their scores
 
 Shapes: n = tokens, units = features or neurons.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,11 +35,16 @@ class Detector(NamedTuple):
     """F1 on the other half, like all scores below."""
     precision: float
     recall: float
-    ranker: int
-    """The unit with the best AUROC on the half used for choosing; it may be another than `unit`."""
+    auroc_unit: int
+    """The unit with the best AUROC on the half used for choosing; it may differ from `unit`."""
     auroc: float
-    """AUROC of `ranker`: the probability that it ranks a token of the concept above another token;
-    0.5 is chance."""
+    """AUROC of `auroc_unit`: the probability that it is stronger on a token of the concept than on
+    another token; 0.5 is chance."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `theory.json` has them, where `auroc_unit` is called `ranker`."""
+        names = {"auroc_unit": "ranker"}
+        return {names.get(name, name): value for name, value in self._asdict().items()}
 
 
 class StrengthCounts(NamedTuple):
@@ -50,7 +55,7 @@ class StrengthCounts(NamedTuple):
     thresholds: Tensor
     """[units, bins - 1] lower edge of each bin but the first"""
     signed: bool
-    """Whether units also have a negative direction."""
+    """Whether units can also detect by low values, as neurons can."""
 
     @property
     def token_counts(self) -> Tensor:
@@ -58,18 +63,20 @@ class StrengthCounts(NamedTuple):
         return self.counts[:, :, 0].sum(dim=-1)
 
     def score_thresholds(self, half: int, concept: int, units: Tensor) -> tuple[Tensor, ...]:
-        """F1, precision and recall [sides, units, bins - 1] of predicting the concept from each
-        threshold up, and AUROC [sides, units]; signed units have a second side, below it.
+        """F1, precision and recall [sides, units, bins - 1] of detecting the concept on side 0 of
+        each threshold, at or above it, and AUROC [sides, units] of ranking tokens by strength.
+        Signed units also have a side 1: below the threshold, ranking by falling strength.
         """
-        inside, everything = (self.counts[half, c, units].double() for c in (concept, -1))
-        members, tokens = (counts.sum(dim=-1, keepdim=True) for counts in (inside, everything))
+        of_concept, of_all = (self.counts[half, c, units].double() for c in (concept, -1))
+        members, tokens = (counts.sum(dim=-1, keepdim=True) for counts in (of_concept, of_all))
         # counts at or above each threshold
         hits, predicted = (
-            counts.flip(-1).cumsum(-1).flip(-1)[..., 1:] for counts in (inside, everything)
+            counts.flip(-1).cumsum(-1).flip(-1)[..., 1:] for counts in (of_concept, of_all)
         )
-        others = everything - inside
-        below = others.cumsum(dim=-1) - others / 2  # ties (the same bin) count half
-        auroc = (inside * below).sum(dim=-1) / (members * (tokens - members))[:, 0]
+        others = of_all - of_concept
+        weaker_others = others.cumsum(dim=-1) - others / 2  # ties (the same bin) count half
+        wins = (of_concept * weaker_others).sum(dim=-1)
+        auroc = wins / (members * (tokens - members))[:, 0]
         if self.signed:
             hits = torch.stack([hits, members - hits])
             predicted = torch.stack([predicted, tokens - predicted])
@@ -85,30 +92,33 @@ class FeatureCounts:
 
     def __init__(self, concepts: int, features: int, device: torch.device | str = "cpu"):
         self.edges = EDGES.to(device)
+        # tokens of each concept in each half; gives the counts of bin 0
         self.tokens = torch.zeros(2, concepts + 1, dtype=torch.int32, device=device)
         shape = 2, concepts + 1, features, len(EDGES) + 1
         self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
 
-    def add(self, strengths: Tensor, member: Tensor, half: Tensor, units: Tensor) -> None:
-        """Add tokens: strengths [n, active] of the features `units` [active], the concepts of each
-        token (bool [n, concepts]), and its half of the text (0 or 1, [n])."""
-        _increment(self.tokens, _pair_with_concepts(member, half)[1])
-        units = units.to(strengths.device)
+    def add(self, strengths: Tensor, is_member: Tensor, half: Tensor, active: Tensor) -> None:
+        """Add tokens: strengths [n, active] of the features with the indices `active` [active],
+        whether each token belongs to each concept (bool [n, concepts]), and its half of the text
+        (0 or 1, [n])."""
+        _increment(self.tokens, _pair_with_concepts(is_member, half)[1])
+        active = active.to(strengths.device)
         features, bins = self.counts.shape[2:]
-        fires = strengths.nonzero(as_tuple=True)
-        for tokens, columns in zip(*(i.split(STRENGTHS_AT_ONCE) for i in fires), strict=True):
+        nonzero = strengths.nonzero(as_tuple=True)
+        for token, column in zip(*(i.split(STRENGTHS_AT_ONCE) for i in nonzero), strict=True):
             # strengths below all edges go to bin 1: bin 0 is for silent tokens
-            level = torch.bucketize(strengths[tokens, columns], self.edges, right=True).clamp(min=1)
-            entry, group = _pair_with_concepts(member[tokens], half[tokens])
-            unit = units[columns[entry]]
-            _increment(self.counts, (group * features + unit) * bins + level[entry])
+            values = strengths[token, column]
+            bin_index = torch.bucketize(values, self.edges, right=True).clamp(min=1)
+            entry, concept = _pair_with_concepts(is_member[token], half[token])
+            feature = active[column[entry]]
+            _increment(self.counts, (concept * features + feature) * bins + bin_index[entry])
 
     def result(self) -> StrengthCounts:
         """The counts of all tokens added so far, on the CPU."""
         counts = self.counts.cpu()
         # summed in int32: for a sum in int64, torch would first make an int64 copy of all counts
-        fired = counts[..., 1:].sum(dim=-1, dtype=torch.int32)
-        counts[..., 0] = self.tokens.cpu()[..., None] - fired
+        firing_tokens = counts[..., 1:].sum(dim=-1, dtype=torch.int32)
+        counts[..., 0] = self.tokens.cpu()[..., None] - firing_tokens
         thresholds = torch.cat([torch.zeros(1), EDGES[1:]]).expand(counts.shape[2], -1)
         return StrengthCounts(counts, thresholds, signed=False)
 
@@ -120,32 +130,34 @@ class NeuronCounts:
         self.concepts = concepts
         self.edges = self.counts = None
 
-    def add(self, x: Tensor, member: Tensor, half: Tensor) -> None:
-        """Add tokens: activations [n, d], concepts (bool [n, concepts]), halves (0 or 1, [n])."""
+    def add(self, x: Tensor, is_member: Tensor, half: Tensor) -> None:
+        """Add tokens: activations [n, d]; the rest as in `FeatureCounts.add`."""
         if self.edges is None:
-            first = x[: max(1, MAX_QUANTILE_VALUES // x.shape[1])]
-            self.edges = torch.quantile(first, QUANTILE_LEVELS.to(x), dim=0).T.contiguous()
+            sample = x[: max(1, MAX_QUANTILE_VALUES // x.shape[1])]
+            self.edges = torch.quantile(sample, QUANTILE_LEVELS.to(x), dim=0).T.contiguous()
             shape = 2, self.concepts + 1, x.shape[1], len(QUANTILE_LEVELS) + 1
             self.counts = torch.zeros(shape, dtype=torch.int32, device=x.device)
         d, bins = self.counts.shape[2:]
-        units, at_once = torch.arange(d, device=x.device), max(1, STRENGTHS_AT_ONCE // d)
-        parts = (tensor.split(at_once) for tensor in (x, member, half))
-        for values, *groups in zip(*parts, strict=True):
-            level = torch.searchsorted(self.edges, values.T.contiguous(), right=True).T  # [n, d]
-            token, group = _pair_with_concepts(*groups)
-            _increment(self.counts, (group[:, None] * d + units) * bins + level[token])
+        neurons, tokens_at_once = torch.arange(d, device=x.device), max(1, STRENGTHS_AT_ONCE // d)
+        parts = (tensor.split(tokens_at_once) for tensor in (x, is_member, half))
+        for part_x, *tags in zip(*parts, strict=True):
+            bin_index = torch.searchsorted(
+                self.edges, part_x.T.contiguous(), right=True
+            ).T  # [n, d]
+            token, concept = _pair_with_concepts(*tags)
+            _increment(self.counts, (concept[:, None] * d + neurons) * bins + bin_index[token])
 
     def result(self) -> StrengthCounts:
         """The counts of all tokens added so far, on the CPU."""
         return StrengthCounts(self.counts.cpu(), self.edges.cpu(), signed=True)
 
 
-def _pair_with_concepts(member: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-    """One pair for each concept of each token -> index of the token, flat index into counts[half,
-    concept]; every token belongs to the last concept."""
-    member = torch.cat([member, torch.ones_like(member[:, :1])], dim=1)
-    token, concept = member.nonzero(as_tuple=True)
-    return token, half[token] * member.shape[1] + concept
+def _pair_with_concepts(is_member: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """Pair each token with each of its concepts, the last of which holds all tokens -> index of the
+    token [pairs], flat index into counts[half, concept] [pairs]."""
+    is_member = torch.cat([is_member, torch.ones_like(is_member[:, :1])], dim=1)
+    token, concept = is_member.nonzero(as_tuple=True)
+    return token, half[token] * is_member.shape[1] + concept
 
 
 def _increment(counts: Tensor, indices: Tensor) -> None:
@@ -155,22 +167,22 @@ def _increment(counts: Tensor, indices: Tensor) -> None:
 
 
 def find_detector(counts: StrengthCounts, concept: int, units: Tensor | None = None) -> Detector:
-    """Choose unit and threshold by F1, and the ranker by AUROC, on the first half; score on the
-    second. units: indices of the candidates, all by default."""
+    """Choose unit and threshold by F1, and a unit by AUROC, on the first half; score them on the
+    second. units: indices of the units to choose from, all by default."""
     units = torch.arange(counts.counts.shape[2]) if units is None else units
     chosen_f1, _, _, aurocs = counts.score_thresholds(0, concept, units)
-    side, row, level = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))
-    ranking_side, ranker = (int(i) for i in torch.unravel_index(aurocs.argmax(), aurocs.shape))
-    best = units[[row, ranker]]
+    side, row, edge = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))
+    auroc_side, auroc_row = (int(i) for i in torch.unravel_index(aurocs.argmax(), aurocs.shape))
+    best = units[[row, auroc_row]]
     f1, precision, recall, auroc = counts.score_thresholds(1, concept, best)
     return Detector(
         unit=int(best[0]),
         below=side == 1,
-        threshold=counts.thresholds[best[0], level].item(),
-        chosen_f1=chosen_f1[side, row, level].item(),
-        f1=f1[side, 0, level].item(),
-        precision=precision[side, 0, level].item(),
-        recall=recall[side, 0, level].item(),
-        ranker=int(best[1]),
-        auroc=auroc[ranking_side, 1].item(),
+        threshold=counts.thresholds[best[0], edge].item(),
+        chosen_f1=chosen_f1[side, row, edge].item(),
+        f1=f1[side, 0, edge].item(),
+        precision=precision[side, 0, edge].item(),
+        recall=recall[side, 0, edge].item(),
+        auroc_unit=int(best[1]),
+        auroc=auroc[auroc_side, 1].item(),
     )

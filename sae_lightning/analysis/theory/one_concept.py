@@ -1,6 +1,7 @@
 """The claim that one feature stands for one concept.
 
-StrengthCounts -> detect_concepts() -> compare_units() -> make_concept_section()
+StrengthCounts -> detect_concepts() -> ConceptDetectors -> compare_units() -> numbers
+                                                        -> make_concept_section()
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ MIN_OCCURRENCES = 20  # tokens of a concept in each half; with fewer, scores mea
 
 
 class ConceptDetectors(NamedTuple):
-    """A concept, and the single units that detect it best."""
+    """The single units that detect one concept best."""
 
     concept: str
     share: float
@@ -37,38 +38,50 @@ class ConceptDetectors(NamedTuple):
     feature: Detector
     neuron: Detector
     """The best of the site's dimensions, in either direction."""
-    few: Detector
-    """The best of 2 d random features, as few as neurons have directions; d = number of neurons."""
+    subset_feature: Detector
+    """The best of a random subset of 2 d features, as many as d neurons have directions."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `theory.json` has them, where `subset_feature` is called `few`."""
+        return {
+            "concept": self.concept,
+            "share": self.share,
+            "feature": self.feature.to_dict(),
+            "neuron": self.neuron.to_dict(),
+            "few": self.subset_feature.to_dict(),
+        }
 
 
 class ConceptCounts:
     """Reducer that counts the strengths of features on the tokens of each concept."""
 
     def __init__(self, subject: Subject, features: int):
-        self.words = read_words(subject)
+        self.vocabulary = read_blanked_vocabulary(subject)
         self.counts = FeatureCounts(len(CONCEPTS), features, subject.device)
 
     @torch.no_grad()
     def add(self, batch: EncodedBatch) -> None:
-        values, units = batch.active_features
-        self.counts.add(values[batch.keep], *tag_batch(batch, self.words), units)
+        strengths, active = batch.active_features
+        self.counts.add(strengths[batch.keep], *tag_batch(batch, self.vocabulary), active)
 
 
-def read_words(subject: Subject) -> list[str]:
-    """Text of each token id; a space for special tokens, which are no part of the text."""
-    words = read_vocabulary(subject.llm)
+def read_blanked_vocabulary(subject: Subject) -> list[str]:
+    """Text of each token id; a space for special tokens, which are not part of the text."""
+    vocabulary = read_vocabulary(subject.llm)
     for special in find_special_ids(subject.llm.tokenizer):
-        words[special] = " "
-    return words
+        vocabulary[special] = " "
+    return vocabulary
 
 
-def tag_batch(batch: EncodedBatch, words: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The concepts of each kept token, bool [n, concepts], and the half of the text that it is in,
-    0 or 1 [n]."""
+def tag_batch(batch: EncodedBatch, vocabulary: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Whether each kept token belongs to each concept, bool [n, concepts], and which half of the
+    sequences it is in, 0 (even indices) or 1 [n]."""
     keep = batch.keep
-    member = torch.stack([tag_tokens([words[i] for i in row]) for row in batch.tokens.tolist()])
+    is_member = torch.stack(
+        [tag_tokens([vocabulary[i] for i in ids]) for ids in batch.tokens.tolist()]
+    )
     half = (batch.sequence_indices.to(keep.device) % 2)[:, None].expand_as(keep)[keep]
-    return member.to(keep.device)[keep], half
+    return is_member.to(keep.device)[keep], half
 
 
 def find_frequent_concepts(counts: StrengthCounts) -> dict[str, int]:
@@ -79,37 +92,38 @@ def find_frequent_concepts(counts: StrengthCounts) -> dict[str, int]:
 
 def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[ConceptDetectors]:
     """The best units for each concept that is frequent enough, the most frequent first."""
-    tokens, units, d = features.token_counts, features.counts.shape[2], neurons.counts.shape[2]
-    subset = torch.randperm(units, generator=Generator().manual_seed(0))[: 2 * d]
-    detected = [
+    tokens, d = features.token_counts, neurons.counts.shape[2]
+    order = torch.randperm(features.counts.shape[2], generator=Generator().manual_seed(0))
+    detectors = [
         ConceptDetectors(
             concept=name,
             share=(tokens[1, i] / tokens[1, -1]).item(),
             feature=find_detector(features, i),
             neuron=find_detector(neurons, i),
-            few=find_detector(features, i, subset),
+            subset_feature=find_detector(features, i, order[: 2 * d]),
         )
         for name, i in find_frequent_concepts(features).items()
     ]
-    return sorted(detected, key=lambda best: -best.share)
+    return sorted(detectors, key=lambda best: -best.share)
 
 
-def compare_units(detected: list[ConceptDetectors]) -> dict[str, Any]:
-    """Mean scores over concepts of the best feature, neuron, and one of 2 d random features."""
+def compare_units(detectors: list[ConceptDetectors]) -> dict[str, Any]:
+    """Mean scores over concepts of the best feature, neuron and feature of the random subset; and
+    all scores of each concept."""
+    each = [best.to_dict() for best in detectors]
     means = {
-        f"{kind}_{score}": sum(getattr(getattr(best, kind), score) for best in detected)
-        / max(1, len(detected))
+        f"{kind}_{score}": sum(best[kind][score] for best in each) / max(1, len(each))
         for kind in ("feature", "neuron", "few")
         for score in ("f1", "auroc")
     }
-    wins = sum(best.feature.f1 > best.neuron.f1 for best in detected)
-    return {"concepts": len(detected), "feature_wins": wins, **means, "each": detected}
+    wins = sum(best.feature.f1 > best.neuron.f1 for best in detectors)
+    return {"concepts": len(each), "feature_wins": wins, **means, "each": each}
 
 
-def make_concept_section(numbers: dict[str, Any]) -> Section:
-    """Whether single features stand for concepts better than single neurons do."""
-    title, detected = "One feature, one concept", numbers["each"]
-    n = numbers["concepts"]
+def make_concept_section(numbers: dict[str, Any], detectors: list[ConceptDetectors]) -> Section:
+    """Whether single features stand for concepts better than single neurons do. numbers: those that
+    `compare_units` returns."""
+    title, n = "One feature, one concept", len(detectors)
     if not n:
         return Section(title, "No concept of the lists is frequent enough in this text.")
     feature, neuron = numbers["feature_f1"], numbers["neuron_f1"]
@@ -121,7 +135,7 @@ def make_concept_section(numbers: dict[str, Any]) -> Section:
     else:
         why = "a feature does not rank the tokens on which it is silent"
         ranking = f"Features do not rank tokens better {aurocs}: {why}."
-    always_yes = sum(2 * best.share / (1 + best.share) for best in detected) / n
+    always_yes = sum(2 * best.share / (1 + best.share) for best in detectors) / n
     return Section(
         title=title,
         lead=f"The best single feature detects a concept with a mean F1 of {feature:.2f}, "
@@ -130,25 +144,25 @@ def make_concept_section(numbers: dict[str, Any]) -> Section:
         rows={
             "mean F1": f"{feature:.3f} feature, {neuron:.3f} neuron; {always_yes:.3f} by always "
             "saying yes",
-            "few features": f"{numbers['few_f1']:.3f}, the best of a random choice of "
-            "features, as many as neurons have directions",
+            "subset of features": f"{numbers['few_f1']:.3f}, the best of a random "
+            "subset, of as many features as neurons have directions",
             "mean AUROC": f"{auroc:.3f} feature, {neuron_auroc:.3f} neuron, each of the unit that "
             "ranks best",
             "how": "unit and threshold are chosen on one half of the sequences and scored on the "
             "other",
         },
-        table=_make_concepts_table(detected),
-        figures={"F1 of the best single unit": _draw_units(detected)},
+        table=_make_concepts_table(detectors),
+        figures={"F1 of the best single unit": _draw_units(detectors)},
     )
 
 
-def _make_concepts_table(detected: list[ConceptDetectors]) -> ResultTable:
+def _make_concepts_table(detectors: list[ConceptDetectors]) -> ResultTable:
     header = ["concept", "tokens", "feature", "F1", "AUROC", "neuron", "F1", "AUROC"]
     rows = [
         [best.concept, f"{best.share:.1%}", f"{best.feature.unit}"]
         + [f"{best.feature.f1:.3f}", f"{best.feature.auroc:.3f}", _name_neuron(best)]
         + [f"{best.neuron.f1:.3f}", f"{best.neuron.auroc:.3f}"]
-        for best in sorted(detected, key=lambda best: -best.feature.f1)
+        for best in sorted(detectors, key=lambda best: -best.feature.f1)
     ]
     return ResultTable(header, rows)
 
@@ -157,7 +171,7 @@ def _name_neuron(best: ConceptDetectors) -> str:
     return f"{'-' if best.neuron.below else '+'}{best.neuron.unit}"
 
 
-def _draw_units(detected: list[ConceptDetectors]) -> "Figure":
+def _draw_units(detectors: list[ConceptDetectors]) -> "Figure":
     figure = make_figure("F1 of the best neuron", "F1 of the best feature")
     figure.update_xaxes(range=[0, 1.02]).update_yaxes(range=[0, 1.02])
     figure.add_scatter(
@@ -169,17 +183,17 @@ def _draw_units(detected: list[ConceptDetectors]) -> "Figure":
         hoverinfo="skip",
     )
     return figure.add_scatter(
-        x=[best.neuron.f1 for best in detected],
-        y=[best.feature.f1 for best in detected],
+        x=[best.neuron.f1 for best in detectors],
+        y=[best.feature.f1 for best in detectors],
         mode="markers+text",
-        text=_pick_labels(detected),
+        text=_pick_labels(detectors),
         textposition="middle right",
         textfont_size=11,
         cliponaxis=False,
         hovertext=[
             f"{best.concept}<br>feature {best.feature.unit}: F1 {best.feature.f1:.3f}<br>"
             f"neuron {_name_neuron(best)}: F1 {best.neuron.f1:.3f}"
-            for best in detected
+            for best in detectors
         ],
         hovertemplate="%{hovertext}<extra></extra>",
         marker={"size": 8, "color": COLOURS[0]},
@@ -187,14 +201,14 @@ def _draw_units(detected: list[ConceptDetectors]) -> "Figure":
     )
 
 
-def _pick_labels(detected: list[ConceptDetectors]) -> list[str]:
-    """Label of each point; "" where it would cover an earlier label."""
+def _pick_labels(detectors: list[ConceptDetectors]) -> list[str]:
+    """The label of each point; empty where it would cover the label of an earlier point."""
     placed: list[ConceptDetectors] = []
-    for best in detected:
+    for best in detectors:
         if all(
             abs(best.feature.f1 - other.feature.f1) > 0.03
             or abs(best.neuron.f1 - other.neuron.f1) > 0.2
             for other in placed
         ):
             placed.append(best)
-    return [best.concept if best in placed else "" for best in detected]
+    return [best.concept if best in placed else "" for best in detectors]

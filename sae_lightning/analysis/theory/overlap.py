@@ -1,6 +1,6 @@
-"""Whether decoder rows are nearly orthogonal: cosines of decoder rows and of random directions.
+"""Whether decoder rows are nearly orthogonal: cosines between them, and between random directions.
 
-Shapes: d = width of the site; rows = decoder rows compared with all others.
+Shapes: n = directions, d = width of the site, rows = directions that are compared with all others.
 """
 
 from typing import NamedTuple
@@ -9,30 +9,30 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
-COMPARED_ROWS = 1024  # directions that are compared with all others
+COMPARED_ROWS = 1024  # at most, of all directions of a kind
 ROWS_AT_ONCE = 256  # bounds memory
 COSINE_BINS = 2000  # from -1 to 1, 0.001 wide
 
 
 class Cosines(NamedTuple):
-    """Cosines of some directions with all others."""
+    """Cosines of some directions with all others of their kind."""
 
     counts: Tensor
     """[COSINE_BINS] int64: number of pairs by cosine"""
     nearest: Tensor
-    """[rows] largest cosine of each row with another direction"""
+    """[rows] largest cosine of each of these directions with another one"""
 
     def find_share_above(self, cosine: float) -> float:
-        """Share of pairs whose |cosine| is above `cosine`, which is rounded to 0.001."""
+        """Share of pairs whose |cosine| exceeds `cosine`, which is rounded to 0.001."""
         middles = (torch.arange(COSINE_BINS) + 0.5) * (2 / COSINE_BINS) - 1
         return (self.counts[middles.abs() > cosine].sum() / self.counts.sum()).item()
 
     def find_quantile(self, share: float) -> float:
         """The |cosine| that this share of pairs does not exceed, rounded up to 0.001."""
         half = COSINE_BINS // 2
-        folded = self.counts[half:] + self.counts[:half].flip(0)
-        up_to = folded.cumsum(0) / folded.sum()
-        return (int((up_to < share).sum()) + 1) / half
+        counts = self.counts[half:] + self.counts[:half].flip(0)  # by |cosine|
+        cumulative_share = counts.cumsum(0) / counts.sum()
+        return (int((cumulative_share < share).sum()) + 1) / half
 
     def scalars(self) -> dict[str, float]:
         return {
@@ -43,11 +43,11 @@ class Cosines(NamedTuple):
         }
 
 
-def compare_directions(decoder: Tensor, data: Tensor) -> dict[str, Cosines]:
-    """Cosines of decoder rows [features, d], of as many random directions, and of random directions
-    drawn with the covariance of the activations.
+def compare_directions(decoder: Tensor, covariance_root: Tensor) -> dict[str, Cosines]:
+    """Cosines between decoder rows [features, d] (`decoder`), as many random directions (`random`),
+    and random directions drawn with the covariance of the activations (`like_data`).
 
-    data: [d, d] matrix that gives rows of white noise that covariance (noise @ data).
+    covariance_root: [d, d] matrix R with R^T R = covariance; white noise times R has it, too.
     """
     generator = Generator().manual_seed(0)
     chosen = torch.randperm(len(decoder), generator=generator)[:COMPARED_ROWS]
@@ -55,7 +55,7 @@ def compare_directions(decoder: Tensor, data: Tensor) -> dict[str, Cosines]:
     return {
         "decoder": count_cosines(decoder, chosen),
         "random": count_cosines(noise, chosen),
-        "like_data": count_cosines(noise @ data.float(), chosen),
+        "like_data": count_cosines(noise @ covariance_root.float(), chosen),
     }
 
 
@@ -65,7 +65,7 @@ def count_cosines(directions: Tensor, chosen: Tensor) -> Cosines:
     counts, nearest = torch.zeros(COSINE_BINS, dtype=torch.int64), []
     for part in chosen.split(ROWS_AT_ONCE):
         table = (directions[part] @ directions.T).clamp_(-1, 1)
-        table[torch.arange(len(part)), part] = -2  # with itself: below all bins
+        table[torch.arange(len(part)), part] = -2  # of a row with itself: in no bin, never nearest
         counts += table.histc(COSINE_BINS, -1, 1).long()
         nearest.append(table.amax(dim=1))
     return Cosines(counts, torch.cat(nearest))

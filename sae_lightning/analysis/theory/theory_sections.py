@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.theory.claims import DENSE_TOKENS, Theory
+from sae_lightning.analysis.theory.claims import DENSE_TOKENS, TheoryResult
 from sae_lightning.analysis.theory.one_concept import make_concept_section
 from sae_lightning.report.figures import COLOURS, make_figure, plot_histogram
 from sae_lightning.report.section import ResultTable, Section
@@ -21,22 +21,24 @@ COSINE_BINS_PER_POINT = 20  # histogram bins for each point of a curve
 MAX_BARS = 80
 
 
-def make_theory_sections(result: Theory) -> list[Section]:
+def make_theory_sections(result: TheoryResult) -> list[Section]:
     """One section for each claim that was measured."""
     makers = {
         "agreement": _make_agreement_section,
         "biases": _make_biases_section,
         "overlap": _make_overlap_section,
         "activity": _make_activity_section,
-        "detection": lambda result: make_concept_section(result.numbers["detection"]),
+        "detection": lambda result: make_concept_section(
+            result.numbers["detection"], result.detectors
+        ),
         "dense": _make_dense_section,
     }
     return [make(result) for name, make in makers.items() if name in result.numbers]
 
 
-def _make_agreement_section(result: Theory) -> Section:
-    numbers, cosine = result.numbers, result.numbers["agreement"]
-    median, chance = cosine["median"], cosine["chance"]
+def _make_agreement_section(result: TheoryResult) -> Section:
+    numbers, cosines = result.numbers, result.numbers["agreement"]
+    median, chance = cosines["median"], cosines["chance"]
     if median > 0.9:
         verdict = "a feature is written nearly in the direction in which it is read"
     elif median > 0.5:
@@ -51,8 +53,8 @@ def _make_agreement_section(result: Theory) -> Section:
         lead=f"Encoder columns and decoder rows of the {numbers['fired']:,} features that fired "
         f"have a median cosine of {median:.2f}, random directions 0 ± {chance:.2f}: {verdict}.",
         rows={
-            "cosine": f"median {median:.3f}, mean {cosine['mean']:.3f}",
-            "central 90 %": f"between {cosine['low']:.3f} and {cosine['high']:.3f}",
+            "cosine": f"median {median:.3f}, mean {cosines['mean']:.3f}",
+            "central 90 %": f"between {cosines['low']:.3f} and {cosines['high']:.3f}",
             "random directions": f"0 ± {chance:.3f}",
             "never fired": f"{silent:,} features, left out here",
         },
@@ -72,7 +74,7 @@ def _draw_around_zero(values: Tensor, axis: str, name: str) -> "Figure":
     return figure.add_vline(0, annotation_text=name, annotation_position=f"top {side}")
 
 
-def _make_biases_section(result: Theory) -> Section:
+def _make_biases_section(result: TheoryResult) -> Section:
     numbers = result.numbers["biases"]
     negative, median = numbers["negative"], numbers["median"]
     side = "below" if median < 0 else "above"
@@ -82,11 +84,11 @@ def _make_biases_section(result: Theory) -> Section:
         verdict = "many features are on by default"
     else:
         verdict = "most are silent by default"
-    limit = "zero" if result.competes else "its threshold"
-    compete = " (and has to be among the k strongest)" if result.competes else ""
+    limit = "zero" if result.competes else "their threshold"
+    condition = " (to fire, they must also be among the k strongest)" if result.competes else ""
     return Section(
         title="Encoder biases",
-        lead=f"At the mean activation {negative:.1%} of features are below {limit}{compete}; the "
+        lead=f"At the mean activation {negative:.1%} of features are below {limit}{condition}; the "
         f"median feature is {abs(median):.2f} standard deviations {side} it: {verdict}.",
         rows={
             "central 90 %": f"between {numbers['low']:.2f} and {numbers['high']:.2f} standard "
@@ -104,7 +106,7 @@ def _make_biases_section(result: Theory) -> Section:
     )
 
 
-def _make_overlap_section(result: Theory) -> Section:
+def _make_overlap_section(result: TheoryResult) -> Section:
     numbers = result.numbers["overlap"]
     decoder, random = numbers["decoder"], numbers["random"]
     ratio = decoder["99%"] / random["99%"]
@@ -116,9 +118,9 @@ def _make_overlap_section(result: Theory) -> Section:
         verdict = f"they are {ratio:.1f} times as alike as random ones"
     names = {"decoder": "decoder rows", "random": "random", "like_data": "random, like the data"}
     header = ["directions", "median |cosine|", "99 % below", "above 0.3", "nearest neighbour"]
-    digits = {"median": ".3f", "99%": ".3f", "above_0.3": ".3%", "nearest": ".3f"}
+    formats = {"median": ".3f", "99%": ".3f", "above_0.3": ".3%", "nearest": ".3f"}
     table = [
-        [name, *(format(numbers[key][column], form) for column, form in digits.items())]
+        [name, *(format(numbers[key][column], spec) for column, spec in formats.items())]
         for key, name in names.items()
     ]
     densities = make_figure("cosine", "share of pairs per 0.02").update_yaxes(
@@ -127,7 +129,8 @@ def _make_overlap_section(result: Theory) -> Section:
     for key, name in names.items():
         counts = result.overlap[key].counts.view(-1, COSINE_BINS_PER_POINT).sum(dim=1)
         middles = (torch.arange(len(counts)) + 0.5) * 2 / len(counts) - 1
-        shares = torch.where(counts > 0, counts / counts.sum(), math.nan)  # 0 on a log axis: a gap
+        # a log axis has no 0: NaN leaves a gap
+        shares = torch.where(counts > 0, counts / counts.sum(), math.nan)
         densities.add_scatter(x=middles.numpy(), y=shares.numpy(), name=name, mode="lines")
     return Section(
         title="Nearly orthogonal directions",
@@ -142,7 +145,7 @@ def _make_overlap_section(result: Theory) -> Section:
     )
 
 
-def _make_activity_section(result: Theory) -> Section:
+def _make_activity_section(result: TheoryResult) -> Section:
     numbers, features = result.numbers["activity"], result.numbers["features"]
     deviation, independent = numbers["deviation"], numbers["deviation_if_independent"]
     ratio = deviation / independent if independent else 1.0
@@ -161,21 +164,21 @@ def _make_activity_section(result: Theory) -> Section:
             "all": f"between {numbers['0%']} and {numbers['100%']}",
             "tokens": f"{result.numbers['tokens']:,}",
         },
-        figures={"Active features of a token": _draw_active(result.active)},
+        figures={"Active features of a token": _draw_active(result.l0_counts)},
     )
 
 
-def _draw_active(counts: Tensor) -> "Figure":
+def _draw_active(l0_counts: Tensor) -> "Figure":
     """Histogram of active features per token, with at most MAX_BARS bars."""
-    last = int(counts.nonzero().max())
-    width = -(-(last + 1) // MAX_BARS)
-    heights = torch.stack([part.sum() for part in counts[: last + 1].split(width)])
+    greatest = int(l0_counts.nonzero().max())
+    width = -(-(greatest + 1) // MAX_BARS)
+    heights = torch.stack([part.sum() for part in l0_counts[: greatest + 1].split(width)])
     middles = torch.arange(len(heights)) * width + (width - 1) / 2
     figure = make_figure("active features", "tokens", bargap=0)
     return figure.add_bar(x=middles.numpy(), y=heights.numpy(), width=width)
 
 
-def _make_dense_section(result: Theory) -> Section:
+def _make_dense_section(result: TheoryResult) -> Section:
     numbers, sample = result.numbers["dense"], min(DENSE_TOKENS, result.numbers["tokens"])
     worth, d = numbers["worth"], len(numbers["curve"]) - 1
     checks = ", ".join(
@@ -201,7 +204,7 @@ def _make_dense_section(result: Theory) -> Section:
     )
 
 
-def _draw_curve(result: Theory) -> "Figure":
+def _draw_curve(result: TheoryResult) -> "Figure":
     numbers = result.numbers["dense"]
     figure = make_figure("features", "explained variance")
     figure.add_scatter(y=numbers["curve"], name="dense, at best", mode="lines")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sae_lightning.analysis.collect import collect, excerpt
 from sae_lightning.analysis.task import Task, check_at_least
-from sae_lightning.analysis.theory.claims import TheoryReducers, theory
+from sae_lightning.analysis.theory.claims import TheoryReducer, measure_claims
 from sae_lightning.analysis.theory.theory_sections import make_theory_sections
 
 
@@ -21,8 +21,8 @@ class TheoryTask(Task):
 
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
-        parts, total = excerpt(subject.corpus.train, self.tokens, subject.config.llm.batch)
-        reducers = TheoryReducers(subject)
-        collect(subject, parts, [reducers], total=total)
-        result = theory(subject, reducers)
+        batches, total = excerpt(subject.corpus.train, self.tokens, subject.config.llm.batch)
+        reducer = TheoryReducer(subject)
+        collect(subject, batches, [reducer], total=total)
+        result = measure_claims(subject, reducer)
         self.print_and_publish(subject, result.numbers, make_theory_sections(result))

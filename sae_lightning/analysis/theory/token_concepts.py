@@ -1,4 +1,4 @@
-"""Concepts that anyone can see in English text, as word lists and patterns.
+"""Concepts that can be recognised in English text by word lists and patterns.
 
 text     Thou  shalt  not  kill  .         the tokens joined into one string
 thou     ^^^^                              the characters that a pattern matches
@@ -83,16 +83,17 @@ PATTERNS = {
     "names of speakers": r"\*\*[A-Z][^*\n]{0,40}\*\*|(?<=\n)[A-Z][A-Z' ]{2,30}(?=[:.]\s)",
     "stage directions": r"(?<![\w_])_[^_\n]{2,200}_(?![\w_])|\[[^\]\n]{2,200}\]",
 }
+# Name of a concept -> the pattern that matches it.
 CONCEPTS = {
     name: re.compile(rf"\b(?:{'|'.join(words.split())})\b", re.IGNORECASE)
     for name, words in WORD_LISTS.items()
 } | {name: re.compile(pattern) for name, pattern in PATTERNS.items()}
 
 
-def tag_tokens(pieces: list[str]) -> Tensor:
-    """Mark which tokens (as strings) belong to which concept: bool [tokens, concepts]."""
-    text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
-    is_member = torch.zeros(len(pieces), len(CONCEPTS), dtype=torch.bool)
+def tag_tokens(token_texts: list[str]) -> Tensor:
+    """Mark which tokens of a text belong to which concept: bool [tokens, concepts]."""
+    text, ends = "".join(token_texts), list(accumulate(map(len, token_texts)))
+    is_member = torch.zeros(len(token_texts), len(CONCEPTS), dtype=torch.bool)
     for column, pattern in enumerate(CONCEPTS.values()):
         for match in pattern.finditer(text):
             first, last = bisect_right(ends, match.start()), bisect_right(ends, match.end() - 1)
