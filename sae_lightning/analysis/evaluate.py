@@ -55,7 +55,7 @@ class Evaluation(NamedTuple):
     card: scorecard.Scorecard
     tokens: int
     """Number of tokens read; the LLM's loss may be measured on fewer."""
-    norms: Tensor
+    decoder_norms: Tensor
     """[features] norms of decoder rows"""
     noun: str
     """What the held-out data are: text, samples, rows."""
@@ -69,28 +69,29 @@ class Evaluation(NamedTuple):
             **list_numbers(self.card),
             **({"controls": controls} if controls else {}),
             "tokens": self.tokens,
-            "features": len(self.norms),
-            "decoder_norm_mean": self.norms.mean().item(),
-            "decoder_norm_max": self.norms.max().item(),
+            "features": len(self.decoder_norms),
+            "decoder_norm_mean": self.decoder_norms.mean().item(),
+            "decoder_norm_max": self.decoder_norms.max().item(),
             "density": count_by_density(self.card.quality.density),
         }
 
     def list_scores(self) -> tuple[Scores, dict[str, Scores]]:
-        """The scores that are compared, of the SAE and of each control."""
-        controls = {name: pick_scores(list_numbers(c)) for name, c in self.controls.items()}
+        """Scores to compare: those of the SAE, and those of each control by name."""
+        controls = {name: pick_scores(list_numbers(card)) for name, card in self.controls.items()}
         return pick_scores(list_numbers(self.card)), controls
 
 
 def list_numbers(card: scorecard.Scorecard) -> dict[str, float]:
-    """All numbers of a scorecard with fidelity. `features_share` and `error_share`: of the
-    cross-entropy that mean ablation adds, what features and error recover, each without the other
-    (Marks et al. 2024, 2403.19647, have such error nodes); NaN where it adds none."""
+    """All numbers of a scorecard, with those of its fidelity. `features_share`: the share of the
+    cross-entropy added by mean ablation that the features recover without the error, and
+    `error_share` that the error recovers without the features (the error nodes of Marks et al.
+    2024, 2403.19647); NaN where mean ablation adds none."""
     numbers = {**card.scalars(), **card.fidelity._asdict()}
     if isinstance(card.scores, SpliceScores):
-        clean, mean, error = card.scores.ce_clean, card.scores.ce_mean, card.scores.ce_error
-        gap = mean - clean or math.nan
-        numbers["features_share"] = (mean - card.scores.ce_spliced) / gap
-        numbers["error_share"] = (mean - error) / gap
+        scores = card.scores
+        added = scores.ce_mean - scores.ce_clean or math.nan
+        numbers["features_share"] = (scores.ce_mean - scores.ce_spliced) / added
+        numbers["error_share"] = (scores.ce_mean - scores.ce_error) / added
     return numbers
 
 
@@ -102,9 +103,12 @@ def evaluate(
     x = held_out.activations(sites.source)
     saes = [sae.to(x.device) for sae in (sae, *controls.values())]
     decoders, weights = [sae.W_dec for sae in saes], [sae.weights for sae in saes]
-    card, *cards = scorecard.score_saes(saes, decoders, held_out, *sites, weights, fidelity=True)
+    card, *control_cards = scorecard.score_saes(
+        saes, decoders, held_out, *sites, weights, fidelity=True
+    )
     norms = saes[0].W_dec.detach().norm(dim=1).cpu()
-    return Evaluation(card, len(x), norms, held_out.noun, dict(zip(controls, cards, strict=True)))
+    cards = dict(zip(controls, control_cards, strict=True))
+    return Evaluation(card, len(x), norms, held_out.noun, cards)
 
 
 def score_subject(
@@ -113,8 +117,8 @@ def score_subject(
     opened: tuple[LLM, SplitTokens] | None = None,
     controls: Mapping[str, SAE] = {},
 ) -> Evaluation:
-    """Score `subject` on `tokens` held-out tokens, by default as many as the run's own evaluation,
-    and `controls` on the same.
+    """Score `subject` and `controls` on `tokens` held-out tokens, by default as many as in the
+    run's own evaluation.
 
     opened: LLM and text, if already loaded; otherwise only the needed part of the LLM is loaded.
     """
@@ -155,12 +159,13 @@ def _write_lead(numbers: dict[str, Any]) -> str:
 
 
 def _describe_error(numbers: dict[str, Any]) -> str:
-    """What features and error recover of the cost of mean ablation; empty if it costs nothing."""
+    """Say what features and error each recover of what mean ablation costs; empty if it costs
+    nothing."""
     if not numbers["ce_mean"] > numbers["ce_clean"]:
         return ""
     return (
         f" Of what mean ablation costs, the features alone recover {numbers['features_share']:.1%}"
-        f", and what they leave out, the error, alone {numbers['error_share']:.1%}."
+        f", the error alone (what they leave out) {numbers['error_share']:.1%}."
     )
 
 
@@ -182,12 +187,12 @@ def _format_errors(numbers: dict[str, Any]) -> dict[str, str]:
 
 def _draw_figures(result: Evaluation) -> dict[str, "Figure"]:
     quality, numbers = result.card.quality, list_numbers(result.card)
-    fired = quality.density[quality.density > 0]
-    silent = len(quality.density) - len(fired)
+    densities = quality.density[quality.density > 0]
+    silent = len(quality.density) - len(densities)
     caption = "How often features fire" + (f" ({silent:,} never do)" if silent else "")
     figures = {
-        caption: plot_histogram(fired.log10(), "log10 of the share of tokens"),
-        "Norms of decoder rows": plot_histogram(result.norms, "norm of the decoder row"),
+        caption: plot_histogram(densities.log10(), "log10 of the share of tokens"),
+        "Norms of decoder rows": plot_histogram(result.decoder_norms, "norm of the decoder row"),
     }
     if "ce_clean" in numbers:
         values = {

@@ -4,14 +4,14 @@
                  read                                             promoted, suppressed
 
 The blocks in between are approximated by linear maps, fitted on a little text (Din et al. 2023,
-"Jump to conclusions"); for features that the user names, the later blocks are run with the feature
+"Jump to conclusions"). For features that the user names, the later blocks are run with the feature
 added. Without text, blocks are skipped, as if embedding, site and unembedding shared one space (the
 logit lens, nostalgebraist 2020; the direct path, Elhage et al. 2021). Skipping many blocks fails:
 after block 9 of SmolLM2-135M's 30, of 765 features that fire mostly on one token, only 2 have that
 token among the ten that they read; with the linear map, 718 do.
 
-Shapes: features = features of the SAE; k = tokens listed; vocabulary = tokens of the LLM; d = width
-of the residual stream.
+Shapes: features = features of the SAE; k = tokens listed per feature; vocabulary = tokens of the
+LLM; d = width of the residual stream.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -48,8 +48,8 @@ SHARPEST_SHOWN = 10  # features shown if the user names none
 FIT_TOKENS = 8192  # for fitting the linear maps; three times as many do not improve them
 RIDGE_PENALTY = 0.5  # times the mean variance; results are similar from 0.3 to 1
 MAX_CONTEXTS = 1000
-REFERENCE_FEATURES = 200  # random features, whose mean effect is subtracted
-CONTEXT_TOKENS = 16  # length of the contexts; features are added at the last token
+REFERENCE_FEATURES = 200  # random features, whose mean effect is subtracted from each feature's
+CONTEXT_TOKENS = 16  # length of a context; a feature is added at its last token
 # Norm of the added vector over the activation's norm; below this, effects are lost in noise.
 ADDED_LENGTH = 0.4
 
@@ -72,7 +72,7 @@ class LensTask(Task):
         check_at_least("top", self.top, 1)
         check_at_least("contexts", self.contexts, 1)
         if self.contexts > MAX_CONTEXTS:
-            passes = f"each takes {REFERENCE_FEATURES} passes of the LLM and more"
+            passes = f"each takes over {REFERENCE_FEATURES} passes of the LLM"
             raise UserError(f"contexts={self.contexts}: give at most {MAX_CONTEXTS}; {passes}")
 
     def execute(self, given_settings: Collection[str]) -> None:
@@ -107,28 +107,25 @@ def lens(
     """Find the `top` tokens that each feature promotes, suppresses and reads, by linear maps fitted
     on `text`, or without `text` by the direct path.
 
-    features: those whose effect is measured instead, in `contexts` pieces of text. The lists are
-    rankings only: effects have an unknown positive scale, and a feature may not fire on a token
-    that it reads, because its bias and the context matter too.
+    features: with `text`, the effect of these is measured in `contexts` pieces of it, not taken
+    from a linear map. The lists are rankings only: effects have an unknown positive scale, and a
+    feature may not fire on a token that it reads, because its bias and the context matter too.
     """
-    tokens = read_embedding(
-        subject.llm.model, subject.llm.model.get_input_embeddings().num_embeddings
-    )
+    embeddings = _read_embeddings(subject)
     if text is None:
-        rows, columns = _skip_to_unembedding(subject), _skip_to_embedding(subject)
+        written, read = _skip_to_unembedding(subject), _skip_to_embedding(subject)
     else:
-        maps = _fit_maps(subject, text, tokens)
-        rows = _map_to_unembedding(subject, maps)
-        columns = subject.sae.W_enc.T @ maps.below.result().T
+        maps = _fit_maps(subject, text, embeddings)
+        written = _map_to_unembedding(subject, maps)
+        read = subject.sae.W_enc.T @ maps.below.result().T
         if features:
-            rows[list(features)] = _measure_rows(subject, text, list(features), contexts)
+            written[list(features)] = _measure_written(subject, text, list(features), contexts)
     read_tokens = None
-    if columns is not None:
-        # rows beyond the tokenizer's length are padding
-        vocabulary = len(subject.llm.tokenizer)
-        parts = _multiply_slices("embedding", columns, tokens[:vocabulary])
+    if read is not None:
+        vocabulary = len(subject.llm.tokenizer)  # embeddings beyond it are padding
+        parts = _multiply_slices("features at the embedding", read, embeddings[:vocabulary])
         read_tokens = torch.cat([x.topk(min(top, vocabulary)).indices for x in parts]).cpu()
-    return Lens(None if rows is None else _unembed_rows(subject, rows, top), read_tokens)
+    return Lens(None if written is None else _unembed(subject, written, top), read_tokens)
 
 
 @torch.no_grad()
@@ -138,29 +135,33 @@ def measure_effects(
     """Find the `top` tokens that each feature promotes and suppresses, by a linear map fitted on
     `text`, or without `text` by the direct path; None if there is no such path."""
     if text is None:
-        rows = _skip_to_unembedding(subject)
+        written = _skip_to_unembedding(subject)
     else:
-        model = subject.llm.model
-        tokens = read_embedding(model, model.get_input_embeddings().num_embeddings)
-        rows = _map_to_unembedding(subject, _fit_maps(subject, text, tokens))
-    return None if rows is None else _unembed_rows(subject, rows, top)
+        written = _map_to_unembedding(subject, _fit_maps(subject, text, _read_embeddings(subject)))
+    return None if written is None else _unembed(subject, written, top)
 
 
-def _unembed_rows(subject: Subject, rows: Tensor, top: int) -> LogitEffect:
-    """Find how adding `rows` [features, d] to the unembedding's input changes the logits."""
+def _read_embeddings(subject: Subject) -> Tensor:
+    model = subject.llm.model
+    return read_embedding(model, model.get_input_embeddings().num_embeddings)  # [vocabulary, d]
+
+
+def _unembed(subject: Subject, written: Tensor, top: int) -> LogitEffect:
+    """Find how adding the row of `written` [features, d] of each feature to the unembedding's input
+    changes the logits."""
     vocabulary = len(subject.llm.tokenizer)
     unembedding = read_weight(subject.llm.model.get_output_embeddings())[:vocabulary]
     parts = [
         rank_tokens(x, min(top, vocabulary))
-        for logits in _multiply_slices("unembedding", rows, unembedding)
+        for logits in _multiply_slices("features at the unembedding", written, unembedding)
         for x in logits.split(RANKED_AT_ONCE)
     ]
     return LogitEffect(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 
 
 def _skip_to_unembedding(subject: Subject) -> Tensor | None:
-    """Map W_dec to the unembedding's input [features, d], skipping the blocks: gain * centred(row).
-    It is the effect of a small strength, up to the scale of the final norm."""
+    """Map W_dec to the unembedding's input [features, d], skipping the blocks: gain * centred(row),
+    the effect of a small strength up to the scale of the final norm. None: no direct path."""
     if subject.sites.target.kind is Kind.mlp_in:
         return None
     return find_final_norm(subject.llm.model).apply_linear(subject.sae.W_dec)
@@ -168,7 +169,7 @@ def _skip_to_unembedding(subject: Subject) -> Tensor | None:
 
 def _skip_to_embedding(subject: Subject) -> Tensor | None:
     """Map W_enc's columns back to the embedding [features, d], skipping the blocks; for mlp_in also
-    through the MLP's norm."""
+    through the MLP's norm. None: no direct path."""
     source = subject.sites.source
     if source.kind in (Kind.attn, Kind.mlp):
         return None
@@ -178,23 +179,22 @@ def _skip_to_embedding(subject: Subject) -> Tensor | None:
     return columns
 
 
-def _fit_maps(subject: Subject, text: TokenStream, tokens: Tensor) -> "_Maps":
-    """Fit the linear maps for the blocks on both sides of the SAE on `text`."""
-    maps = _Maps(subject.llm.model, tokens)
-    parts, total = excerpt(text, FIT_TOKENS, 16)
-    label = "following tokens through the LLM"
-    collect(subject, parts, [maps], total=total, label=label, encode=False)
+def _fit_maps(subject: Subject, text: TokenStream, embeddings: Tensor) -> "_Maps":
+    """Fit the linear maps for the blocks below and above the SAE on `text`."""
+    maps = _Maps(subject.llm.model, embeddings)
+    parts, total = excerpt(text, FIT_TOKENS, batch=16)
+    collect(subject, parts, [maps], total=total, label="fitting linear maps", encode=False)
     return maps
 
 
 def _map_to_unembedding(subject: Subject, maps: "_Maps") -> Tensor:
     """Map W_dec to the unembedding's input [features, d] by the linear map for the blocks above,
     and subtract the mean row."""
-    rows = subject.sae.W_dec @ maps.above.result()
-    return rows.sub_(rows.mean(0))
+    written = subject.sae.W_dec @ maps.above.result()
+    return written.sub_(written.mean(0))
 
 
-def _measure_rows(
+def _measure_written(
     subject: Subject, text: TokenStream, features: list[int], contexts: int
 ) -> Tensor:
     """Measure the mean change [n, d] of the unembedding's input when a feature's row of W_dec is
@@ -211,7 +211,8 @@ def _measure_rows(
 
 
 class _Maps:
-    """A reducer: fits linear maps for the blocks below the source and above the target."""
+    """A reducer: fits a linear map from the embedding to the source, for the blocks `below` it, and
+    one from the target to the unembedding's input, for the blocks `above`."""
 
     def __init__(self, model: nn.Module, embeddings: Tensor):
         self.model, self.embeddings = model, embeddings
@@ -227,69 +228,71 @@ class _Ridge:
     """Ridge regression: B minimises |b - a B|^2 + ridge |B|^2, with a and b centred."""
 
     def __init__(self):
-        self.n = 0
+        self.tokens = 0
         self.sums: list[Tensor] = []
 
     def add(self, a: Tensor, b: Tensor) -> None:
         sums = [a.sum(0), b.sum(0), a.T @ a, a.T @ b]
-        self.sums = [x + y for x, y in zip(self.sums, sums, strict=True)] if self.n else sums
-        self.n += len(a)
+        self.sums = [x + y for x, y in zip(self.sums, sums, strict=True)] if self.tokens else sums
+        self.tokens += len(a)
 
     def result(self) -> Tensor:
         a, b, aa, ab = self.sums
-        aa, ab = aa - torch.outer(a, a) / self.n, ab - torch.outer(a, b) / self.n
+        aa, ab = aa - torch.outer(a, a) / self.tokens, ab - torch.outer(a, b) / self.tokens
         ridge = RIDGE_PENALTY * aa.diagonal().mean() * torch.eye(len(aa), device=aa.device)
         return torch.linalg.solve(aa + ridge, ab)
 
 
-def _multiply_slices(where: str, directions: Tensor, tokens: Tensor) -> Iterator[Tensor]:
-    """Yield the products [some features, vocabulary] of directions [features, d] and tokens
-    [vocabulary, d], as many features at a time as fit into memory."""
-    tokens = tokens.to(directions.device).float().T
-    with phase(f"features at the {where}", total=len(directions)) as advance:
-        for part in directions.split(max(1, MAX_PRODUCTS // tokens.shape[1])):
-            yield part @ tokens
+def _multiply_slices(label: str, directions: Tensor, token_vectors: Tensor) -> Iterator[Tensor]:
+    """Yield the products [some features, vocabulary] of `directions` [features, d] and
+    `token_vectors` [vocabulary, d], as many features at a time as fit into memory."""
+    columns = token_vectors.to(directions.device).float().T
+    with phase(label, total=len(directions)) as advance:
+        for part in directions.split(max(1, MAX_PRODUCTS // columns.shape[1])):
+            yield part @ columns
             advance(len(part))
 
 
 def make_lens_section(
-    lens: Lens, vocabulary: list[str], features: list[int] | None = None
+    result: Lens, vocabulary: list[str], features: list[int] | None = None
 ) -> Section:
-    """List the tokens of `features`, by default the features with the sharpest effect;
-    vocabulary: the text of each token id."""
-    chosen = _pick_sharpest(lens) if features is None else features
-    columns = {"reads": lens.read_tokens}
-    if lens.effect:
-        columns |= {"promotes": lens.effect.promoted, "suppresses": lens.effect.suppressed}
+    """List the tokens of `features`, by default those with the sharpest effect; vocabulary: the
+    text of each token id."""
+    features = _pick_sharpest(result) if features is None else features
+    columns = {"reads": result.read_tokens}
+    if result.effect:
+        columns |= {"promotes": result.effect.promoted, "suppresses": result.effect.suppressed}
     columns = {name: ids for name, ids in columns.items() if ids is not None}
-    rows = [
-        [
-            str(i),
-            *(" ".join(repr(vocabulary[t]) for t in ids[i].tolist()) for ids in columns.values()),
-        ]
-        for i in chosen
-    ]
+
+    def join_tokens(ids: Tensor) -> str:
+        return " ".join(repr(vocabulary[i]) for i in ids.tolist())
+
+    rows = [[str(i), *(join_tokens(ids[i]) for ids in columns.values())] for i in features]
     header = ["feature", *columns]
-    if lens.effect:
+    if result.effect:
         header.append("sharpness")
-        for row, i in zip(rows, chosen, strict=True):
-            row.append(f"{lens.effect.sharpness[i]:.1f}")
-    return Section("Lens", _write_lead(lens), table=ResultTable(header, rows) if columns else None)
+        for row, i in zip(rows, features, strict=True):
+            row.append(f"{result.effect.sharpness[i]:.1f}")
+    table = ResultTable(header, rows) if columns else None
+    return Section("Lens", _write_lead(result), table=table)
 
 
-def _pick_sharpest(lens: Lens) -> list[int]:
-    if lens.effect is None:
-        return [] if lens.read_tokens is None else [*range(len(lens.read_tokens))][:SHARPEST_SHOWN]
-    return lens.effect.sharpness.argsort(descending=True)[:SHARPEST_SHOWN].tolist()
+def _pick_sharpest(result: Lens) -> list[int]:
+    """The features with the sharpest effect; the first ones if no effect is known."""
+    if result.effect is None:
+        return (
+            [] if result.read_tokens is None else [*range(len(result.read_tokens))][:SHARPEST_SHOWN]
+        )
+    return result.effect.sharpness.argsort(descending=True)[:SHARPEST_SHOWN].tolist()
 
 
-def _write_lead(lens: Lens) -> str:
-    if lens.effect is None and lens.read_tokens is None:
+def _write_lead(result: Lens) -> str:
+    if result.effect is None and result.read_tokens is None:
         return "There is no direct path from tokens to this source, nor from this target to logits."
     sentences = []
-    if lens.read_tokens is not None:
+    if result.read_tokens is not None:
         sentences.append("The tokens that each feature's encoder has the largest product with.")
-    if lens.effect:
+    if result.effect:
         sentences.append(
             "The next tokens that each feature makes more and less likely; sharpness is the excess "
             "kurtosis of this effect over the vocabulary, large if the effect is on few tokens."

@@ -1,4 +1,4 @@
-"""Reads LLM and site from the metadata of an SAE whose folder has no config.yaml."""
+"""Makes the config of an SAE whose folder has no config.yaml: LLM and site are in its metadata."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -28,16 +28,16 @@ def config_from_metadata(
     llm = choose_llm(llm, metadata, run, given_settings)
     if llm.name == NO_LLM != settings["llm"].name:
         raise UserError(
-            f"{run} was trained on activations from no LLM, which this folder does not hold: give "
-            "the run folder that it is from, or, if an LLM made them, name it and a text with "
+            f"{run} was trained on activations without an LLM, and does not say where they are: "
+            "give the run folder that it is from, or, if an LLM made them, name it and a text with "
             "llm=... data=... layer.index=..."
         )
     if not any(name.split(".")[0] == "layer" for name in given_settings):
         layer = read_layer(metadata, run)
         if warning := describe_missing_gain(metadata, run):
             console.print(warning)
-    is_given = "data.context" in given_settings
-    if not is_given and "context_size" in metadata and hasattr(data, "context"):
+    has_context = "data.context" in given_settings
+    if not has_context and "context_size" in metadata and hasattr(data, "context"):
         data = replace(data, context=metadata["context_size"])
     loss = ARCHITECTURES[sae.config.name].loss()
     seed = settings["seed"]

@@ -10,9 +10,9 @@ from sae_lightning.sae.controls import Control
 
 
 def open_controls(subject: Subject, control: str | None, *, most: int | None) -> dict[str, SAE]:
-    """Name -> SAE that reads the same site, on the device of `subject`. `control`: a kind of
-    control, or `all`, from the sweep of `subject`; or any SAE that analyze.py opens; None for the
-    first `most` kinds that the sweep has, in the order of `Control`.
+    """Open SAEs of the same site, by name, on the device of `subject`. `control`: a kind of control
+    in the sweep of `subject`, or `all` kinds; or any SAE that analyze.py opens; None for the first
+    `most` kinds that the sweep has, in the order of `Control` (`most=None`: all of them).
 
     UserError: there is no such SAE, or it is of another LLM or site.
     """
@@ -28,7 +28,8 @@ def open_controls(subject: Subject, control: str | None, *, most: int | None) ->
             f"control={control}: the sweep of {subject.run} has no such control (it has {others}); "
             "train controls with sweep.controls=true, or give the folder of an SAE"
         )
-    saes = {kind.name: load_sae(folders[kind]) for kind in kinds[:most]}
+    kinds = kinds[:most] if control is None else kinds
+    saes = {kind.name: load_sae(folders[kind]) for kind in kinds}
     return {name: sae.to(subject.device) for name, sae in saes.items()}
 
 

@@ -7,8 +7,8 @@ from sae_lightning.report.catalogue import LINEAR_BINS, LogitEffect
 
 
 def rank_tokens(logits: Tensor, top: int) -> LogitEffect:
-    """Summarise each feature's changes of the logits [features, vocabulary]: the `top` largest and
-    smallest, the sharpness (excess kurtosis), and a histogram."""
+    """Summarise each feature's changes of the logits, `logits` [features, vocabulary]: the `top`
+    largest and smallest changes, the sharpness (excess kurtosis), and a histogram."""
     largest, smallest = logits.topk(top), logits.topk(top, largest=False)
     tiny = torch.finfo(logits.dtype).tiny ** 0.5
     low, high = smallest.values[:, :1], largest.values[:, :1]
@@ -16,9 +16,10 @@ def rank_tokens(logits: Tensor, top: int) -> LogitEffect:
     bins = bins.clamp_(max=LINEAR_BINS - 1).int()
     bins += LINEAR_BINS * torch.arange(len(bins), dtype=bins.dtype, device=bins.device)[:, None]
     histogram = torch.bincount(bins.flatten(), minlength=LINEAR_BINS * len(bins))
-    square = (logits - logits.mean(-1, keepdim=True)).square_()
-    variance = square.mean(-1).clamp(min=tiny)
-    sharpness = square.square_().mean(-1) / variance.square() - 3
+    squares = (logits - logits.mean(-1, keepdim=True)).square_()
+    variance = squares.mean(-1).clamp(min=tiny)
+    fourth_powers = squares.square_()
+    sharpness = fourth_powers.mean(-1) / variance.square() - 3
     tokens = largest.indices, smallest.indices
     changes = largest.values, smallest.values
     return LogitEffect(*tokens, sharpness, *changes, histogram.view(-1, LINEAR_BINS))

@@ -1,5 +1,5 @@
-"""Opens the SAE to analyse, with its LLM, sites and text; the config comes from the run's settings
-or the SAE's own metadata, and from the command line."""
+"""Opens the SAE to analyse, with its LLM, sites and text. Its config comes from the run folder or,
+for a folder of another tool, from the SAE's metadata; the command line may override it."""
 
 import os
 import re
@@ -40,7 +40,7 @@ class Subject:
     sites: SitePair
     """Where the SAE reads, and what it reconstructs."""
     config: Config
-    """LLM and text; the rest has meaning only for a run folder."""
+    """LLM, text, site and seed; the other settings have a meaning only for a run folder."""
     address: str = ""
     """Where the folder was downloaded from (`hub:...`); empty for a local one."""
 
@@ -51,8 +51,9 @@ class Subject:
 
     @property
     def results_folder(self) -> Path:
-        """Folder for pages and numbers: beside the SAE, named after it if it is a file; below the
-        working folder if the SAE was downloaded (nothing is written to the cache)."""
+        """Folder for pages and numbers: `analysis` in the SAE's folder; beside a weights file, and
+        named after it; below the working folder if the SAE was downloaded, because nothing is
+        written to the hub's cache."""
         if self.address:
             return name_hub_folder(self.address) / "analysis"
         if self.folder.is_file():
@@ -149,11 +150,12 @@ def open_subject(
             "of all of them"
         )
     parent = folder.parent if re.fullmatch(r"sae(-\d+)?", folder.name) else folder
-    # circuit-tracer has a file of that name, too
+    # a transcoder set of circuit-tracer has a file config.yaml, too
     if (parent / CONFIG_FILE).is_file() and not any(parent.glob(CIRCUIT_TRACER.files[0])):
         config = _read_run_config(parent, settings, given_settings)
         if folder.name == "sae":
-            folder = parent  # an SAE that the run kept has results of its own, beside its weights
+            # the final SAE's results lie in the run folder, those of sae-<tokens> in that folder
+            folder = parent
         sae = load_sae(folder)
     else:
         sae = load_sae(folder)
@@ -201,8 +203,8 @@ def _read_run_config(
 ) -> Config:
     """Read a run's config, with the settings and groups that `given_settings` names replaced by
     those of `settings`."""
-    # Python code that comes with the folder's LLM runs only if the user allows it; llm=... replaces
-    # that LLM
+    # Python code that comes with the run's LLM runs only if the user allows it: by its setting, or
+    # by naming an LLM, which replaces the run's
     config = read_job(run, trusted=bool({"llm", TRUST_SETTING} & {*given_settings})).config
     source = config.data_source
     if not source.fits_text and (others := sorted({"llm", "data", "layer"} & {*given_settings})):
@@ -211,7 +213,7 @@ def _read_run_config(
             "leave it out"
         )
     replaced = {}
-    for group, given in settings.items():
+    for group, given_group in settings.items():
         names = [name.split(".")[1] for name in given_settings if name.startswith(f"{group}.")]
         for name in names:
             if name not in {field.name for field in fields(getattr(config, group))}:
@@ -220,9 +222,9 @@ def _read_run_config(
                     f"choose another with {group}=..."
                 )
         if group in given_settings:
-            replaced[group] = given
+            replaced[group] = given_group
         elif names:
-            values = {name: getattr(given, name) for name in names}
+            values = {name: getattr(given_group, name) for name in names}
             if "load" in values:
                 values["load"] = config.llm.load | values["load"]
             replaced[group] = replace(getattr(config, group), **values)

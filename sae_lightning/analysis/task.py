@@ -42,18 +42,18 @@ class Task:
     layer: LayerConfig
     """The site, likewise."""
     seed: int = 0
-    """Fixes the order of the text; the run's own unless given."""
+    """Fixes the order of the text; that of the run unless given."""
     plugins: list[str] = field(default_factory=list)
     """Modules or .py files with parts of your own, such as `[my_sae]` (docs/extending.md)."""
 
     def execute(self, given_settings: Collection[str]) -> None:
-        """Run the task, print a summary, and write numbers and a page; `given_settings` names the
-        settings on the command line."""
+        """Run the task, print a summary, and write results and a page. `given_settings`: names of
+        the settings on the command line."""
         raise NotImplementedError
 
     @property
     def results_name(self) -> str:
-        """Name of the files with the results, without suffix."""
+        """Name of the files with the results (JSON, page), without suffix."""
         return self.task
 
     def load_subject(self, given_settings: Collection[str]) -> Subject:
@@ -97,16 +97,22 @@ class Task:
         """Write `results` as JSON and the rest as a page, and print their paths; the page suggests
         commands to run next, for `feature` if given."""
         name = f"{self.results_name}.html" if self.task != "overview" else "index.html"
-        page = subject.results_folder / name
-        numbers = page.with_name(f"{self.results_name}.json")
-        write_json(numbers, results)
-        commands = suggest_commands(subject.run, feature)
-        files = [*(f"{catalogue.kind}s.parquet" for catalogue in catalogues), numbers.name]
-        about = subject.heading, subject.describe()
-        write_page(page, AnalysisPage(*about, sections, catalogues, commands, files, annotated))
+        page_path = subject.results_folder / name
+        json_path = page_path.with_name(f"{self.results_name}.json")
+        write_json(json_path, results)
+        page = AnalysisPage(
+            title=subject.heading,
+            facts=subject.describe(),
+            sections=sections,
+            catalogues=catalogues,
+            commands=suggest_commands(subject.run, feature),
+            files=[*(f"{catalogue.kind}s.parquet" for catalogue in catalogues), json_path.name],
+            annotated=annotated,
+        )
+        write_page(page_path, page)
         console.print(
-            f"\n  open in a browser: {shorten_path(page)}\n"
-            f"  the same numbers: {shorten_path(numbers)}\n"
+            f"\n  open in a browser: {shorten_path(page_path)}\n"
+            f"  the same numbers: {shorten_path(json_path)}\n"
         )
 
 
@@ -121,14 +127,15 @@ def suggest_commands(run: str, feature: int | None) -> list[str]:
 
 
 def check_at_least(name: str, value: float | None, least: float) -> None:
-    """Raise UserError unless `value` is None, or finite and at least `least`."""
+    """UserError unless the setting `name` is None, or finite and at least `least`."""
     check_finite(name, value)
     if value is not None and value < least:
         raise UserError(f"{name}={value}: give {least} or more")
 
 
 def parse_integers(name: str, value: Any) -> list[int] | None:
-    """Return a whole number >= 0 or a list of them as a list, None as None; else UserError."""
+    """Read the setting `name`, a whole number >= 0 or a list of them, as a list; None stays None.
+    UserError if it is anything else."""
     values = parse_numbers(name, value)
     if values is not None and any(x != int(x) or x < 0 for x in values):
         raise UserError(
@@ -138,7 +145,8 @@ def parse_integers(name: str, value: Any) -> list[int] | None:
 
 
 def parse_numbers(name: str, value: Any) -> list[float] | None:
-    """Return a finite number or a list of them as a list, None as None; else UserError."""
+    """Read the setting `name`, a finite number or a list of them, as a list; None stays None.
+    UserError if it is anything else."""
     if value is None:
         return None
     values = value if isinstance(value, list | tuple) else [value]

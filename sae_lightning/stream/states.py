@@ -106,7 +106,7 @@ def expect_stream(
     pool = state["pool"]
     n = len(pool["ids"]) if pool["ids"].ndim else 0
     expect(n, range(max_rows + 1), "rows in the pool")
-    expect_ids(pool["ids"], n, sequences, "pool.sequence_ids")
+    expect_ids(pool["ids"], n, sequences, "pool.ids")
     expect_activations(pool["rows"], widths, n, "pool.rows")
     np.random.PCG64().state = pool["random"]  # raises unless it is one of its states
 

@@ -132,7 +132,7 @@ def open_trained(sweep, name="trained"):
 def test_the_controls_of_the_sweep_are_opened_in_their_order_or_by_name(sweep):
     subject, _ = open_trained(sweep)
     assert [*open_controls(subject, None, most=1)] == ["frozen_decoder"]
-    assert [*open_controls(subject, "all", most=None)] == ["frozen_decoder", "pca"]
+    assert [*open_controls(subject, "all", most=1)] == ["frozen_decoder", "pca"]
     assert [*open_controls(subject, "pca", most=1)] == ["pca"]
     (by_hand,) = open_controls(subject, str(sweep / "pca"), most=1).items()
     assert by_hand[0] == "pca"

@@ -124,7 +124,7 @@ def test_training_is_spared_what_only_the_evaluation_asks_for(held_out):
 
 
 def test_without_the_llms_loss_the_page_speaks_of_the_rest(held_out, tiny):
-    packing = SimpleNamespace(width=15)
+    packing = SimpleNamespace(window_size=15)
     tokens = SimpleNamespace(pick_sequences=lambda n: held_out.tokens, packing=packing)
     quick = HeldOut(tiny("llama"), tokens, [SITES.source], tokens=200, loss_tokens=0, batch=4)
     sae = both_signs(WIDTH, scale=0.75)
@@ -156,7 +156,7 @@ def test_the_lead_speaks_of_a_share_only_where_zero_ablation_costs_something(hel
         (2.9, "(zero ablation costs nothing). Of what mean ablation costs, the "),
     ):
         scores = SpliceScores(3.0, 3.6, zero, 7.0, 0.9, 0.1, 5.0)
-        end += "features alone recover 85.0%, and what they leave out, the error, alone 50.0%."
+        end += "features alone recover 85.0%, the error alone (what they leave out) 50.0%."
         shown = make_scorecard_section(result._replace(card=result.card._replace(scores=scores)))
         assert shown.lead.endswith(f"0.600 nats higher {end}")
 

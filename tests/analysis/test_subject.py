@@ -207,8 +207,8 @@ def test_an_sae_of_synthetic_activations_needs_its_run_folder(sae):
     with pytest.raises(UserError) as error:
         open_subject(*asked(sae))
     assert str(error.value) == (
-        f"{sae} was trained on activations from no LLM, which this folder does not hold: give the "
-        "run folder that it is from, or, if an LLM made them, name it and a text with llm=... "
+        f"{sae} was trained on activations without an LLM, and does not say where they are: give "
+        "the run folder that it is from, or, if an LLM made them, name it and a text with llm=... "
         "data=... layer.index=..."
     )
 
