@@ -1,4 +1,4 @@
-"""What does the activation cache save, and what does writing it cost?
+"""How much time does the activation cache save, and how much does writing it take?
 
 Trains the same SAE three times on the packaged LLM and text (without a cache, writing it, reading
 it), prints the speeds side by side, and fails if the weights differ.

@@ -1,4 +1,4 @@
-"""Does memory grow with the amount of text, and what does an overview of many features take?
+"""Does memory grow with the amount of text, and how much does an overview of many features take?
 
     python benchmarks/collect_memory.py
 
@@ -6,15 +6,15 @@ Runs a survey of 100,000 tokens and one of 1,000,000, each in its own process, o
 with an SAE of random weights (64 active features per token). Prints the peak memory of both and
 the ratio, which should be at most 1.1. On two cores: 2.170 GB and 2.264 GB, ratio 1.043.
 
-How the overview grows with the features:
+Time and memory of an overview, and the size of its page, by the number of features:
 
     python benchmarks/collect_memory.py --tokens 131072 --grow 16384 32768 65536 131072
 
 For each number of features it runs the whole of `analyze.py run=...` in its own process, on a
 random LLM of GPT-2's width (two blocks, so that it is fast) with SmolLM2's tokenizer. The SAE is a
-JumpReLU of random directions with 64 active features per token; every hundredth is a copy of
-another. Prints seconds in all and without reading text, peak memory, size of the page with its
-files, and seconds until Chromium shows it.
+JumpReLU SAE of random directions with 64 active features per token; every hundredth feature is a
+copy of another. Prints seconds in total and without reading text, peak memory, size of the page
+with its files, and seconds until Chromium shows it.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def make_sae(folder: Path, llm: Path, features: int, x: torch.Tensor) -> None:
 
 
 def measure_overview(tokens: int, features: int) -> dict[str, Any]:
-    """Make an SAE of so many features and its overview; returns what the overview costs."""
+    """Make an SAE of random weights and its overview; returns the overview's time and memory."""
     from sae_lightning.analysis.overview import OverviewTask
     from sae_lightning.llm.load import LLMConfig
     from sae_lightning.llm.sites import LayerConfig

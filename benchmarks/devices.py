@@ -1,16 +1,16 @@
 """What do several devices change? The same SAEs are trained on one device and on several.
 
-Each device is a process: a GPU or, where there are too few, an equal share of the CPU's cores. On
-one device, a run gets the same share, on which the last bits of a result depend.
+Each device is a process with a GPU or, where there are too few GPUs, with an equal share of the
+CPU's cores. A run on one device gets the same share: the last bits of a result depend on it.
 
     python benchmarks/devices.py                           # on 2 devices; a few minutes
     python benchmarks/devices.py devices=4 sweep= wide=topk
     python benchmarks/devices.py full                      # 65,536 features, 2,304 dimensions
 
-`sweep=topk,relu,jumprelu`: SAEs on one pass of SmolLM2, shared out to the devices: rows of
-activations travel. `wide=topk,relu`: each SAE alone, on synthetic activations, split by features
-over the devices: reconstructions travel. `out=` is the folder for logs and devices.json
-(outputs/devices). Everything else is an override for `train.py`.
+`sweep=topk,relu,jumprelu`: SAEs on one pass of SmolLM2, each on one of the devices, which send each
+other activations. `wide=topk,relu`: each SAE alone, on synthetic activations, split by features
+over the devices, which send each other reconstructions. `out=` is the folder for logs and
+devices.json (outputs/devices). Everything else is an override for `train.py`.
 
 tokens/s   from before the first fill of the shuffle pool to the last update
 sent       by each device, on average, per update: what a process writes, which with gloo is what it
@@ -18,10 +18,11 @@ sent       by each device, on average, per update: what a process writes, which 
 least      sweep: each row goes once to each device that did not compute it
            wide: the sum of a batch of reconstructions in float32, of which each of n devices sends
            2 (n - 1) / n
-held       weights and Adam's moments of the device that holds most
+held       size of the weights and of Adam's moments on the device that holds most
 peak       memory of the process that needs most, up to the last update
-weights    norm of the difference over that of the weights: rounding, about 1e-6 with
-           trainer.precision=fp32, up to 1e-2 with bf16, the default where the hardware has it
+weights    norm of the difference between the trained weights on one device and on several, divided
+           by the norm of the weights: rounding, about 1e-6 with trainer.precision=fp32, up to 1e-2
+           with bf16, the default where the hardware has it
 """
 
 import shutil
@@ -103,7 +104,7 @@ def read_arguments(command_line: list[str]) -> Arguments:
 
 
 def make_runs(case: str, devices: int, arguments: Arguments) -> list[list[str]]:
-    """The overrides of each SAE of a case, on so many devices."""
+    """The overrides of each SAE of a case, on `devices` devices."""
     saes, settings = arguments.cases[case], CASES[case.split()[0]]
     shared = [f"trainer.devices={devices}", f"sweep.max_heads={len(saes)}", *SETTINGS]
     if torch.cuda.device_count() < arguments.devices:

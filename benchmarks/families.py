@@ -1,7 +1,7 @@
-"""Which sites of which families of causal LMs can be read? Writes the table of docs/models.md.
+"""Which sites of which families of causal LMs can be read? Writes docs/models.md.
 
-python benchmarks/families.py                all families, and docs/models.md anew
-python benchmarks/families.py gpt2 llama     these alone, printed
+python benchmarks/families.py                # all families; writes docs/models.md anew
+python benchmarks/families.py gpt2 llama     # these alone; prints their verdicts
 """
 
 import tempfile

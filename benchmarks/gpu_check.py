@@ -5,8 +5,9 @@
     python benchmarks/gpu_check.py only=speed trainer.tokens=4194304
 
     tests      those marked `gpu`
-    products   `sparse.py`: dense against sparse products by density, in bf16 and fp32; the density
-               at equal times is what `sae_lightning.sae.products.break_even_density` must return
+    products   `sparse.py`: times of dense and sparse products by density, in bf16 and fp32; the
+               density at which they are equal is what
+               `sae_lightning.sae.products.break_even_density` must return
     speed      `throughput.py gpu`: ReLU at L0 60 and TopK k = 32, 24,576 features, batch 8,192, on
                block 8 of an LLM of GPT-2 small's shape; the share of the floor, and a profile
     peers      `speed.py gpu`: the same beside SAELens where it is installed

@@ -5,7 +5,7 @@ packages of our environment are reused where their versions fit. The tool opens 
 of every architecture, and writes its own, which are opened here. Both sides run the same raw
 activations through each SAE.
 
-    python benchmarks/interop.py                          # the first time it installs for minutes
+    python benchmarks/interop.py                          # first installs the tools, for minutes
     python benchmarks/interop.py tools=sparsify,saelens   # only these
     python benchmarks/interop.py run=outputs/<day>/<time> # also this run's dashboards
     python benchmarks/interop.py folder=/tmp/tools        # another place for the environments
@@ -13,8 +13,8 @@ activations through each SAE.
 The environments stay in `folder` (~/.cache/sae_lightning/interop, 30 to 400 MB each). The SAEs,
 logs, and the table as Markdown go to `out` (outputs/interop).
 
-difference    the largest one between both sides' features or reconstructions, as a share of the
-              largest number there
+difference    the largest difference between both sides' features or reconstructions, as a share
+              of the largest feature or reconstruction
 """
 
 import shutil
@@ -206,15 +206,15 @@ def compare(sae: SAE, out: Path, results: Path) -> float:
 
 
 def measure_difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of two tensors, as a share of the largest number; infinite if their
-    shapes differ."""
+    """The largest difference of two tensors, as a share of the largest number in `theirs`; infinite
+    if their shapes differ."""
     if ours.shape != theirs.shape:
         return float("inf")
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def list_names(names: Iterable[str]) -> str:
-    """The names, those of our SAEs grouped by kind; of a path on the hub, only the first parts."""
+    """The names of SAEs as text: ours grouped by kind, paths on the hub shortened."""
     groups: dict[str, list[str]] = {}
     for name in names:
         name = "/".join(name.split("/")[:3][-2:])

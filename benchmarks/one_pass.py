@@ -1,4 +1,4 @@
-"""What does a sweep on one pass of the LLM cost, against its runs one by one?
+"""How long does a sweep on one pass of the LLM take, compared with its runs one by one?
 
 Runs `train.py -m ...` as a user does, with `hydra/launcher=one_pass` and with `basic` (which trains
 one job after another in one process, so imports happen once), and compares their wall time. The

@@ -3,9 +3,10 @@
     python benchmarks/probing.py run=outputs/<day>/<time>
     python benchmarks/probing.py run=... sets=96_spam_is,105_click_bait folder=/tmp/tools
 
-Both get the LLM's activations at the last token of all texts of a set, the same split, and the SAE
-of the run, which sae-probes encodes with SAELens. The package gets an environment of its own, which
-stays in `folder` (~/.cache/sae_lightning/interop). The table goes to `out` (outputs/probing).
+Both get the LLM's activations at the last token of all texts of a set, the same split into training
+and test texts, and the SAE of the run, which sae-probes opens with SAELens. The package is
+installed in an environment of its own, which stays in `folder` (~/.cache/sae_lightning/interop).
+The table goes to `out` (outputs/probing).
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How good are the SAEs, against those of other tools given the same work?
+"""How good are our SAEs, compared with those of other tools on the same data?
 
 Every tool trains on the same activations in the same order (the packaged LLM and text, one pool,
 one seed), for as many tokens, in the same batches, with as many features. Each SAE is saved in its
@@ -10,7 +10,8 @@ project (`peers/evaluator.py`). Prints a table and draws L0 against EV and CE re
     python benchmarks/quality.py trainer.tokens=16384 model.features=512 out=outputs/quick
 
 An SAE that is already in `out` (outputs/quality) is not trained again unless its folder is deleted.
-SAELens comes with the tests' requirements; `peers/dictionary_learning.py` says how to install it.
+SAELens comes with the tests' requirements; `peers/dictionary_learning.py` says how to install
+dictionary_learning.
 """
 
 import importlib

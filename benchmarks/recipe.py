@@ -1,4 +1,4 @@
-"""What does each part of the recipe contribute, and how many features does it make copies?
+"""What does each part of the recipe contribute, and how many features become copies of others?
 
 Trains an SAE for each variant of the recipe, on one pass of the packaged LLM, and prints their
 held-out metrics side by side: an hour on two cores. docs/recipe.md holds the results.

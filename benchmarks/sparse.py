@@ -1,4 +1,4 @@
-"""Up to which density are sparse products faster, and does one encoder product for many SAEs pay?
+"""Up to which density are sparse products faster, and is one encoder product for many SAEs faster?
 
 An update of one SAE (forward, backward, no optimiser) is timed with dense and sparse products in
 turn, at densities from 0.1 % to 30 %: biases are shifted until that share of features is active on
@@ -9,7 +9,7 @@ computed one by one and as one product.
     python benchmarks/sparse.py                                  # 2 minutes on two cores
     python benchmarks/sparse.py features=24576 d=768 batch=8192 device=cuda
     python benchmarks/sparse.py precision=fp32                   # the default without bf16
-    python benchmarks/sparse.py out=products.json                # the tables' numbers as well
+    python benchmarks/sparse.py out=products.json                # writes the tables' numbers, too
 """
 
 import sys

@@ -19,7 +19,7 @@ that is not installed is left out. `peer_tokens` gives other tools fewer tokens.
 throughput.py, but with one LLM and without `sweep` and `profile`; logs and speed.json go to `out`
 (outputs/speed).
 
-ours is    our tokens/s / the other's in the same round: the median of the rounds, and their range
+ours is    how many times as fast ours is in the same round: median and range over the rounds
 """
 
 import json

@@ -1,4 +1,4 @@
-"""How fast is training from end to end, where does the time go, and how far is it from the floor?
+"""How fast is training from end to end, where does the time go, and how near is it to the limit?
 
 Each run is what `train.py` does, from the config to the trained SAE, in its own process. The shares
 come from a second run that is profiled in its middle, so that profiling slows down no timed run.
@@ -14,10 +14,11 @@ come from a second run that is profiled in its middle, so that profiling slows d
 (`timing/models.py` lists them). `profile=false` skips the second run; `out=` is the folder for logs
 and throughput.json (outputs/throughput). Everything else is an override for `train.py`.
 
-tokens/s   over the time in the stream and the SAEs alone, as in `metrics.json`
-in all     over all time from before the first fill of the shuffle pool to the last update, with
-           Lightning's loop; loading, evaluation and checkpoints come before and after
-of floor   "in all" as a share of 1 / (1/LLM + 1/encode), both measured alone
+tokens/s   tokens divided by the time spent in the stream and the SAEs, as in `metrics.json`
+in all     tokens divided by all time from before the first fill of the shuffle pool to the last
+           update, with Lightning's loop; loading, evaluation and checkpoints are before and after
+of floor   "in all" as a share of the speed 1 / (1/LLM + 1/encode), at which only the LLM and one
+           dense encoder product would run, one after the other; both are measured alone
 """
 
 import shutil
@@ -103,14 +104,14 @@ def read_arguments(command_line: list[str]) -> Arguments:
 
 
 def compute_floor(llm: float, encode: float, saes: int = 1) -> float:
-    """Tokens/s if each token goes through the LLM and then the encode of each SAE, one after the
-    other: 1 / (1/llm + saes/encode)."""
+    """Tokens/s if each token goes through the LLM and then the encoder of each SAE, one after the
+    other: 1 / (1/llm + saes/encode); `llm` and `encode`: tokens/s of each alone."""
     return 1 / (1 / llm + saes / encode)
 
 
 def compute_llm_floor(flops: float, parameters: int) -> float:
-    """Tokens/s of blocks with so many parameters at the rate `flops` [FLOP/s]: 2 FLOP per parameter
-    and token; attention scores, which have no parameters, are left out."""
+    """Tokens/s of blocks with `parameters` parameters at the rate `flops` [FLOP/s]: 2 FLOP per
+    parameter and token; attention scores, which have no parameters, are left out."""
     return flops / (2 * parameters)
 
 

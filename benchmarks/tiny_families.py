@@ -1,4 +1,4 @@
-"""Tiny models of all families, with random weights."""
+"""Tiny models of all families of LLMs that transformers has, with random weights."""
 
 import re
 from pathlib import Path
@@ -79,7 +79,7 @@ SETTINGS["qwen2_5_omni_thinker"] = {"text_config": {"rope_parameters": ROPE}}
 
 
 def list_families() -> list[str]:
-    """List the types of causal LMs, and of models that take images and have a text decoder."""
+    """List the families (`model_type`) of causal LMs, and of models that take images and text."""
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return sorted({*causal, *images})
@@ -97,7 +97,7 @@ def _merge(one: dict, other: dict) -> dict:
 
 
 def _shrink(config, inner: bool = False) -> dict[str, Any]:
-    """Settings to change in a family's defaults; in an `inner` config all that have a bound."""
+    """Settings to lower to the bounds of SIZES; in an `inner` config also those that are below."""
     changes = {}
     for name, value in vars(config).items():
         if hasattr(value, "to_dict"):

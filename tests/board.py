@@ -1,4 +1,4 @@
-"""TensorBoard's HTTP responses, without a server."""
+"""TensorBoard's HTTP responses, read without starting a server."""
 
 from pathlib import Path
 

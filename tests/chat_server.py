@@ -90,7 +90,8 @@ def _completion(text: str) -> dict:
 
 
 def oracle(question: str) -> str:
-    """A perfect model: explains a feature by its most marked word and judges texts by it."""
+    """The answer of a perfect model, which explains a feature by the word that is marked most often
+    and judges texts by that word."""
     if "the word " not in question:
         marked = re.findall(r"^\(\d+/10\).*?<<(\w+)>>", question, re.MULTILINE)
         return f"Explanation: the word {Counter(marked).most_common(1)[0][0]}"

@@ -1,7 +1,7 @@
-"""Runs a script as a process of its own, a fork of one that has imported the slow libraries.
+"""Runs a script in a new process, a fork of one that has already imported the slow libraries.
 
-A fork sees neither variables that libraries read as they are imported (HF_HOME, HF_ENDPOINT) nor
-what it would import by itself: tests of those start Python anew.
+In a fork, environment variables that libraries read when they are imported (HF_HOME, HF_ENDPOINT)
+have no effect, and one cannot see what the script itself imports: tests of these start Python anew.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""A local hub that speaks the protocol of the real one, as far as huggingface_hub uses it here."""
+"""A local server with the part of the Hugging Face hub's protocol that the tests use."""
 
 import base64
 import hashlib
@@ -59,7 +59,7 @@ class HubServer:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything, for the next test: the client's connection can be kept."""
+        """Forget everything, so that the next test can use the same server and connection."""
         self.repos: dict[str, Repo] = {}
         self.stored: dict[str, bytes] = {}  # sha256 -> content uploaded through LFS
         self.faults: list[Fault] = []
@@ -81,12 +81,12 @@ class HubServer:
         return repo
 
     def fail(self, pattern: str, kind: int | str, times: int = 1, **headers: str) -> None:
-        """Have the next `times` requests fail whose `METHOD /path` the pattern is found in."""
+        """Make the next `times` requests fail in whose `METHOD /path` the pattern is found."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.faults.append(Fault(pattern, kind, times, named))
 
     def count(self, pattern: str) -> int:
-        """How many requests came whose `METHOD /path` the pattern is found in."""
+        """Number of requests so far in whose `METHOD /path` the pattern is found."""
         return sum(bool(re.search(pattern, request)) for request in self.requests)
 
     def take_fault(self, request: str) -> Fault | None:
@@ -112,7 +112,7 @@ class HubServer:
 
 
 def connect(monkeypatch, url: str, cache: Path, token: str | None = None) -> None:
-    """Have the client in this process use the hub at `url`, and a cache of its own."""
+    """Make huggingface_hub in this process use the hub at `url`, and its own cache."""
     template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     values = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
     values |= {"HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": True}
@@ -178,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         return repo
 
     def _call(self, name: str, call: str, query: dict, body: bytes) -> None:
-        """A call of the API on one repository."""
+        """Answer a call of the API on one repository."""
         if (repo := self._find_repo(name)) is None:
             return
         call, _, rest = call.partition("/")
@@ -204,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._commit(name, repo, [json.loads(line) for line in body.splitlines()])
 
     def _list(self, entries: list[dict], folder: str, query: dict) -> None:
-        """One page of a listing, with a link to the next one."""
+        """Send one page of a listing, with a link to the next one."""
         below = [e for e in entries if not folder or e["path"].startswith(f"{folder}/")]
         if query.get("recursive") != ["true"]:
             depth = folder.count("/") + bool(folder)
@@ -220,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, below[start : start + PAGE], link)
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
-        """A file, or a part of it."""
+        """Send a file, or a part of it."""
         if (repo := self._find_repo(name)) is None:
             return
         if repo.gated and self.token != TOKEN:
@@ -254,7 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"url": f"{self.hub.url}/{name}", "name": name})
 
     def _batch(self, request: dict) -> None:
-        """Where to send the content of large files."""
+        """Answer where to send the content of large files."""
         objects = []
         for each in request["objects"]:
             upload = {"upload": {"href": f"{self.hub.url}/lfs/{each['oid']}"}}

@@ -1,4 +1,4 @@
-"""What loggers have stored of a run, read back from their own files: {curve: [(tokens, value)]}."""
+"""Reads the curves that loggers have stored of a run, {curve: [(tokens, value)]}."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ BLOCK, HEADER = 32768, 7  # of a LevelDB log, which Weights & Biases writes
 
 
 class Stored(NamedTuple):
-    """One part of a run, or the whole of it."""
+    """What a logger has stored of a run, or of one part of it."""
 
     name: str
     group: str | None

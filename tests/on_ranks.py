@@ -1,7 +1,7 @@
 """Trains pickled lists of jobs, each on its own number of ranks: python on_ranks.py jobs.pickle
 
-The number of ranks is in the jobs' configs. One process does it all, so that ranks start once for
-all lists of the same size.
+The number of ranks is in the jobs' configs. One process trains all lists, so that ranks start only
+once for lists with the same number of ranks.
 """
 
 import os

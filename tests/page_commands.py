@@ -1,4 +1,4 @@
-"""The commands in the code blocks of README.md and docs/, and how each is made small."""
+"""Finds the commands in the code blocks of README.md and docs/, and makes them small to run."""
 
 import re
 import shlex
@@ -74,7 +74,7 @@ SMALL_TASK = {
 
 
 class Command(NamedTuple):
-    """One command as a page has it."""
+    """A command of a page."""
 
     page: str
     script: str
@@ -83,11 +83,11 @@ class Command(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As a test is called."""
+        """The id of the command's test."""
         return f"{self.page}: {self.script} {' '.join(self.arguments)}"
 
     def setting(self, name: str) -> str | None:
-        """The value that is given to a setting, the last one."""
+        """The value that the command gives a setting (the last one); None if it gives none."""
         return dict(a.split("=", 1) for a in self.arguments if "=" in a).get(name)
 
 
@@ -113,7 +113,7 @@ def code_lines(text: str) -> list[str]:
 
 
 def read_commands(page: str, line: str) -> list[Command]:
-    """The commands in one line, those too that are an argument of another (sbatch --wrap "...")."""
+    """The commands in one line; also one that is an argument of another (sbatch --wrap "...")."""
     words = shlex.split(line.replace("`", ""), comments=True)
     for i, word in enumerate(words):
         before = [w for w in words[:i] if not w.startswith("-")]
@@ -169,7 +169,7 @@ def small_analysis(command: Command) -> list[str]:
 
 
 def replaced(arguments: tuple[str, ...], given: dict[str, str], sweep: bool) -> list[str]:
-    """The arguments with small values where they have others, and what they leave out."""
+    """The arguments with the values of `given` in place of their own, and the rest of `given`."""
     made, left = [], dict(given)
     for argument in arguments:
         name, equals, value = argument.partition("=")

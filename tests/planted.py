@@ -2,8 +2,8 @@
 
     reads   token "wizard" or "potion"   ->  feature 3  ->  writes the token "fox"
 
-The LLM's blocks add nothing, so that its residual stream is the embedding; two directions of it are
-reserved: only the two words have the first, only the logit of "fox" reads the second.
+The LLM's blocks add nothing, so that its residual stream is the embedding. Two of its directions
+are reserved: only "wizard" and "potion" have the first, only the logit of "fox" reads the second.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Synthetic text: a tokenizer with one token per byte, and documents of countable tokens."""
+"""A tokenizer with one token per byte, and documents of random letters."""
 
 import random
 
@@ -11,7 +11,8 @@ BOS, SEPARATOR = 256, 257
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte; texts of more than 8 tokens would cause warnings, which are errors here."""
+    """One token per byte, at most 8 tokens: code must not let it warn about longer texts, because
+    warnings are errors in tests."""
     tokenizer = make_byte_tokenizer()
     tokenizer.model_max_length = 8
     return tokenizer

@@ -1,4 +1,4 @@
-"""A server that speaks as much of Weights & Biases' protocol as a run needs, in a thread."""
+"""A server, in a thread, with the part of Weights & Biases' protocol that a run needs."""
 
 import json
 import re
@@ -9,7 +9,7 @@ ME = {"id": "e", "name": "me"}
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Keeps what one run sends: `started` (what it says of itself), `history`, `exit_codes`."""
+    """Keeps what one run sends: `started` (its name and settings), `history`, `exit_codes`."""
 
     daemon_threads = True
 

@@ -4,10 +4,10 @@ Optional, because it needs many packages (nnsight below 0.4 among them):
 
     pip install -c constraints.txt dictionary-learning==0.1.0
 
-Its defaults are for hundreds of thousands of updates: 1,000 of warm-up, a threshold from update
-1,000 on, 10 million silent tokens until a feature is dead. A run of 512 updates would end before
-these matter, so they become shares of the run, and the learning rate is higher (not tuned); all
-else is as in the tool.
+Its defaults are for hundreds of thousands of updates: a warm-up of 1,000, a threshold from update
+1,000 on, and features that count as dead after 10 million tokens without firing. A run of 512
+updates would end before these take effect, so they are shares of the run here, and the learning
+rate is higher (not tuned). All else is as in the tool.
 """
 
 import importlib.metadata

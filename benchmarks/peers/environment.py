@@ -1,4 +1,4 @@
-"""Environments of their own for tools whose packages cannot be installed beside ours."""
+"""Separate environments for tools whose packages cannot be installed beside ours."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ from timing.child import Failed
 
 def make_environment(cache: Path, packages: tuple[str, ...], log: Path) -> str:
     """The interpreter of an environment with `packages` (arguments of pip install), which is made
-    in a folder of `cache` unless it is there."""
+    in a folder of `cache` unless it exists already."""
     folder = cache / re.split("[= ]", packages[-1])[0]
     python, done = folder / "bin" / "python", folder / "packages.txt"
     wanted = "\n".join(packages)

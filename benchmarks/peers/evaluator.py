@@ -1,15 +1,15 @@
 """The referee: the same scoring for every tool, in plain torch and transformers.
 
 It shares no code with this project: it reads the held-out plays, loads the LLM and hooks the block
-by itself. An SAE is a function of raw activations, and its decoder rows.
+by itself. An SAE is given as a function of raw activations, and its decoder rows.
 
     L0            mean number of features that are not 0
     EV            1 - sum |x - x_hat|^2 / sum |x - mean|^2, both sums over the whole set
     unfired       share of features that are 0 on the whole set
     duplicates    share of features that fire whose decoder row has a cosine above 0.9 with another
-    nearest       median over these features of the cosine with the nearest other row
-    CE            mean cross-entropy of the predictions of all tokens but BOS and special ones:
-                  clean, with the SAE at these tokens, with 0 at these tokens
+    nearest       cosine with the nearest other row, the median over features that fire
+    CE            mean cross-entropy of the predictions of all tokens but BOS and special ones, with
+                  the activations at these tokens as they are (clean), reconstructed, or set to 0
     CE recovered  (CE zero - CE with the SAE) / (CE zero - CE clean)
 """
 

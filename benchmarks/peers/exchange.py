@@ -1,4 +1,4 @@
-"""The side of `interop.py` that runs in a tool's own environment; it imports nothing of ours.
+"""The part of `interop.py` that runs in a tool's own environment; it imports nothing of ours.
 
 A tool is a module `interop_<tool>` with
 
@@ -6,7 +6,7 @@ A tool is a module `interop_<tool>` with
     load(folder)   opens a folder with the tool's loader: a function of activations x [n, d] that
                    returns the reconstruction [n, d_out] and the features [n, F]
     make(root)     writes a folder in `root` for each SAE that the tool can save, and yields the
-                   folder's name and such a function of the SAE that it saved
+                   folder's name and the saved SAE as a function like that of `load`
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """llamascopium for `interop.py`: its `SparseAutoEncoder`, for SAEs and transcoders.
 
 `dataset-wise` SAEs read activations that its trainer has scaled to a mean norm of sqrt(d), and
-their reconstructions are scaled back. Where TopK ranks features by their products with the norms of
-decoder rows, the products are compared: ours are these.
+their reconstructions are scaled back. Where TopK ranks features by strength times the norm of the
+decoder row, these products are compared: they are the strengths of our SAE.
 """
 
 from collections.abc import Iterator

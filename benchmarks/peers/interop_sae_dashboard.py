@@ -1,4 +1,4 @@
-"""SAEDashboard for `interop.py`: the classes of its own files, which hold no weights."""
+"""SAEDashboard for `interop.py`: the classes that read its files, which hold no weights."""
 
 import importlib.metadata
 import json
@@ -11,8 +11,8 @@ PACKAGE = "sae-dashboard"
 
 
 def read_dashboards(folder: str) -> dict[str, Any]:
-    """Read every batch, and write it again. Returns the number of features, and the largest
-    difference of a number."""
+    """Read every batch of dashboards with the tool's classes, and write it again. Returns the
+    number of features, and the largest difference between a number in our file and in theirs."""
     features, difference = 0, 0.0
     for file in Path(folder).glob("batch-*.json"):
         content = json.loads(file.read_text("utf8"))

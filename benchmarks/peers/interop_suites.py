@@ -1,4 +1,4 @@
-"""Published suites for `interop.py`: what SAELens' own loaders make of their files.
+"""Published suites of SAEs for `interop.py`, as SAELens' own loaders open their files.
 
 The suites cannot be downloaded in a test, so `make` writes tiny files under their names and in
 their layouts, as these loaders describe them, and gives the loaders these instead of a download.

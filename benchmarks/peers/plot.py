@@ -1,4 +1,4 @@
-"""L0 against EV and CE recovered: a colour for each architecture, a marker for each tool."""
+"""Plots EV and CE recovered against L0: a colour for each architecture, a marker for each tool."""
 
 from pathlib import Path
 from typing import Any

@@ -14,7 +14,8 @@ SEED, MAX_TEXTS = 42, 5000  # the package's
 
 
 def list_texts(sets: list[str]) -> dict[str, Any]:
-    """The package's version and folder of sets, and how it splits each into training and test."""
+    """The package's version, its folder of sets, and its split of each set into training and test
+    texts."""
     splits = {}
     for name in sets:
         y = get_yvals(name)[:MAX_TEXTS]

@@ -1,9 +1,9 @@
 """SAELens on the same work: its own trainer, its own folder format, its own loader.
 
-`documented` is the example in its documentation, BatchTopK as recommended there, with its defaults
-for the rest, which are meant for 30,000 updates. The other recipes keep its losses and change what
-a run of 512 updates needs: a higher learning rate with a warm-up, normalised activations for every
-architecture, and a dead feature window that fits into the run (a sixteenth of it).
+The recipe `documented` is the example in SAELens' documentation: BatchTopK as recommended there,
+and for the rest the defaults, which are meant for 30,000 updates. The other recipes keep the losses
+and change what a run of 512 updates needs: a higher learning rate with a warm-up, normalised
+activations for every architecture, and a dead feature window of a sixteenth of the run.
 """
 
 import io

@@ -12,9 +12,9 @@ SAE in autocast, both where the hardware has bf16 (fp32 master weights, as ours)
 a time as ours (`llm.batch`). On a CPU, 32 prompts at a time or a buffer of 16 contexts made no
 measurable difference. `torch.compile` is off.
 
-Like the other tools, both gain from text that is tokenised before the clock starts. They also have
-a buffer of 8,192 tokens where ours holds 65,536, no statistics or logging (W&B is off), and use all
-tokens of a sequence (ours leaves BOS out).
+The text is tokenised before the clock starts, which favours all other tools. SAELens also has a
+smaller buffer (8,192 tokens where ours holds 65,536), no statistics or logging (W&B is off), and
+uses all tokens of a sequence (ours leaves BOS out).
 """
 
 import importlib.metadata

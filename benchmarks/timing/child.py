@@ -1,4 +1,4 @@
-"""Calls of a function in its own process, so that its memory is measured and freed separately.
+"""Calls a function in a new process, so that its memory is measured and freed separately.
 
 answer = call("timing.ours:measure", {"runs": ..., "folder": ...}, log=...)
 """
@@ -27,7 +27,7 @@ class Failed(Exception):
 def call(work: str, settings: dict[str, Any], log: Path, python: str = sys.executable) -> Any:
     """Call `work` (module:function) with `settings` in a process; returns what it returns.
 
-    Its output goes to `log`. `python`: the interpreter of another environment, with a peer in it.
+    The process's output goes to `log`. `python`: the interpreter of another tool's environment.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     answer = log.with_suffix(".json")

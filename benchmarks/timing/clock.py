@@ -6,7 +6,7 @@ import torch
 
 
 def read_clock() -> float:
-    """Seconds, once the GPU has done what it was given."""
+    """Seconds on the clock, read once the GPU has finished its queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return perf_counter()

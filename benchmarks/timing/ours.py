@@ -51,7 +51,7 @@ def measure(runs: list[list[str]], folder: str) -> dict[str, Any]:
 
 
 def profile_run(runs: list[list[str]], folder: str) -> dict[str, Any]:
-    """Run the same up to its middle; returns a profile of updates there."""
+    """Train like `measure` up to the middle of the run; returns a profile of updates there."""
     jobs = make_jobs(runs, Path(folder))
     profiling = _ProfileUpdates(*choose_window(jobs[0].config))
     with patch.object(wiring, "make_callbacks", lambda *a: [*make_callbacks(*a), profiling]):
@@ -73,7 +73,7 @@ def choose_window(config: Config) -> tuple[int, int]:
 
 
 def measure_roofline(run: list[str], folder: str) -> dict[str, Any]:
-    """Measure the speed of one dense encode, and of the LLM up to the hooked block."""
+    """Measure the speed of one dense encoder product, and of the LLM up to the hooked block."""
     keep_freed_memory()  # as training does
     config = make_jobs([run], Path(folder))[0].config
     chosen = pick_device(config.llm)
@@ -100,7 +100,7 @@ def measure_roofline(run: list[str], folder: str) -> dict[str, Any]:
 
 
 def _measure_seconds(work: Callable[[], Any]) -> float:
-    """Time repeated calls; returns the fastest, since the floor is a bound."""
+    """Time repeated calls; returns the seconds of the fastest, since the floor is a bound."""
     times, total = [], 0.0
     while total < SECONDS or len(times) < 8:
         started = read_clock()

@@ -1,7 +1,7 @@
-"""Which part of an update takes which share of the time, as torch.profiler sees it.
+"""How the time of an update is divided among its parts, as measured by torch.profiler.
 
-Labels nest, and time counts for one part only: the innermost label, except that everything within
-`backward` counts as the backward pass (also the gradients of the encode).
+Labels nest, and time counts for one part only: that of the innermost label, except that everything
+within `backward` counts as the backward pass (also the gradients of the encoder).
 
     label     pool ─────────────────╮     backward ───────────────╮
               llm      ────────╮    │              encode ────╮   │
