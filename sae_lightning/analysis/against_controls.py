@@ -150,7 +150,7 @@ def make_control_section(
     return Section(
         title="Beside a control",
         lead=compared + _compare_reconstructions(own, controls),
-        rows=notes,
+        numbers=notes,
         table=ResultTable(["", *columns], rows),
     )
 

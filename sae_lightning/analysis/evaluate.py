@@ -134,7 +134,7 @@ def make_scorecard_section(result: Evaluation) -> Section:
     return Section(
         title=f"Scorecard on held-out {result.noun}",
         lead=_write_lead(numbers),
-        rows=scorecard.format_lines(numbers, result.noun) | _format_errors(numbers),
+        numbers=scorecard.format_lines(numbers, result.noun) | _format_errors(numbers),
         figures=_draw_figures(result),
     )
 

@@ -36,8 +36,8 @@ MAX_NUMBER_WIDTH = 24  # columns; a wider cell is text, which is left-aligned
 def print_section(section: Section) -> None:
     """Print a section without its figures."""
     print_lead(section)
-    if section.rows:
-        console.print(make_grid(section.rows))
+    if section.numbers:
+        console.print(make_grid(section.numbers))
     if section.table:
         console.print(_make_table(section.table))
     for text in section.texts:

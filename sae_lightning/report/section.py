@@ -51,10 +51,10 @@ class Section(NamedTuple):
     """A few words."""
     lead: str
     """The claim, in a sentence or two."""
-    rows: dict[str, str] = {}
-    """Name -> formatted number."""
+    numbers: dict[str, str] = {}
+    """Name -> formatted number or a few words."""
     table: ResultTable | None = None
-    """Further numbers."""
+    """Numbers that have rows and columns."""
     texts: list[ColouredText] = []
     """Example texts."""
     figures: dict[str, "Figure"] = {}

@@ -119,7 +119,7 @@ def test_a_dictionary_without_a_feature_for_the_letter_has_nothing_to_absorb(sae
     section, letters = make_sections({"this SAE": [result], "pca": [measure(ABSORBING)]})
     assert section.lead.startswith("No letter has a feature of its own that could be absorbed. The")
     assert section.table.rows[0][4:6] == ["–", "–"] and section.table.rows[1][5] == "0.042"
-    assert section.rows["without own features"].startswith("1 of the letters")
+    assert section.numbers["without own features"].startswith("1 of the letters")
     assert letters.lead == "No letter is absorbed." and letters.table.rows[0][2] == "none"
     (section, _) = make_sections({"this SAE": [measure(ABSORBING)], "pca": [result]})
     assert section.lead.endswith(" In controls no letter has a feature of its own.")

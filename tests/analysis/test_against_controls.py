@@ -95,7 +95,7 @@ def test_the_sentences_are_chosen_by_the_numbers():
     both = make_control_section(own, {"pca": sparser, "more": more, "frozen_decoder": control})
     assert both.lead.endswith("frozen_decoder 90.0% at an L0 of 8.0."), "the best at the same L0"
     assert "(0.51 against 0.51) no better than those of the best control" in both.lead
-    assert both.rows["pca"] == "directions are principal components"
+    assert both.numbers["pca"] == "directions are principal components"
 
 
 def test_a_control_whose_score_is_not_a_number_is_not_the_best():

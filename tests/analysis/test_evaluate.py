@@ -135,7 +135,7 @@ def test_without_the_llms_loss_the_page_speaks_of_the_rest(held_out, tiny):
     page = make_scorecard_section(evaluate(sae, quick, SITES))
     assert page.title == "Scorecard on held-out text"
     assert page.lead.endswith("of the activations' variance.")
-    assert not {"CE recovered", "KL"} & {*page.rows}
+    assert not {"CE recovered", "KL"} & {*page.numbers}
     assert len(page.figures) == 2
 
 
@@ -174,7 +174,7 @@ def test_the_section_shows_the_numbers_and_three_figures(held_out):
     shown = make_scorecard_section(result)
     assert shown.title == "Scorecard on held-out text"
     assert "24.0 active features of 48" in shown.lead
-    assert "0.7500" in shown.rows["shrinkage"]
+    assert "0.7500" in shown.numbers["shrinkage"]
     assert len(shown.figures) == 3
     for figure in shown.figures.values():
         json.dumps(json.loads(figure.to_json()), allow_nan=False)
@@ -214,4 +214,4 @@ def test_every_architecture_has_a_scorecard(name, held_out):
         kind(name=name, features=40, **sparse), WIDTH, WIDTH, Generator().manual_seed(0)
     )
     shown = make_scorecard_section(evaluate(sae.requires_grad_(False), held_out, SITES))
-    assert shown.rows["L0"]
+    assert shown.numbers["L0"]

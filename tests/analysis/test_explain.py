@@ -394,11 +394,11 @@ def test_the_section_says_what_was_found_and_on_how_many_texts(planted, tmp_path
     shown = make_explanation_section(result)
     assert shown.table.rows[0] == ["0: the word fox", "1.00", "1.00", "40 + 40"]
     assert shown.table.rows[1][1:] == ["–", "–", "–"]
-    assert shown.rows["detection"] == "1.00 on average over 1 features (0.5 is chance)"
-    assert "not understood" not in shown.rows
+    assert shown.numbers["detection"] == "1.00 on average over 1 features (0.5 is chance)"
+    assert "not understood" not in shown.numbers
     pair = [result[0][0]._replace(detection=VerdictScore(a, 20, 20, 0)) for a in (0.5, 1.0)]
     # their deviation is 0.25 * sqrt(2), that of their mean 0.25
-    rows = make_explanation_section(result._replace(explanations=pair)).rows
+    rows = make_explanation_section(result._replace(explanations=pair)).numbers
     assert rows["detection"] == "0.75 ± 0.25 on average over 2 features (0.5 is chance)"
     assert shown.texts[0].caption == "0: the word fox"
     scalars = result.to_dict()

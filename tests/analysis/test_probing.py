@@ -209,8 +209,8 @@ def test_the_sections_tell_the_numbers(labels, planted):
     rows = {row[0]: row[1:] for row in comparison.table.rows}
     assert rows["features: accuracy"][0] == "1.000 ± 0.000"
     assert rows["random directions: AUROC"][2] == "", "all random directions are all neurons again"
-    assert comparison.rows["most frequent class"] == "accuracy 0.333"
-    assert comparison.rows["pieces of text"] == "120 of up to 12 tokens"
+    assert comparison.numbers["most frequent class"] == "accuracy 0.333"
+    assert comparison.numbers["pieces of text"] == "120 of up to 12 tokens"
     assert "For 3 of 3 classes the best feature does better" in units.lead
     assert {tuple(row[:4]) for row in units.table.rows} == {
         ("red", "40", "7", "4"), ("green", "40", "8", "4"), ("blue", "40", "9", "4")

@@ -28,7 +28,7 @@ def test_its_numbers_are_those_of_its_catalogue(found):
     known = found.features.token_sets.score[~found.features.token_sets.score.isnan()]
     assert said["scored"] == len(known) > 0
     assert said["score_median"] == known.median().item()
-    rows = make_features_section(found).rows
+    rows = make_features_section(found).numbers
     assert rows["text"] == f"{statistics.tokens:,} tokens"
 
 
@@ -55,7 +55,7 @@ def test_a_text_of_which_nothing_can_be_scored_is_told_without_scores(subject, w
     found = survey(subject, words(3000), tokens=9)
     assert found.features.token_sets.score.isnan().all()
     assert found.to_dict()["score_median"] is None
-    assert "token score" not in make_features_section(found).rows
+    assert "token score" not in make_features_section(found).numbers
     assert pick_most_informative(found.features, 5) == []
 
 

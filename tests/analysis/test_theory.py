@@ -433,7 +433,7 @@ def test_every_architecture_is_tested_with_a_sentence_a_number_and_a_figure(tiny
     assert len(found) == 6
     for section in found:
         assert section.lead.endswith(".") and "nan" not in section.lead
-        assert section.rows
+        assert section.numbers
         for figure in section.figures.values():
             json.dumps(json.loads(figure.to_json()), allow_nan=False)
     assert all(section.figures for section in found)

@@ -47,7 +47,7 @@ def make_absorption_sections(
         Section(
             title="Absorption and splitting",
             lead=_write_lead(samples.noun, means, controls),
-            rows={
+            numbers={
                 f"{samples.noun}s": f"{len(samples.concepts)} ({' '.join(samples.concepts)})",
                 "samples": f"{len(samples.names):,}, of which {tested:,} are the test part; "
                 "the others fit probes and choose features",

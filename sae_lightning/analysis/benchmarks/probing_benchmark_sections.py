@@ -32,7 +32,7 @@ def _make_mean_section(scores: ProbingScores) -> Section:
             f"on {len(scores.sets)} sets; {'; '.join(others)}. The dense probe (all neurons) has "
             f"{_format_mean(*scores.average_sets(NEURONS, None))}."
         ),
-        rows={
+        numbers={
             "texts": f"{texts:,} in {len(scores.sets)} sets, no text twice; the last token of each "
             "is read",
             "after ±": "standard error over sets; that of a difference is over differences on the "

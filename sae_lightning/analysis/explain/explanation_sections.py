@@ -48,7 +48,7 @@ def make_explanation_section(result: Explanations) -> Section:
         lead="What features fire on, in the words of a language model. Detection: from the words "
         "alone, does a text that the model has not seen activate the feature? Fuzzing: does "
         "it fire on the marked tokens? Balanced accuracy: 1 is perfect, 0.5 is chance.",
-        rows=rows,
+        numbers=rows,
         table=ResultTable(
             ["explanation", "detection", "fuzzing", "texts"], [*map(_make_row, explanations)]
         ),

@@ -41,7 +41,7 @@ def _make_comparison_section(probes: Probes) -> Section:
             f"together reach {probes.find_score(FEATURES, None).auroc:.2f}, the dense activation "
             f"(all neurons) {dense.auroc:.2f}."
         ),
-        rows={
+        numbers={
             "pieces of text": f"{sum(probes.pieces):,} of up to {probes.context} tokens",
             "classes": f"{len(probes.classes)}",
             "most frequent class": f"accuracy {probes.majority:.3f}",

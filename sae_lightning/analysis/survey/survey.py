@@ -166,7 +166,7 @@ def make_features_section(survey: Survey) -> Section:
         lead="What each feature fires on. The score says how well the best set of tokens predicts "
         "where a feature fires, on text that the set was not chosen on: 1 is perfect, 0 is chance. "
         "Features of something more abstract than tokens score low.",
-        rows=rows,
+        numbers=rows,
     )
 
 

@@ -141,7 +141,7 @@ def make_concept_section(numbers: dict[str, Any], detectors: list[ConceptDetecto
         lead=f"The best single feature detects a concept with a mean F1 of {feature:.2f}, "
         f"{comparison} the best single neuron with {neuron:.2f}; the feature wins on "
         f"{numbers['feature_wins']} of {n} concepts. {ranking}",
-        rows={
+        numbers={
             "mean F1": f"{feature:.3f} feature, {neuron:.3f} neuron; {always_yes:.3f} by always "
             "saying yes",
             "subset of features": f"{numbers['few_f1']:.3f}, the best of a random "

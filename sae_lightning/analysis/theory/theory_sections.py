@@ -52,7 +52,7 @@ def _make_agreement_section(result: TheoryResult) -> Section:
         title="Encoder against decoder directions",
         lead=f"Encoder columns and decoder rows of the {numbers['fired']:,} features that fired "
         f"have a median cosine of {median:.2f}, random directions 0 ± {chance:.2f}: {verdict}.",
-        rows={
+        numbers={
             "cosine": f"median {median:.3f}, mean {cosines['mean']:.3f}",
             "central 90 %": f"between {cosines['low']:.3f} and {cosines['high']:.3f}",
             "random directions": f"0 ± {chance:.3f}",
@@ -90,7 +90,7 @@ def _make_biases_section(result: TheoryResult) -> Section:
         title="Encoder biases",
         lead=f"At the mean activation {negative:.1%} of features are below {limit}{condition}; the "
         f"median feature is {abs(median):.2f} standard deviations {side} it: {verdict}.",
-        rows={
+        numbers={
             "central 90 %": f"between {numbers['low']:.2f} and {numbers['high']:.2f} standard "
             "deviations of their pre-activation",
             "b_enc as saved": f"{numbers['raw_negative']:.1%} negative; it also cancels what the "
@@ -137,7 +137,7 @@ def _make_overlap_section(result: TheoryResult) -> Section:
         lead=f"{decoder['above_0.3']:.2%} of the pairs of decoder rows have a |cosine| above 0.3 "
         f"(random directions: {random['above_0.3']:.2%}), and 99 % are below {decoder['99%']:.2f} "
         f"(random directions: {random['99%']:.2f}): {verdict}.",
-        rows={
+        numbers={
             "compared": f"{numbers['rows']:,} of {result.numbers['fired']:,} rows with all others"
         },
         table=ResultTable(header, table),
@@ -158,7 +158,7 @@ def _make_activity_section(result: TheoryResult) -> Section:
         lead=f"{numbers['mean']:.1f} of {features:,} features are active on a token, between "
         f"{numbers['5%']} and {numbers['95%']} on 90 % of tokens; the standard deviation of "
         f"{deviation:.1f} is {compared} features that fire independently would give.",
-        rows={
+        numbers={
             "median": f"{numbers['50%']}",
             "central 50 %": f"between {numbers['25%']} and {numbers['75%']}",
             "all": f"between {numbers['0%']} and {numbers['100%']}",
@@ -195,7 +195,7 @@ def _make_dense_section(result: TheoryResult) -> Section:
         f"of the variance and {d:,}, one for each dimension, all of it. To explain as much as the "
         f"SAE does with {numbers['l0']:.1f} active features a token ({numbers['explained']:.1%}) "
         f"it takes {compared}.",
-        rows={
+        numbers={
             "networks that were run": f"explained variance {checks}, on {sample:,} of the tokens",
             "as many dense as active": f"{numbers['l0']:.1f} dense features explain "
             f"{numbers['at_l0']:.1%}",
