@@ -1,4 +1,4 @@
-"""Sparse autoencoders (torch only). One file and one table row per architecture."""
+"""Sparse autoencoders (torch only). Each architecture is a file and an entry of `ARCHITECTURES`."""
 
 from typing import NamedTuple
 
@@ -29,8 +29,8 @@ __all__ = [
 
 
 class Architecture(NamedTuple):
-    """A row of the table: the schema of the `model` group, the class that it configures, and the
-    schema of the `loss` group, which is also the objective."""
+    """An entry of `ARCHITECTURES`: the schema of the `model` group, the class that it configures,
+    and the schema of the `loss` group, which is also the objective."""
 
     config: type[SAEConfig]
     network: type[SAE]
@@ -56,7 +56,8 @@ def build_sae(
     ranks: Ranks = ALONE,
 ) -> SAE:
     """The SAE that `config` describes, reading [batch, d_in] and writing [batch, d_out], with its
-    features split over `ranks`."""
+    features split over `ranks`. UserError: an unknown architecture, or fewer features than ranks.
+    """
     if config.name not in ARCHITECTURES:
         names = ", ".join(ARCHITECTURES)
         raise UserError(f"model.name={config.name}: no such architecture; choose from {names}")
@@ -70,7 +71,8 @@ def build_sae(
 
 
 def count_parameters(config: SAEConfig, d_in: int, d_out: int) -> int:
-    """Number of trainable parameters of the SAE that `config` describes."""
-    vectors = len(ARCHITECTURES[config.name].network.per_feature) - 2  # without W_enc and W_dec
+    """Number of parameters of the SAE that `config` describes, including frozen ones."""
+    # b_enc and others with one number for each feature: all of `per_feature` but W_enc and W_dec
+    vectors = len(ARCHITECTURES[config.name].network.per_feature) - 2
     parameters = config.features * (d_in + d_out + vectors) + d_out
     return parameters + d_in * d_out if config.skip else parameters

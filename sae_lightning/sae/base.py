@@ -64,7 +64,7 @@ class Output(NamedTuple):
     reconstruction: Tensor
     """[batch, d_out]"""
     features: Tensor
-    """[batch, features], non-negative"""
+    """Strengths [batch, features], non-negative"""
 
 
 class TrainingOutput(NamedTuple):
@@ -75,20 +75,21 @@ class TrainingOutput(NamedTuple):
     reconstruction: Tensor
     """[batch, d_out]"""
     features: Matrix
-    """[batch, features], non-negative"""
+    """Strengths [batch, features], non-negative"""
     pre: Matrix
-    """[batch, features], before the activation function"""
+    """Pre-activations [batch, features]"""
     prefixes: tuple[Tensor, ...] = ()
-    """Matryoshka: reconstruction [batch, d_out] from each prefix of the features but the whole"""
-    gate: Matrix | None = None
+    """Matryoshka: reconstruction [batch, d_out] from each dictionary but the whole one"""
+    relu_gate: Matrix | None = None
     """Gated: relu(gate) [batch, features]"""
 
 
 class SAE(nn.Module):
     """f = activate(x W_enc + b_enc);  x_hat = f W_dec + b_dec (+ x W_skip).
 
-    A subclass is an architecture: it defines `compute_strengths` and, if features compete,
-    `activate`. b_dec is not subtracted from the input, which is centred; b_enc can absorb it.
+    A subclass is an architecture. It overrides `compute_strengths` unless f = relu(x W_enc + b_enc)
+    or, if features compete, `activate`, `activate_batch` and `find_entries`. b_dec is not
+    subtracted from the input, which is centred; b_enc can absorb it.
 
     If the features are split over ranks, `features` in a shape means those of this rank; the
     reconstruction is the same on all ranks.
@@ -99,13 +100,13 @@ class SAE(nn.Module):
     features_compete = False
     """Whether a feature's activity depends on the strengths of others."""
     bytes_per_activation: int
-    """Peak memory per token and feature of a dense update in mixed precision, with half of the
-    features dead and the costliest objective."""
+    """Peak memory, in bytes per token and feature, of an update without sparse products in mixed
+    precision, with half of the features dead and the costliest objective."""
     per_feature = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
     """Parameters with an entry for each feature -> the dimension that runs over features."""
     biases = ("b_enc",)
-    """Parameters that are added to a sum over d_in weights: their learning rate is multiplied by
-    `optim.bias_lr`."""
+    """Encoder biases and thresholds, whose learning rate is multiplied by `optim.bias_lr`: each is
+    added to, or compared with, a sum over d_in weights."""
 
     def __init__(
         self,
@@ -117,12 +118,12 @@ class SAE(nn.Module):
     ):
         """Random decoder directions, encoder = decoder transposed (Anthropic, April 2024 update):
         pre-activations of normalised input have a standard deviation of about `decoder_norm`.
-        An encoder that stays as it is has the norm 1: at 0.1, biases would decide alone what fires.
+        The columns of a frozen encoder have norm 1: at 0.1, biases alone would decide what fires.
         """
         super().__init__()
         self.config = config
-        is_frozen = "W_enc" in FROZEN_WEIGHTS.get(config.control, ())
-        encoder_norm = 1.0 if is_frozen else config.decoder_norm
+        encoder_is_frozen = "W_enc" in FROZEN_WEIGHTS.get(config.control, ())
+        encoder_norm = 1.0 if encoder_is_frozen else config.decoder_norm
         self.split = FeatureSplit(config.features, ranks)
         rows = draw_directions(self.split, d_out, generator)
         rows *= config.decoder_norm / rows.norm(dim=1, keepdim=True)
@@ -149,21 +150,22 @@ class SAE(nn.Module):
 
     @property
     def split_dims(self) -> dict[str, int]:
-        """Tensors of `state_dict` and `weights` that are split over ranks -> the dimension that
-        runs over features; the others are the same on every rank."""
+        """Names of the tensors of `state_dict` and `weights` that are split over ranks -> the
+        dimension that runs over features; the other tensors are the same on every rank."""
         return self.per_feature | {"threshold": 0}
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Pre-activations [batch, features] of activations [batch, d_in]."""
         return x @ self.W_enc + self.b_enc
 
-    def pre_activations_of(self, features: Tensor, output: TrainingOutput) -> Tensor:
-        """Pre-activations [batch, n] of features [n], whether or not they are active."""
-        stored = output.pre.stored_columns(features)
+    def pre_activations_of(self, indices: Tensor, output: TrainingOutput) -> Tensor:
+        """Pre-activations [batch, n] of the features at `indices` [n], whether or not they are
+        active."""
+        stored = output.pre.stored_columns(indices)
         if stored is not None:
             return stored
         # rows of the transpose are contiguous
-        return output.x @ self.W_enc.T[features].T + self.b_enc[features]
+        return output.x @ self.W_enc.T[indices].T + self.b_enc[indices]
 
     def compute_strengths(self, pre: Matrix) -> Tensor:
         """Feature strengths of pre-activations, elementwise, in the shape of `pre.values`."""
@@ -182,12 +184,12 @@ class SAE(nn.Module):
         return self.activate(self.pre_activations(x))
 
     def decode(self, features: Tensor | Matrix) -> Tensor:
-        """Reconstruction [batch, d_out] from features [batch, features], without the skip
+        """Reconstruction [batch, d_out] from strengths [batch, features], without the skip
         connection."""
         return self.split.ranks.sum(features @ self.W_dec) + self.b_dec
 
     def reconstruct(self, x: Tensor, features: Tensor | Matrix) -> Tensor:
-        """Reconstruction [batch, d_out] from features and, with a skip connection, the input."""
+        """Reconstruction [batch, d_out] from strengths and, with a skip connection, the input."""
         decoded = self.decode(features)
         return decoded + x @ self.W_skip if self.config.skip else decoded
 
@@ -197,14 +199,14 @@ class SAE(nn.Module):
         return Output(self.reconstruct(x, features), features)
 
     def training_pass(self, x: Tensor, only_active: bool = False) -> TrainingOutput:
-        """Reconstruct a batch [batch, d_in] in training; `only_active` computes sparse products,
-        which give the same result up to rounding."""
-        pre, features = self.fire(x, only_active)
+        """Reconstruct a batch [batch, d_in] in training; `only_active`: compute sparse products,
+        of active features only, which give the same result up to rounding."""
+        pre, features = self.encode_batch(x, only_active)
         with record_function("decode"):
             return TrainingOutput(x, self.reconstruct(x, features), features, pre)
 
-    def fire(self, x: Tensor, only_active: bool) -> tuple[Matrix, Matrix]:
-        """Pre-activations and features of a batch [batch, d_in] in training."""
+    def encode_batch(self, x: Tensor, only_active: bool) -> tuple[Matrix, Matrix]:
+        """Pre-activations and strengths of a batch [batch, d_in] in training."""
         with record_function("encode"):
             if not only_active:
                 pre = DenseMatrix(self.pre_activations(x))
@@ -217,15 +219,16 @@ class SAE(nn.Module):
 
     def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
         """Positions and values [n entries] of the pre-activations of a batch [batch, d_in] that
-        affect features or gradients."""
+        affect strengths or gradients."""
         return sparse.encode_entries(x, self.W_enc, self.b_enc, sparse.find_positive)
 
     def entry_bound(self) -> Tensor | float:
         """Lower bound of the pre-activations that `find_entries` keeps: a number or [features]."""
         return 0.0
 
-    def thresholds_for(self, features: Tensor) -> Tensor | float:
-        """Thresholds [n] that the pre-activations of features [n] have to exceed, or one number."""
+    def thresholds_for(self, indices: Tensor) -> Tensor | float:
+        """Thresholds that the pre-activations of the features at `indices` [n] have to exceed: [n],
+        or one number."""
         return 0.0
 
     def estimate_density(self, output: TrainingOutput) -> float:
@@ -234,12 +237,12 @@ class SAE(nn.Module):
         return self.split.ranks.average(density, len(self.split.own_features))
 
     @torch.no_grad()
-    def restart(self, features: Tensor, columns: Tensor, rows: Tensor) -> None:
-        """Give `features` [n] new encoder columns [n, d_in] and decoder rows [n, d_out], and
-        reset their other parameters."""
-        self.W_enc[:, features] = columns.T
-        self.b_enc[features] = 0
-        self.W_dec[features] = rows
+    def restart(self, indices: Tensor, columns: Tensor, rows: Tensor) -> None:
+        """Give the features at `indices` [n] new encoder columns [n, d_in] and decoder rows
+        [n, d_out], and reset their other parameters."""
+        self.W_enc[:, indices] = columns.T
+        self.b_enc[indices] = 0
+        self.W_dec[indices] = rows
 
     @torch.no_grad()
     def fix_norms(self) -> None:
@@ -253,14 +256,14 @@ class SAE(nn.Module):
         2023), so that Adam's moments hold no part that `fix_norms` undoes."""
         gradient, rows = self.W_dec.grad, self.W_dec
         squares = rows.square().sum(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
-        along = (gradient * rows).sum(dim=1, keepdim=True) / squares
-        gradient.addcmul_(along, rows, value=-1)
+        coefficients = (gradient * rows).sum(dim=1, keepdim=True) / squares
+        gradient.addcmul_(coefficients, rows, value=-1)
 
     @torch.no_grad()
     def fold(
         self, in_mean: Tensor, in_scale: Tensor, out_mean: Tensor, out_scale: Tensor
     ) -> dict[str, Tensor]:
-        """The weights, converted to take and give raw activations instead of normalised ones.
+        """The weights, converted from normalised to raw activations, for input and output.
 
         z = (x - in_mean) / in_scale is folded into the encoder, x_hat = z_hat out_scale + out_mean
         into the decoder. Computed in float64, returned in float32, on the CPU.

@@ -9,7 +9,7 @@ from sae_lightning.sae.sparse import SparsityPattern
 
 THRESHOLD_DECAY = 0.9  # per update, of the threshold's running mean (about 10 updates long)
 # Multiples of the threshold, tried in turn as a lower bound until batch x k values exceed it.
-BOUND_SHARES = (0.8, 0.4, 0.0)
+BOUND_FACTORS = (0.8, 0.4, 0.0)
 
 
 class BatchTopK(SAE):
@@ -17,8 +17,8 @@ class BatchTopK(SAE):
     In evaluation: f = z 1[z > threshold], z = x W_enc + b_enc.  x_hat = f W_dec + b_dec.
 
     Bussmann et al. 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410). The threshold is the
-    running mean of the smallest strength that was kept in each batch. With a threshold, tokens do
-    not depend on one another, and the SAE is saved as a JumpReLU SAE.
+    running mean of the smallest strength that was kept in each batch; it makes tokens independent
+    of one another in evaluation, and the SAE is saved as a JumpReLU SAE.
     """
 
     architecture = "jumprelu"
@@ -49,35 +49,36 @@ class BatchTopK(SAE):
     def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
         """The batch x k largest pre-activations of a batch [batch, d_in], if they are positive."""
         k = len(x) * self.config.k
-        for share in BOUND_SHARES:
-            bound = share * self.threshold
-            pattern, above = sparse.encode_entries(
+        for factor in BOUND_FACTORS:
+            bound = factor * self.threshold
+            pattern, excess = sparse.encode_entries(
                 x, self.W_enc, self.b_enc - bound, sparse.find_positive
             )
             if self.split.ranks.sum_counts([len(pattern)])[0] >= k:
                 break
-        pre = above + bound[pattern.columns]
-        # the search rounds its bias up, so that some exact values may be <= 0
+        pre = excess + bound[pattern.columns]
+        # `encode_entries` rounds its bias up to find entries, so some exact values may be <= 0
         positive = sparse.find_above(pre, 0.0)
-        values, chosen = pre[positive].topk(min(k, len(positive)), sorted=False)
-        values = self.split.ranks.keep_largest(values, k)
-        self._update_threshold(values)
-        chosen = positive[chosen[sparse.find_above(values, 0.0)]].sort().values
+        strengths, largest = pre[positive].topk(min(k, len(positive)), sorted=False)
+        strengths = self.split.ranks.keep_largest(strengths, k)
+        self._update_threshold(strengths)
+        chosen = positive[largest[sparse.find_above(strengths, 0.0)]].sort().values
         return SparsityPattern(pattern.flat_indices[chosen], *pattern.shape), pre[chosen]
 
     def entry_bound(self) -> Tensor:
-        return BOUND_SHARES[0] * self.threshold
+        """The bound [features] that `find_entries` tries first, before it keeps the largest."""
+        return BOUND_FACTORS[0] * self.threshold
 
     @torch.no_grad()
     def _update_threshold(self, kept: Tensor) -> None:
-        """Update the running mean with the smallest strength that a batch kept; `kept` [n]: this
-        rank's strengths, or 0 where other ranks have larger ones."""
+        """Update the running mean with the smallest strength kept in a batch. `kept` [n]: this
+        rank's strengths; 0 for those that are not among the largest of all ranks."""
         smallest = self.split.ranks.find_smallest(kept)
         if smallest is None:
             return
         self.threshold_weight.mul_(THRESHOLD_DECAY).add_(1 - THRESHOLD_DECAY)
-        share = (1 - THRESHOLD_DECAY) / self.threshold_weight
-        self.threshold.lerp_(smallest.float().expand_as(self.threshold), share)
+        weight = (1 - THRESHOLD_DECAY) / self.threshold_weight
+        self.threshold.lerp_(smallest.float().expand_as(self.threshold), weight)
 
     def weights(self) -> dict[str, Tensor]:
         weights = super().weights()

@@ -1,5 +1,5 @@
-"""Controls: SAEs that cannot learn something essential. A score that a control reaches too is no
-evidence that the trained SAE has learned it.
+"""Controls: SAEs that cannot learn something essential. If a control reaches the score of a trained
+SAE, the score does not show that the SAE has learned it.
 
 Shapes: batch = tokens, d = width of a site.
 """
@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 
 class Control(Enum):
-    """What a control does not learn; everything else is trained like the SAE that it belongs to.
+    """What a control cannot learn; everything else is trained as in the SAE that it belongs to.
 
     The first three are the baselines of Korznikov et al. 2026, "Sanity checks for sparse
     autoencoders" (arXiv 2602.14111, figure 1); pca is that of SAEBench (Karvonen et al. 2025, arXiv
@@ -26,7 +26,7 @@ class Control(Enum):
     pca = "directions are principal components"
 
 
-# The parameters that are not trained.
+# Control -> the parameters that it does not train.
 FROZEN_WEIGHTS = {
     Control.frozen_decoder: ("W_dec",),
     Control.frozen_encoder: ("W_enc",),
@@ -35,15 +35,16 @@ FROZEN_WEIGHTS = {
 # A transcoder learns how its output depends on its input. Shuffling removes that dependence, and
 # the principal components of two sites do not correspond.
 NOT_FOR_TRANSCODERS = (Control.shuffled_activations, Control.pca)
-LEAST_COSINE = 0.8  # of a soft-frozen decoder row with its start (Korznikov et al., figure 1)
+# Least cosine between a soft-frozen decoder row and its start (Korznikov et al., figure 1).
+LEAST_COSINE = 0.8
 
 
 def permute_dimensions(x: Tensor, generator: Generator) -> Tensor:
     """Activations x [batch, d] with the tokens permuted in each dimension: a dimension keeps its
     values, but no longer depends on the others.
 
-    All dimensions use one random permutation, but each shifts it by its own random offset. So each
-    element of a row comes from an independently drawn token, as with d permutations.
+    All dimensions use one random permutation, shifted by a random offset for each dimension. So the
+    elements of a row come from independently drawn tokens, as with d permutations.
     """
     batch, d = x.shape
     order = torch.randperm(batch, generator=generator).to(x.device)
@@ -64,6 +65,6 @@ def limit_turn(rows: Tensor, starts: Tensor) -> Tensor:
     is at least `LEAST_COSINE`; norms are kept."""
     norms = rows.norm(dim=1, keepdim=True)
     along = (rows * starts).sum(dim=1, keepdim=True)
-    away = normalize(rows - along * starts)
-    edge = LEAST_COSINE * starts + (1 - LEAST_COSINE**2) ** 0.5 * away
-    return torch.where(along < LEAST_COSINE * norms, norms * edge, rows)
+    orthogonal = normalize(rows - along * starts)
+    turned_back = LEAST_COSINE * starts + (1 - LEAST_COSINE**2) ** 0.5 * orthogonal
+    return torch.where(along < LEAST_COSINE * norms, norms * turned_back, rows)

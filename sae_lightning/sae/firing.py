@@ -9,23 +9,24 @@ from sae_lightning.sae.matrix import SomeColumns
 
 @torch.no_grad()
 def encode_firing(sae: SAE, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Strengths [batch, some] of the features that fire on a token of x [batch, d_in], 0 where not
-    `keep` [batch], and their indices [some], ascending; bit for bit those of `sae.encode`.
+    """Strengths [batch, n] and ascending indices [n] of the n features that fire on at least one
+    token of x [batch, d_in] that is in `keep` [batch] bool. Strengths are those of `sae.encode`,
+    bit for bit; other tokens have strengths of 0.
 
     [batch, features] is the largest tensor by far, so it is read once: to find each feature's
-    largest product. Biases, thresholds and strengths are computed for few features.
+    largest product. Strengths are computed only for the features whose largest product is enough.
     """
     if sae.features_compete:
         strengths = sae.encode(x)
-        units = torch.arange(strengths.shape[1], device=x.device)
+        indices = torch.arange(strengths.shape[1], device=x.device)
     else:
         products = x @ sae.W_enc
-        everyone = torch.arange(products.shape[1], device=x.device)
+        indices = torch.arange(products.shape[1], device=x.device)
         # rounding is monotonic: the largest sum is that of the largest product
-        fires = products.amax(dim=0) + sae.b_enc > sae.thresholds_for(everyone)
-        units = everyone[fires]
-        pre = products.index_select(1, units) + sae.b_enc[units]
-        strengths = sae.compute_strengths(SomeColumns(pre, units))
+        fires = products.amax(dim=0) + sae.b_enc > sae.thresholds_for(indices)
+        indices = indices[fires]
+        pre = products.index_select(1, indices) + sae.b_enc[indices]
+        strengths = sae.compute_strengths(SomeColumns(pre, indices))
     strengths[~keep] = 0
-    fires = (strengths.amax(dim=0) > 0).nonzero().squeeze(1)
-    return strengths.index_select(1, fires), units[fires]
+    firing = (strengths.amax(dim=0) > 0).nonzero().squeeze(1)
+    return strengths.index_select(1, firing), indices[firing]

@@ -19,7 +19,7 @@ class GatedConfig(SAEConfig):
     """Encoder biases at the start."""
     fixed_norm: bool = True
     """Keep every decoder row at the norm `decoder_norm`. With false, training can evade the
-    penalty, which only sees the gate: rows shrink while r_mag grows."""
+    penalty, which depends on the gate alone: rows shrink while r_mag grows."""
 
 
 class Gated(SAE):
@@ -28,7 +28,7 @@ class Gated(SAE):
 
     Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (arXiv
     2404.16014). The penalty acts on the gate alone and does not shrink strengths. b_gate is
-    called `b_enc`: in every SAE, that bias decides whether a feature fires.
+    the parameter `b_enc`, which decides in every architecture whether a feature fires.
     """
 
     architecture = "gated"
@@ -41,7 +41,7 @@ class Gated(SAE):
         self.b_mag = nn.Parameter(torch.zeros(len(self.split.own_features)))
 
     def compute_strengths(self, pre: Matrix) -> Tensor:
-        """Feature strengths, given the gate's pre-activations `pre`."""
+        """Feature strengths, from the values of the gate, `pre`."""
         scale, bias = pre.broadcast(self.r_mag.exp()), pre.broadcast(self.b_mag)
         strengths = (pre.values - pre.broadcast(self.b_enc)) * scale + bias
         return strengths.relu() * (pre.values > 0)
@@ -50,24 +50,24 @@ class Gated(SAE):
         """Reconstruct a batch [batch, d_in]; the output holds relu(gate), which two terms of the
         objective read."""
         output = super().training_pass(x, only_active)
-        return output._replace(gate=output.pre.with_values(output.pre.values.relu()))
+        return output._replace(relu_gate=output.pre.with_values(output.pre.values.relu()))
 
     def fold_biases(self, offset: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         b_mag = weights["b_mag"] - offset * weights["r_mag"].exp()
         return super().fold_biases(offset, weights) | {"b_mag": b_mag}
 
     @torch.no_grad()
-    def restart(self, features: Tensor, columns: Tensor, rows: Tensor) -> None:
-        super().restart(features, columns, rows)
-        self.r_mag[features] = 0
-        self.b_mag[features] = 0
+    def restart(self, indices: Tensor, columns: Tensor, rows: Tensor) -> None:
+        super().restart(indices, columns, rows)
+        self.r_mag[indices] = 0
+        self.b_mag[indices] = 0
 
 
 @dataclass(slots=True, kw_only=True)
 class GatedLoss(PenaltyLoss):
     """loss = mse + l1 x sum_i relu(gate_i) |W_dec_i| + mse(relu(gate) W_dec + b_dec).
 
-    In the last two terms the decoder is detached, so that they train the gate alone.
+    In the last two terms the decoder is detached, so that they train W_enc and b_gate only.
     """
 
     sparsity = "l1"
@@ -76,19 +76,20 @@ class GatedLoss(PenaltyLoss):
     """Sparsity coefficient."""
 
     def penalty(self, sae: Gated, output: TrainingOutput, status: TrainingStatus) -> Tensor:
-        """The L1 norm of relu(gate), each gate weighted by the norm of its decoder row."""
-        return output.gate.apply_penalty(l1, RowNorms.apply(sae.W_dec.detach()))
+        """The L1 norm of relu(gate), each feature weighted by the norm of its decoder row."""
+        return output.relu_gate.apply_penalty(l1, RowNorms.apply(sae.W_dec.detach()))
 
     def terms(
         self, sae: Gated, output: TrainingOutput, target: Tensor, status: TrainingStatus
     ) -> dict[str, Tensor]:
-        """The usual terms and "gate", the mse of the reconstruction from relu(gate), which trains
-        the gate: the usual mse does not."""
+        """The terms of `PenaltyLoss` and "gate", the mse of the reconstruction from relu(gate),
+        without which b_gate would get no gradient but the penalty's."""
         terms = PenaltyLoss.terms(self, sae, output, target, status)
         # decodes only the difference: the reconstruction already has b_dec and a skip connection
-        extra = output.gate.with_values(output.gate.values - output.features.values.detach())
-        difference = sae.split.ranks.sum(extra @ sae.W_dec.detach())
-        terms["gate"] = mse(output.reconstruction.detach() + difference, target)
+        relu_gate, strengths = output.relu_gate, output.features.values.detach()
+        difference = relu_gate.with_values(relu_gate.values - strengths)
+        decoded_difference = sae.split.ranks.sum(difference @ sae.W_dec.detach())
+        terms["gate"] = mse(output.reconstruction.detach() + decoded_difference, target)
         return terms
 
     def coefficients(self) -> dict[str, float]:

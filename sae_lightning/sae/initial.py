@@ -1,4 +1,4 @@
-"""Initial weights: random directions, or those of another SAE."""
+"""Initial weights: random directions, or the rescaled weights of another SAE."""
 
 from itertools import pairwise
 
@@ -15,8 +15,9 @@ def draw_directions(split: FeatureSplit, d: int, generator: Generator) -> Tensor
     never held as a whole."""
     # torch draws 16 numbers at a time and, if the size is not a multiple of 16, the last 16 again:
     # so pieces are multiples of 16, and the last one includes the remainder
-    count, rows = 16 * max(1, NUMBERS_AT_ONCE // (16 * d)), torch.empty(len(split.own_features), d)
-    stops = [*range(count, split.features - count + 1, count), split.features]
+    piece_rows = 16 * max(1, NUMBERS_AT_ONCE // (16 * d))
+    rows = torch.empty(len(split.own_features), d)
+    stops = [*range(piece_rows, split.features - piece_rows + 1, piece_rows), split.features]
     for start, stop in pairwise([0, *stops]):
         piece = torch.randn(stop - start, d, generator=generator)
         first = (split.ranks.rank - start) % split.ranks.size

@@ -29,7 +29,8 @@ class JumpReLUConfig(SAEConfig):
     """Threshold of every feature at the start (Anthropic, January 2025 update: 0.1)."""
     bandwidth: float = 2.0
     """Width of the window around a threshold: only pre-activations in it give the threshold a
-    gradient. Anthropic: 2; Rajamanoharan et al.: 0.001 for inputs of norm 1, here 0.001 sqrt(d)."""
+    gradient. Anthropic: 2; Rajamanoharan et al.: 0.001 for inputs of norm 1, which is 0.001 sqrt(d)
+    here, where inputs have norm sqrt(d)."""
 
     def __post_init__(self):
         SAEConfig.__post_init__(self)
@@ -102,28 +103,29 @@ class JumpReLU(SAE):
     def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
         """The pre-activations above their threshold or in the window around it."""
         threshold = self.threshold.detach()
-        # Distances from the threshold, because their rounding errors are smallest near 0. The
+        # Compares the excess over the threshold, whose rounding errors are smallest near 0. The
         # window begins 0.5 bandwidths below the threshold; 0.01 more is a margin for rounding.
         choose = partial(sparse.find_above, bound=-0.51 * self.config.bandwidth)
-        pattern, above = sparse.encode_entries(x, self.W_enc, self.b_enc - threshold, choose)
+        pattern, excess = sparse.encode_entries(x, self.W_enc, self.b_enc - threshold, choose)
         pattern.has_zeros = True
-        return pattern, above + threshold[pattern.columns]
+        return pattern, excess + threshold[pattern.columns]
 
     def entry_bound(self) -> Tensor:
         return self.threshold - self.config.bandwidth / 2
 
-    def thresholds_for(self, features: Tensor) -> Tensor:
-        return self.threshold.detach()[features]
+    def thresholds_for(self, indices: Tensor) -> Tensor:
+        return self.threshold.detach()[indices]
 
     def count_active(self, pre: Matrix) -> Tensor:
-        """Mean number of active features per token [], with a gradient for thresholds."""
+        """Mean number of active features per token [], of this rank, with a gradient for
+        thresholds only."""
         steps = _Step.apply(pre.values, pre.broadcast(self.threshold), self.config.bandwidth)
         return steps.sum() / pre.batch_size
 
     @torch.no_grad()
-    def restart(self, features: Tensor, columns: Tensor, rows: Tensor) -> None:
-        super().restart(features, columns, rows)
-        self.log_threshold[features] = math.log(self.config.threshold)
+    def restart(self, indices: Tensor, columns: Tensor, rows: Tensor) -> None:
+        super().restart(indices, columns, rows)
+        self.log_threshold[indices] = math.log(self.config.threshold)
 
     def weights(self) -> dict[str, Tensor]:
         weights = super().weights()
@@ -171,7 +173,7 @@ class JumpReLULoss(PenaltyLoss):
             )
 
     def penalty(self, sae: JumpReLU, output: TrainingOutput, status: TrainingStatus) -> Tensor:
-        """Active features per token, as an exact or a smooth count."""
+        """Mean number of active features per token [], as an exact or a smooth count."""
         if self.penalty_kind is PenaltyKind.step:
             return sae.count_active(output.pre)
         smooth = partial(tanh_l0, scale=self.tanh_scale or 4.0)

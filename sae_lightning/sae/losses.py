@@ -1,8 +1,8 @@
 """Terms of training objectives: pure functions of tensors.
 
 Shapes: batch = tokens, d = width of the target site, features = dictionary size.
-If the features are split over ranks, `features` means those of this rank, and terms without the
-argument `ranks` are sums over them alone.
+If the features are split over ranks, `features` means those of this rank; `l1`, `lp`, `tanh_l0` and
+`preact` are sums over these features alone.
 Units: activations have a mean square of 1 per element, so predicting the mean has an mse of 1.
 """
 
@@ -28,8 +28,8 @@ def l1(features: Tensor, norms: Tensor) -> Tensor:
 def lp(
     features: Tensor, norms: Tensor, p: float, smooth: float = 0.01, ranks: Ranks = ALONE
 ) -> Tensor:
-    """Mean over the batch of sum_i (f_i |W_dec_i|)^p, rescaled so that its sum over all ranks is
-    that of `l1`.
+    """Mean over the batch of sum_i (f_i |W_dec_i|)^p, rescaled so that its sum over all ranks
+    equals that of `l1`.
 
     For 0 < p < 1 this pushes weak features towards 0 and spares strong ones. Rescaling keeps the
     penalty continuous while p falls (Karvonen et al. 2024, arXiv 2408.00113, section 3.2, rescale
@@ -52,28 +52,28 @@ def auxk(residual: Tensor, pre: Tensor, rows: Tensor, k: int, ranks: Ranks = ALO
     """Share of the variance of the residual [batch, d] that the k strongest dead features do not
     explain.
 
-    pre: pre-activations [batch, dead]; rows: decoder rows [dead, d]. The residual, from
-    which b_dec is subtracted already, is detached. 0 if no feature is dead or the residual is
-    constant (Gao et al. 2024, arXiv 2406.04093, appendix A.2).
+    pre: pre-activations [batch, dead] of this rank's dead features; rows: their decoder rows
+    [dead, d]. The residual, from which b_dec is subtracted already, is detached. 0 if no feature is
+    dead or the residual is constant (Gao et al. 2024, arXiv 2406.04093, appendix A.2).
     """
-    (dead,) = ranks.sum_counts([len(rows)])
-    if not dead:
+    (dead_count,) = ranks.sum_counts([len(rows)])
+    if not dead_count:
         return residual.new_zeros(())
     residual = residual.detach().float()
     strengths = pre.relu()
-    if k < dead:
-        values, chosen = strengths.topk(min(k, len(rows)), dim=1, sorted=False)
-        values = ranks.keep_largest(values, k)
-        strengths = torch.zeros_like(strengths).scatter(1, chosen, values)
+    if k < dead_count:
+        largest, indices = strengths.topk(min(k, len(rows)), dim=1, sorted=False)
+        largest = ranks.keep_largest(largest, k)
+        strengths = torch.zeros_like(strengths).scatter(1, indices, largest)
     variance = (residual - residual.mean(dim=0)).square().mean()
-    # times 1 / variance, made 0 where infinite: dividing by 0 would make the gradient NaN
-    share = (1 / variance).nan_to_num(0.0, 0.0, 0.0)
-    return mse(ranks.sum(strengths @ rows), residual) * share
+    # an infinite factor becomes 0, as dividing by a variance of 0 would make the gradient NaN
+    factor = (1 / variance).nan_to_num(0.0, 0.0, 0.0)
+    return mse(ranks.sum(strengths @ rows), residual) * factor
 
 
 def preact(pre: Tensor, threshold: Tensor | float, norms: Tensor) -> Tensor:
-    """Mean over the batch of sum_dead relu(threshold - pre) |W_dec|, which pulls dead features up
-    to their thresholds (Conerly et al., Anthropic January 2025 update). pre [batch, dead];
-    threshold and norms [dead]."""
+    """Mean over the batch of the sum over dead features i of relu(threshold_i - pre_i) |W_dec_i|,
+    which pulls dead features up to their thresholds (Conerly et al., Anthropic January 2025
+    update). pre [batch, dead]; threshold and norms [dead]."""
     shortfall = (threshold - pre.float()).relu().mean(dim=0)
     return (shortfall * norms.detach()).sum()

@@ -36,8 +36,9 @@ class Matrix(ABC):
         """A vector [features] in a shape that broadcasts with `values`."""
 
     @abstractmethod
-    def stored_columns(self, features: Tensor) -> Tensor | None:
-        """[batch, n]: all values of some features [n]; None if only some entries are stored."""
+    def stored_columns(self, indices: Tensor) -> Tensor | None:
+        """[batch, n]: all values of the features at `indices` [n]; None in a sparse matrix, which
+        does not store all of them."""
 
     @abstractmethod
     def __matmul__(self, W_dec: Tensor) -> Tensor:
@@ -49,8 +50,8 @@ class Matrix(ABC):
 
     @abstractmethod
     def apply_penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
-        """function(values [batch, features], decoder norms [features]), which must be a mean over
-        the batch of a sum over features to which zeros add nothing."""
+        """function(values [batch, features], decoder norms [features]). The function must be the
+        mean over the batch of a sum over features, to which values of 0 add nothing."""
 
     @abstractmethod
     def count_positive(self) -> Tensor:
@@ -78,8 +79,8 @@ class DenseMatrix(Matrix):
     def broadcast(self, vector: Tensor) -> Tensor:
         return vector
 
-    def stored_columns(self, features: Tensor) -> Tensor:
-        return self.values[:, features]
+    def stored_columns(self, indices: Tensor) -> Tensor:
+        return self.values[:, indices]
 
     def __matmul__(self, W_dec: Tensor) -> Tensor:
         return self.values @ W_dec
@@ -100,10 +101,10 @@ class DenseMatrix(Matrix):
 
 @dataclass(slots=True, eq=False)
 class SomeColumns(DenseMatrix):
-    """Every value of some features: [batch, some]."""
+    """Every value of n of the features: [batch, n]."""
 
     columns: Tensor
-    """[some] indices of these features"""
+    """Indices [n] of these features"""
 
     def broadcast(self, vector: Tensor) -> Tensor:
         return vector[self.columns]
@@ -126,18 +127,18 @@ class SparseMatrix(Matrix):
     def broadcast(self, vector: Tensor) -> Tensor:
         return Broadcast.apply(vector, self.pattern)
 
-    def stored_columns(self, features: Tensor) -> None:
+    def stored_columns(self, indices: Tensor) -> None:
         return None
 
     def __matmul__(self, W_dec: Tensor) -> Tensor:
         return Decode.apply(self.values, W_dec, self.pattern)
 
     def matmul_by_group(self, sizes: list[int], W_dec: Tensor) -> Iterable[Tensor]:
-        products = Decode.apply(self.values, W_dec, self.pattern.split(sizes))
+        products = Decode.apply(self.values, W_dec, self.pattern.split_by_group(sizes))
         return products.unflatten(0, (-1, len(sizes))).unbind(dim=1)
 
     def apply_penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
-        # all entries as if they belonged to one token
+        # treats all entries as features of one token, so that the mean over the batch is over 1
         return function(self.values[None], self.broadcast(norms)) / self.batch_size
 
     def count_positive(self) -> Tensor:

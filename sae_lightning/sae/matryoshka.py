@@ -19,8 +19,8 @@ class MatryoshkaConfig(TopKConfig):
     """A BatchTopK SAE with nested dictionaries."""
 
     groups: list[float] = field(default_factory=lambda: [1 / 32, 1 / 16, 1 / 8, 1 / 4])
-    """Share of the features in each group; each dictionary consists of the groups up to one of
-    them, and what remains is the last group, which completes the whole dictionary."""
+    """Share of the features in each group but the last, which gets the rest. Dictionary m consists
+    of the first m groups."""
 
     def __post_init__(self):
         TopKConfig.__post_init__(self)
@@ -36,8 +36,8 @@ class MatryoshkaConfig(TopKConfig):
             )
 
     def sizes(self) -> list[int]:
-        """Number of features in each group, the last one included."""
-        ends = [round(self.features * end) for end in accumulate(self.groups)]
+        """Number of features in each group, including the last."""
+        ends = [round(self.features * share) for share in accumulate(self.groups)]
         return [b - a for a, b in zip([0, *ends], [*ends, self.features], strict=True)]
 
 
@@ -50,12 +50,14 @@ class Matryoshka(BatchTopK):
 
     def training_pass(self, x: Tensor, only_active: bool = False) -> TrainingOutput:
         """Reconstruct a batch [batch, d_in] with each prefix, adding one group at a time."""
-        pre, features = self.fire(x, only_active)
-        initial = self.b_dec + x @ self.W_skip if self.config.skip else self.b_dec
+        pre, features = self.encode_batch(x, only_active)
+        without_features = self.b_dec + x @ self.W_skip if self.config.skip else self.b_dec
         with record_function("decode"):
             groups = features.matmul_by_group(self._own_sizes(), self.W_dec)
-            *prefixes, whole = accumulate(map(self.split.ranks.sum, groups), initial=initial)
-        return TrainingOutput(x, whole, features, pre, tuple(prefixes[1:]))
+            _, *prefixes, whole = accumulate(
+                map(self.split.ranks.sum, groups), initial=without_features
+            )
+        return TrainingOutput(x, whole, features, pre, tuple(prefixes))
 
     def _own_sizes(self) -> list[int]:
         """Number of this rank's features in each group."""
@@ -65,12 +67,14 @@ class Matryoshka(BatchTopK):
 
 @dataclass(slots=True, kw_only=True)
 class MatryoshkaLoss(AuxKLoss):
-    """loss = sum over prefixes m of mse(x_hat_m) + auxk x (residual that dead features leave)."""
+    """loss = sum over prefixes m of mse(x_hat_m) + auxk x (residual that dead features leave),
+    where the longest prefix is all features."""
 
     def terms(
         self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus
     ) -> dict[str, Tensor]:
-        """The mse of the whole dictionary, the summed mse of all shorter prefixes, and AuxK."""
+        """The terms of `AuxKLoss` and "prefixes", the summed mse of all dictionaries but the whole
+        one."""
         terms = AuxKLoss.terms(self, sae, output, target, status)
         terms["prefixes"] = sum(mse(prefix, target) for prefix in output.prefixes)
         return terms

@@ -19,7 +19,8 @@ class TrainingStatus(NamedTuple):
     """The state of the run that an objective may depend on."""
 
     dead: Tensor
-    """[features] bool, this rank's: has not fired for `callbacks.dead_after` tokens"""
+    """[features] bool: which features of this rank have not fired for `callbacks.dead_after`
+    tokens"""
     progress: Tensor
     """Share of the run that is done, from 0 to 1"""
 
@@ -28,13 +29,15 @@ class TrainingStatus(NamedTuple):
 class Loss:
     """loss = mse + sum of coefficient x term.
 
-    With `kl`, the mse becomes (mse + kl x mse' / KL' x KL) / (1 + kl) at the end of the run: KL
-    compares the LLM's predictions with and without the SAE in place, and a prime marks values that
-    get no gradient. This scales the KL to the size of the mse, and the sum keeps that size, so that
-    the other coefficients keep their meaning (Karvonen 2025, arXiv 2503.17272, with kl = 1)."""
+    With `kl`, (mse + kl x (mse' / KL') x KL) / (1 + kl) takes the place of the mse in the last part
+    of the run: KL compares the LLM's predictions with and without the SAE in place, and a prime
+    marks values that get no gradient. The KL is scaled to the size of the mse, and the weighted
+    mean has that size, so that the other coefficients keep their meaning (Karvonen 2025, arXiv
+    2503.17272, with kl = 1)."""
 
     sparsity = None
-    """The term that makes features sparse: `warmup` and `target_l0` act on its coefficient."""
+    """Name of the term that makes features sparse: `warmup` and `target_l0` act on its
+    coefficient."""
 
     kl: float = 0.0
     """Weight, relative to the mse, of the KL divergence between the LLM's predictions without and
@@ -46,7 +49,7 @@ class Loss:
     noisier than that of the mse, and at the full rate it makes both worse (docs/kl.md)."""
 
     def __post_init__(self):
-        _not_negative("kl", self.kl, "1")
+        _check_not_negative("kl", self.kl, "1")
         if not 0 <= self.kl_from < 1:
             raise UserError(
                 f"loss.kl_from={self.kl_from}: give a share of the run, from 0 to below 1"
@@ -63,7 +66,7 @@ class Loss:
     def terms(
         self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus
     ) -> dict[str, Tensor]:
-        """The unweighted scalar terms by name; "mse" is always among them."""
+        """The unweighted terms [] by name, always including "mse"."""
         return {"mse": mse(output.reconstruction, target)}
 
     def coefficients(self) -> dict[str, float]:
@@ -72,7 +75,7 @@ class Loss:
 
     @property
     def fixes_coefficient(self) -> bool:
-        """Whether a fixed coefficient alone determines the L0, rather than a target or k."""
+        """Whether a fixed coefficient determines the L0, rather than a target or k."""
         has_target = getattr(self, "target_l0", None) is not None
         return bool(self.coefficients().get(self.sparsity)) and not has_target
 
@@ -92,7 +95,7 @@ class RowNorms(torch.autograd.Function):
         return (gradient / norms.clamp_min(torch.finfo(norms.dtype).tiny))[:, None] * rows
 
 
-def _not_negative(name: str, value: float, example: str) -> None:
+def _check_not_negative(name: str, value: float, example: str) -> None:
     if not 0 <= value < math.inf:
         raise UserError(f"loss.{name}={value}: give a number that is 0 or more, such as {example}")
 
@@ -114,7 +117,7 @@ class PenaltyLoss(Loss):
 
     def __post_init__(self):
         Loss.__post_init__(self)
-        _not_negative("preact", self.preact, "3e-6")
+        _check_not_negative("preact", self.preact, "3e-6")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"loss.warmup={self.warmup}: give a share of the run, from 0 to 1")
         if self.target_l0 is not None and not 0 < self.target_l0 < math.inf:
@@ -128,7 +131,7 @@ class PenaltyLoss(Loss):
                 "the warm-up is over; give at most 0.5"
             )
         coefficient = getattr(self, self.sparsity)
-        _not_negative(self.sparsity, coefficient, "1e-3")
+        _check_not_negative(self.sparsity, coefficient, "1e-3")
         if self.target_l0 is not None and coefficient == 0:
             raise UserError(
                 f"loss.{self.sparsity}=0: loss.target_l0={self.target_l0} multiplies it, so it "
@@ -170,7 +173,7 @@ class AuxKLoss(Loss):
 
     def __post_init__(self):
         Loss.__post_init__(self)
-        _not_negative("auxk", self.auxk, "0.03125")
+        _check_not_negative("auxk", self.auxk, "0.03125")
         if self.auxk_k is not None and self.auxk_k < 1:
             raise UserError(f"loss.auxk_k={self.auxk_k}: give at least 1 feature, or null")
         if self.auxk_k is not None and self.auxk == 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 # Above this density, `dots` on a CPU computes the whole dense product and picks the entries from
-# it (not in float32).
+# it, unless the dtype is float32.
 DENSE_PRODUCT_DENSITY = 0.02
 DENSE_PRODUCT_ROWS = 256  # rows of that product in memory at a time
 
@@ -33,7 +33,8 @@ def break_even_density(device: str, dtype: torch.dtype) -> float:
 
 @cache  # called at every update
 def has_sparse_products(device: str) -> bool:
-    """Whether this type of device has these products; CUDA needs Triton (on Linux, with torch)."""
+    """Whether this type of device has these products; CUDA needs Triton, which comes with torch on
+    Linux."""
     return device == "cpu" or (device == "cuda" and bool(importlib.util.find_spec("triton")))
 
 
@@ -61,9 +62,9 @@ def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tenso
         from sae_lightning.sae import triton_products
 
         return triton_products.dots(offsets, indices, left, right)
-    dense = len(indices) > DENSE_PRODUCT_DENSITY * len(left) * len(right)
-    if dense and left.dtype is not torch.float32:
-        return _dots_of_all(offsets, indices, left, right)
+    is_dense = len(indices) > DENSE_PRODUCT_DENSITY * len(left) * len(right)
+    if is_dense and left.dtype is not torch.float32:
+        return _pick_dots_from_dense(offsets, indices, left, right)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         pattern = torch.sparse_csr_tensor(
@@ -76,12 +77,15 @@ def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tenso
         return torch.sparse.sampled_addmm(pattern, left.float(), right.float().T, beta=0.0).values()
 
 
-def _dots_of_all(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`dots`, picked from the dense product [rows, columns]."""
-    products, starts = [], offsets[:-1:DENSE_PRODUCT_ROWS].tolist()
+def _pick_dots_from_dense(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`dots`, picked from the dense product [rows, columns], DENSE_PRODUCT_ROWS rows at a time."""
+    chunks = left.split(DENSE_PRODUCT_ROWS)
+    starts = offsets[:-1:DENSE_PRODUCT_ROWS].tolist()  # first entry of each chunk
     ends = [*starts[1:], len(indices)]
     rows = torch.repeat_interleave(torch.arange(len(left)), offsets.diff())
-    flat_indices = rows % DENSE_PRODUCT_ROWS * len(right) + indices
-    for part, start, end in zip(left.split(DENSE_PRODUCT_ROWS), starts, ends, strict=True):
-        products.append((part @ right.T).view(-1).index_select(0, flat_indices[start:end]))
+    flat_indices = rows % DENSE_PRODUCT_ROWS * len(right) + indices  # within the chunk
+    products = [
+        (chunk @ right.T).view(-1).index_select(0, flat_indices[start:end])
+        for chunk, start, end in zip(chunks, starts, ends, strict=True)
+    ]
     return torch.cat(products).float()

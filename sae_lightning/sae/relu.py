@@ -48,7 +48,8 @@ class ReLULoss(PenaltyLoss):
     p: float = 1.0
     """Final power of the penalty, which falls linearly from 1 between the end of the warm-up and
     the end of the run; below 1 it spares strong features (p-annealing, Karvonen et al. 2024: 0.2).
-    At each step the term is rescaled to its value at p = 1: p changes only its gradient."""
+    At each step the term is rescaled to its value at p = 1, so that p changes only its
+    gradient."""
 
     def __post_init__(self):
         PenaltyLoss.__post_init__(self)
@@ -62,6 +63,7 @@ class ReLULoss(PenaltyLoss):
         norms = RowNorms.apply(sae.W_dec)
         if self.p == 1:
             return output.features.apply_penalty(l1, norms)
-        done = (float(status.progress) - self.warmup) / max(1 - self.warmup, 1e-9)
-        p = 1 - (1 - self.p) * min(max(done, 0.0), 1.0)
+        # share of the time between the warm-up and the end of the run
+        share = (float(status.progress) - self.warmup) / max(1 - self.warmup, 1e-9)
+        p = 1 - (1 - self.p) * min(max(share, 0.0), 1.0)
         return output.features.apply_penalty(partial(lp, p=p, ranks=sae.split.ranks), norms)

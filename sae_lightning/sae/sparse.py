@@ -72,22 +72,22 @@ class SparsityPattern:
         chosen = values.nonzero().squeeze(1)
         return SparsityPattern(self.flat_indices[chosen], *self.shape), values[chosen]
 
-    def split(self, sizes: list[int]) -> "SparsityPattern":
-        """Reshape [rows, columns] to [rows x groups, columns]: entries of row r in the g-th group
-        of columns move to row r x groups + g, in the same order."""
+    def split_by_group(self, sizes: list[int]) -> "SparsityPattern":
+        """Give each row a row for each group of consecutive columns, [rows x groups, columns]: the
+        entries of row r in group g are in row r x groups + g, in the same order as before."""
         ends = torch.tensor(sizes, device=self.flat_indices.device).cumsum(0)
-        group = torch.searchsorted(ends, self.columns, right=True)
+        groups = torch.searchsorted(ends, self.columns, right=True)  # of each entry
         rows, columns = self.shape
-        split_rows = self.rows * len(sizes) + group
+        new_rows = self.rows * len(sizes) + groups
         return SparsityPattern(
-            split_rows * columns + self.columns, rows * len(sizes), columns, self.has_zeros
+            new_rows * columns + self.columns, rows * len(sizes), columns, self.has_zeros
         )
 
 
 def pick_working_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which matrix products of `x` are computed: autocast's, or its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @torch.no_grad()
@@ -96,36 +96,38 @@ def encode_entries(
 ) -> tuple[SparsityPattern, Tensor]:
     """The entries of x W_enc + shift that `choose` selects, and their values [n entries].
 
-    x [batch, d_in], W_enc [d_in, features], shift [features]; `choose` returns the ascending flat
-    indices within some rows [rows, features]. The product is computed in autocast's dtype, a few
-    rows at a time, but accumulated and shifted in float32 before it is rounded.
+    x [batch, d_in], W_enc [d_in, features], shift [features]; `choose` takes the sums of some rows
+    [rows, features] and returns ascending flat indices into them. The sums are computed in
+    autocast's dtype, a few rows at a time: accumulated in float32, then rounded.
     """
     dtype, features = pick_working_dtype(x), W_enc.shape[1]
     rows = max(1, PRE_ACTIVATIONS_AT_ONCE["cpu" if x.device.type == "cpu" else "other"] // features)
-    rounded = shift.to(dtype)
-    higher = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
-    rounded = torch.where(rounded < shift, higher, rounded)  # up, so that no positive entry is lost
+    rounded_shift = shift.to(dtype)
+    higher = torch.nextafter(rounded_shift, torch.full_like(rounded_shift, torch.inf))
+    # rounded up, so that no positive entry is lost
+    rounded_shift = torch.where(rounded_shift < shift, higher, rounded_shift)
     weights, indices, values = W_enc.to(dtype), [], []
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, len(x), rows):
-            product = torch.addmm(rounded, x[start : start + rows].to(dtype), weights)
-            chosen = choose(product)
+            sums = torch.addmm(rounded_shift, x[start : start + rows].to(dtype), weights)
+            chosen = choose(sums)
             indices.append(chosen + start * features)
-            values.append(product.view(-1)[chosen])
+            values.append(sums.view(-1)[chosen])
     pattern = SparsityPattern(torch.cat(indices), len(x), features)
-    return pattern, torch.cat(values).float() + (shift - rounded.float())[pattern.columns]
+    correction = shift - rounded_shift.float()
+    return pattern, torch.cat(values).float() + correction[pattern.columns]
 
 
 def find_positive(x: Tensor) -> Tensor:
     """Flat indices of the positive values of [rows, features], ascending."""
-    lanes = 8 // x.itemsize
-    if x.device.type != "cpu" or x.numel() % lanes:
+    size = 8 // x.itemsize  # values in a group of 8 bytes: 2 or 4
+    if x.device.type != "cpu" or x.numel() % size:
         return find_above(x, 0)
-    # Few values are positive, so skipping groups of 8 bytes that are all 0 halves the time.
-    words = x.relu().view(-1).view(torch.int64).nonzero().squeeze(1)
-    inside = find_above(x.view(-1, lanes).index_select(0, words), 0)
-    shift = lanes.bit_length() - 1  # two or four lanes
-    return (words.index_select(0, inside >> shift) << shift) + (inside & (lanes - 1))
+    # Few values are positive, so skipping groups that are all 0 after a ReLU halves the time.
+    groups = x.relu().view(-1).view(torch.int64).nonzero().squeeze(1)
+    found = find_above(x.view(-1, size).index_select(0, groups), 0)  # flat, within these groups
+    shift = size.bit_length() - 1  # x >> shift is x // size
+    return (groups.index_select(0, found >> shift) << shift) + (found & (size - 1))
 
 
 def find_above(x: Tensor, bound: Tensor | float) -> Tensor:
@@ -149,8 +151,8 @@ class Broadcast(torch.autograd.Function):
 
 
 class Encode(torch.autograd.Function):
-    """[n entries]: x W_enc + b_enc at the entries of a pattern, already computed as `pre`; no
-    gradient for x."""
+    """[n entries]: x W_enc + b_enc at the entries of a pattern. The forward pass returns `pre`, in
+    which they are computed already; the backward pass gives x no gradient."""
 
     @staticmethod
     def forward(

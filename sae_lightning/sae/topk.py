@@ -60,6 +60,7 @@ class TopK(SAE):
         return min(self.config.k, len(self.split.own_features))
 
     def _find_largest(self, pre: Tensor) -> Tensor:
+        """Flat indices, ascending, of the k largest values of each row, if they are positive."""
         indices = pre.topk(self._own_k, dim=1, sorted=False).indices.sort(dim=1).values
         row_starts = torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]
         indices = (row_starts + indices).view(-1)

@@ -33,8 +33,8 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
     """[rows, d]: row r is the sum over its entries i of weights[i] table[indices[i]]."""
     assert all(part.is_contiguous() for part in (offsets, indices, weights, table))
     rows, d = len(offsets) - 1, table.shape[1]
-    owners = _find_owners(offsets, len(indices))
-    cuts = len(owners)
+    cut_rows = _find_cut_rows(offsets, len(indices))
+    cuts = len(cut_rows)
     sums = table.new_empty(rows, d, dtype=torch.float32)
     tails = table.new_empty(cuts, d, dtype=torch.float32)
     columns = _pick_tile_columns(d)
@@ -43,22 +43,23 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
     stripes = triton.cdiv(d, columns)
     tile = {"PIECE": PIECE_ENTRIES, "ENTRIES": TILE_ENTRIES, "COLUMNS": columns}
     _sum_pieces[rows + cuts, stripes](
-        offsets, owners, indices, weights, table, sums, tails, d, cuts, **tile
+        offsets, cut_rows, indices, weights, table, sums, tails, d, cuts, **tile
     )
     if cuts:
-        _add_tails[cuts, stripes](offsets, owners, tails, sums, d, **tile)
+        _add_tails[cuts, stripes](offsets, cut_rows, tails, sums, d, **tile)
     return sums
 
 
 def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """[nnz]: left[r] . right[indices[i]] for entry i of row r; left [rows, d], right [n, d]."""
+    """[nnz]: left[r] . right[indices[i]] for entry i of row r, with left [rows, d] and right
+    [columns, d]."""
     assert all(part.is_contiguous() for part in (offsets, indices, left, right))
     rows, d = left.shape
-    owners = _find_owners(offsets, len(indices))
-    cuts = len(owners)
+    cut_rows = _find_cut_rows(offsets, len(indices))
+    cuts = len(cut_rows)
     products = left.new_empty(len(indices), dtype=torch.float32)
     tile = {"PIECE": PIECE_ENTRIES, "ENTRIES": TILE_ENTRIES, "COLUMNS": _pick_tile_columns(d)}
-    _dot_pieces[rows + cuts,](offsets, owners, indices, left, right, products, d, cuts, **tile)
+    _dot_pieces[rows + cuts,](offsets, cut_rows, indices, left, right, products, d, cuts, **tile)
     return products
 
 
@@ -67,21 +68,21 @@ def _pick_tile_columns(d: int) -> int:
     return min(TILE_COLUMNS, triton.next_power_of_2(d))
 
 
-def _find_owners(offsets: Tensor, nnz: int) -> Tensor:
+def _find_cut_rows(offsets: Tensor, nnz: int) -> Tensor:
     """[cuts]: the row of each cut, at multiples of PIECE_ENTRIES up to nnz."""
-    numbers = torch.arange(1, nnz // PIECE_ENTRIES + 1, device=offsets.device, dtype=offsets.dtype)
-    cuts = numbers * PIECE_ENTRIES
+    count = nnz // PIECE_ENTRIES
+    cuts = torch.arange(1, count + 1, device=offsets.device, dtype=offsets.dtype) * PIECE_ENTRIES
     # the first row that ends at or after the cut; the tail of a cut between two rows is empty
     return torch.searchsorted(offsets[1:], cuts)
 
 
 @triton.jit
-def _find_piece(offsets, owners, cuts, PIECE: tl.constexpr):
+def _find_piece(offsets, cut_rows, cuts, PIECE: tl.constexpr):
     """This program's piece: its row, first entry, end (exclusive), and whether it is a tail.
     Tails come first, since they are the longest pieces."""
     program = tl.program_id(0).to(tl.int64)
     tail = program < cuts
-    row = tl.where(tail, tl.load(owners + program, mask=tail, other=0), program - cuts)
+    row = tl.where(tail, tl.load(cut_rows + program, mask=tail, other=0), program - cuts)
     begin = tl.where(tail, (program + 1) * PIECE, tl.load(offsets + row).to(tl.int64))
     end = tl.minimum(tl.load(offsets + row + 1).to(tl.int64), (begin // PIECE + 1) * PIECE)
     return row, begin, end, tail
@@ -90,11 +91,11 @@ def _find_piece(offsets, owners, cuts, PIECE: tl.constexpr):
 # `cuts` changes at each step: Triton must not compile a second kernel for multiples of 16
 @triton.jit(do_not_specialize=["cuts"])
 def _sum_pieces(
-    offsets, owners, indices, weights, table, sums, tails, d, cuts,
+    offsets, cut_rows, indices, weights, table, sums, tails, d, cuts,
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Store the sums of heads in `sums` [rows, d] and the sums of tails in `tails` [cuts, d]."""
-    row, begin, end, tail = _find_piece(offsets, owners, cuts, PIECE)
+    row, begin, end, tail = _find_piece(offsets, cut_rows, cuts, PIECE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     within = column < d
     total = tl.full([ENTRIES, COLUMNS], 0.0, tl.float32)
@@ -114,12 +115,12 @@ def _sum_pieces(
 
 @triton.jit
 def _add_tails(
-    offsets, owners, tails, sums, d,
+    offsets, cut_rows, tails, sums, d,
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Add the tails of a row to its sum, in the program of the row's first cut."""
     cut = tl.program_id(0)
-    row = tl.load(owners + cut)
+    row = tl.load(cut_rows + cut)
     begin = tl.load(offsets + row).to(tl.int64) // PIECE
     if cut == begin:
         end = (tl.load(offsets + row + 1).to(tl.int64) - 1) // PIECE
@@ -130,18 +131,18 @@ def _add_tails(
             entry = first + tl.arange(0, ENTRIES)
             pointers = tails + entry[:, None] * d + column[None, :]
             total += tl.load(pointers, mask=(entry < end)[:, None] & within[None, :], other=0)
-        head = sums + row * d + column
-        result = tl.load(head, mask=within) + tl.sum(total, axis=0)
-        tl.store(head, result, mask=within)
+        row_sum = sums + row * d + column  # pointers
+        result = tl.load(row_sum, mask=within) + tl.sum(total, axis=0)
+        tl.store(row_sum, result, mask=within)
 
 
 @triton.jit(do_not_specialize=["cuts"])
 def _dot_pieces(
-    offsets, owners, indices, left, right, products, d, cuts,
+    offsets, cut_rows, indices, left, right, products, d, cuts,
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Store the dot products of one piece's entries in `products` [nnz]."""
-    row, begin, end, _ = _find_piece(offsets, owners, cuts, PIECE)
+    row, begin, end, _ = _find_piece(offsets, cut_rows, cuts, PIECE)
     for first in range(begin, end, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
         valid = entry < end

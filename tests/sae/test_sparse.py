@@ -271,7 +271,7 @@ def test_a_pattern_by_hand():
     got = pattern.transposed_product(tensor([1.0, 2, 3, 4]), table)
     assert got.tolist() == [[300, 3000], [1 + 400, 10 + 4000], [0, 0], [2, 20]]
     # columns 0, 1 | 2, 3: row 0 has one in each group, row 2 two in the first
-    split = pattern.split([2, 2])
+    split = pattern.split_by_group([2, 2])
     assert split.shape == (6, 4)
     assert split.rows.tolist() == [0, 1, 4, 4]
     assert split.columns.tolist() == [1, 3, 0, 1]

@@ -150,7 +150,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from sae_lightning.sae import triton_products as ours
 
-pointers = {"offsets": "*i64", "owners": "*i64", "indices": "*i64", "sums": "*fp32",
+pointers = {"offsets": "*i64", "cut_rows": "*i64", "indices": "*i64", "sums": "*fp32",
             "tails": "*fp32", "products": "*fp32", "d": "i32", "cuts": "i32"}
 SIZES = {"PIECE": ours.PIECE_ENTRIES, "ENTRIES": ours.TILE_ENTRIES, "COLUMNS": ours.TILE_COLUMNS}
 for kernel in (ours._sum_pieces, ours._add_tails, ours._dot_pieces):
