@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 from sae_lightning.analysis.theory import detection
 from sae_lightning.analysis.theory.detection import FeatureCounts, NeuronCounts, find_detector
 from sae_lightning.analysis.theory.token_concepts import CONCEPTS, tag_tokens
+from sae_lightning.report.catalogue import EDGES
 
 
 def words(text: str, concept: str) -> list[str]:
@@ -158,15 +159,28 @@ def test_what_ranks_best_need_not_be_what_says_yes_best():
 def test_counts_are_of_all_tokens_and_do_not_depend_on_the_cutting():
     strengths, x = planted_feature(), NOISE - 0.5
     for counts in (by_feature(strengths), by_neuron(x)):
-        tokens = counts.counts.sum(dim=-1)  # [2, concepts + 1, units]
-        assert torch.equal(tokens[:, 1], torch.full_like(tokens[:, 1], N // 2))
         for half in (0, 1):
-            assert (tokens[half, 0] == MEMBER[half::2].sum()).all()
+            assert (counts.read(half, 0).sum(dim=1) == MEMBER[half::2].sum()).all()
+            assert (counts.read(half, 1).sum(dim=1) == N // 2).all()
     whole = FeatureCounts(1, 6)
     whole.add(strengths[:500], MEMBER[:500], HALF[:500], torch.arange(6))
     whole.result()  # looking at it changes nothing
     whole.add(strengths[500:], MEMBER[500:], HALF[500:], torch.arange(6))
-    assert torch.equal(whole.result().counts, by_feature(strengths).counts)
+    assert all(map(torch.equal, whole.result()[:-1], by_feature(strengths)[:-1]))
+
+
+def test_counting_and_scoring_in_small_parts_gives_the_same(monkeypatch):
+    whole = by_feature(NOISE)
+    expected_detector = find_detector(whole, 0)
+    for limit in ("STRENGTHS_AT_ONCE", "MERGED_AT_ONCE", "SCORED_AT_ONCE"):
+        monkeypatch.setattr(detection, limit, 4)
+    strengths, member, half = NOISE[:300], MEMBER[:300], HALF[:300]
+    counts = FeatureCounts(1, 6)
+    counts.add(strengths, member, half, torch.arange(6))
+    bins = 1 + ((strengths[member[:, 0] & (half == 0)].log2() - EDGES[0].log2()) * 2).floor()
+    expected = [torch.bincount(b.int(), minlength=len(EDGES) + 1) for b in bins.T]
+    assert torch.equal(counts.result().read(0, 0), torch.stack(expected).int())
+    assert find_detector(whole, 0) == expected_detector
 
 
 def test_ranks_are_taken_from_no_more_numbers_than_quantile_takes(monkeypatch):
@@ -174,7 +188,7 @@ def test_ranks_are_taken_from_no_more_numbers_than_quantile_takes(monkeypatch):
     counts = NeuronCounts(1)
     counts.add(NOISE, MEMBER, HALF)
     assert torch.equal(counts.edges, torch.quantile(NOISE[:50], detection.QUANTILE_LEVELS, dim=0).T)
-    assert counts.result().token_counts.sum(dim=0)[-1] == N  # all are counted
+    assert counts.result().tokens.sum(dim=0)[-1] == N  # all are counted
 
 
 def test_units_can_be_chosen_among_a_few_only():

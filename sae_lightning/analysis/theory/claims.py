@@ -106,9 +106,11 @@ def measure_claims(subject: Subject, reducer: TheoryReducer) -> TheoryResult:
     with phase("testing the theory"):
         counts, tokens = reducer.feature_counts.result(), reducer.source.tokens
         # bin 0 counts the tokens on which a feature is silent
-        density = counts.counts[:, -1, :, 1:].sum(dim=(0, 2)).double() / tokens
+        every_token = counts.tokens.shape[1] - 1
+        firings = sum(counts.read(half, every_token)[:, 1:].sum(dim=1) for half in (0, 1))
+        density = firings.double() / tokens
         detectors = detect_concepts(counts, reducer.neuron_counts.result())
-        del counts, reducer.feature_counts  # gigabytes if there are very many features
+        del counts, reducer.feature_counts  # large
         numbers = {
             "tokens": tokens,
             "features": len(density),

@@ -8,6 +8,7 @@
 Shapes: n = tokens, units = features or neurons.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from sae_lightning.report.catalogue import EDGES
 
 STRENGTHS_AT_ONCE = 1 << 20  # strengths sorted into bins at a time: bounds memory
+MERGED_AT_ONCE = 1 << 22  # strengths counted at a time: bounds memory
+SCORED_AT_ONCE = 16_384  # units scored at a time: bounds memory
 MAX_QUANTILE_VALUES = 1 << 23  # torch.quantile refuses very large inputs
 # Quantiles that separate the bins of neurons: finer at both ends, where rare concepts are.
 _TAIL = 0.5 * 2.0 ** -torch.arange(0, 10.25, 0.25)
@@ -48,54 +51,79 @@ class Detector(NamedTuple):
 
 
 class StrengthCounts(NamedTuple):
-    """Histogram of each unit's strengths on each concept's tokens, in two halves of the text."""
+    """Histogram of each unit's strengths on each concept's tokens, in two halves of the text.
 
-    counts: Tensor
-    """[2, concepts + 1, units, bins] int32; the last concept is all tokens"""
+    Of `counts[half, concept, unit, bin]` only the cells that are not 0 are stored: few of them, as
+    a feature fires on few tokens.
+    """
+
+    cells: Tensor
+    """[nonzero] flat indices into counts, ascending"""
+    numbers: Tensor
+    """[nonzero] number of tokens in each of these cells, int32"""
+    tokens: Tensor
+    """[2, concepts + 1] number of tokens of each concept in each half; the last concept is all
+    tokens"""
     thresholds: Tensor
     """[units, bins - 1] lower edge of each bin but the first"""
     signed: bool
     """Whether units can also detect by low values, as neurons can."""
 
-    @property
-    def token_counts(self) -> Tensor:
-        """[2, concepts + 1] tokens of each concept in each half."""
-        return self.counts[:, :, 0].sum(dim=-1)
+    def read(self, half: int, concept: int) -> Tensor:
+        """Counts [units, bins] int32 on the tokens of one concept in one half; tokens that are in
+        no cell count in bin 0."""
+        units, edges = self.thresholds.shape
+        size, group = units * (edges + 1), half * self.tokens.shape[1] + concept
+        first, end = torch.searchsorted(self.cells, torch.tensor([group, group + 1]) * size)
+        counts = torch.zeros(size, dtype=torch.int32)
+        counts[self.cells[first:end] - group * size] = self.numbers[first:end]
+        counts = counts.view(units, edges + 1)
+        counts[:, 0] += self.tokens[half, concept] - counts.sum(dim=1)
+        return counts
 
-    def score_thresholds(self, half: int, concept: int, units: Tensor) -> tuple[Tensor, ...]:
-        """F1, precision and recall [sides, units, bins - 1] of detecting the concept on side 0 of
-        each threshold, at or above it, and AUROC [sides, units] of ranking tokens by strength.
-        Signed units also have a side 1: below the threshold, ranking by falling strength.
+    def score_thresholds(self, half: int, concept: int, units: Tensor) -> Iterator[list[Tensor]]:
+        """Score `units`, some at a time: F1, precision and recall [sides, some, bins - 1] of
+        detecting the concept on side 0 of each threshold, at or above it, and AUROC [sides, some]
+        of ranking tokens by strength. Signed units also have a side 1: below the threshold, ranking
+        by falling strength.
         """
-        of_concept, of_all = (self.counts[half, c, units].double() for c in (concept, -1))
-        members, tokens = (counts.sum(dim=-1, keepdim=True) for counts in (of_concept, of_all))
-        # counts at or above each threshold
-        hits, predicted = (
-            counts.flip(-1).cumsum(-1).flip(-1)[..., 1:] for counts in (of_concept, of_all)
-        )
-        others = of_all - of_concept
-        weaker_others = others.cumsum(dim=-1) - others / 2  # ties (the same bin) count half
-        wins = (of_concept * weaker_others).sum(dim=-1)
-        auroc = wins / (members * (tokens - members))[:, 0]
-        if self.signed:
-            hits = torch.stack([hits, members - hits])
-            predicted = torch.stack([predicted, tokens - predicted])
-            auroc = torch.stack([auroc, 1 - auroc])
-        else:
-            hits, predicted, auroc = hits[None], predicted[None], auroc[None]
-        precision = torch.where(predicted > 0, hits / predicted, 0.0)
-        return 2 * hits / (predicted + members), precision, hits / members, auroc
+        everything = self.tokens.shape[1] - 1
+        counts = (self.read(half, c)[units] for c in (concept, everything))
+        for parts in zip(*(c.split(SCORED_AT_ONCE) for c in counts), strict=True):
+            yield _score_thresholds(*parts, self.signed)
+
+
+def _score_thresholds(of_concept: Tensor, of_all: Tensor, signed: bool) -> list[Tensor]:
+    of_concept, of_all = of_concept.double(), of_all.double()  # [units, bins]
+    members, tokens = (counts.sum(dim=-1, keepdim=True) for counts in (of_concept, of_all))
+    # counts at or above each threshold
+    hits, predicted = (
+        counts.flip(-1).cumsum(-1).flip(-1)[..., 1:] for counts in (of_concept, of_all)
+    )
+    others = of_all - of_concept
+    weaker_others = others.cumsum(dim=-1) - others / 2  # ties (the same bin) count half
+    wins = (of_concept * weaker_others).sum(dim=-1)
+    auroc = wins / (members * (tokens - members))[:, 0]
+    if signed:
+        hits = torch.stack([hits, members - hits])
+        predicted = torch.stack([predicted, tokens - predicted])
+        auroc = torch.stack([auroc, 1 - auroc])
+    else:
+        hits, predicted, auroc = hits[None], predicted[None], auroc[None]
+    precision = torch.where(predicted > 0, hits / predicted, 0.0)
+    return [2 * hits / (predicted + members), precision, hits / members, auroc]
 
 
 class FeatureCounts:
-    """Histograms of features' strengths, in bins of half an octave; bin 0 counts silent tokens."""
+    """Histograms of features' strengths, in bins of half an octave; bin 0 is for silent tokens."""
 
     def __init__(self, concepts: int, features: int, device: torch.device | str = "cpu"):
+        self.features = features
         self.edges = EDGES.to(device)
-        # tokens of each concept in each half; gives the counts of bin 0
         self.tokens = torch.zeros(2, concepts + 1, dtype=torch.int32, device=device)
-        shape = 2, concepts + 1, features, len(EDGES) + 1
-        self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.cells = torch.empty(0, dtype=torch.int64, device=device)
+        self.numbers = torch.empty(0, dtype=torch.int32, device=device)
+        self.unmerged: list[Tensor] = []  # cells to be counted
 
     def add(self, strengths: Tensor, is_member: Tensor, half: Tensor, active: Tensor) -> None:
         """Add tokens: strengths [n, active] of the features with the indices `active` [active],
@@ -103,24 +131,32 @@ class FeatureCounts:
         (0 or 1, [n])."""
         _increment(self.tokens, _pair_with_concepts(is_member, half)[1])
         active = active.to(strengths.device)
-        features, bins = self.counts.shape[2:]
         nonzero = strengths.nonzero(as_tuple=True)
         for token, column in zip(*(i.split(STRENGTHS_AT_ONCE) for i in nonzero), strict=True):
             # strengths below all edges go to bin 1: bin 0 is for silent tokens
             values = strengths[token, column]
             bin_index = torch.bucketize(values, self.edges, right=True).clamp(min=1)
             entry, concept = _pair_with_concepts(is_member[token], half[token])
-            feature = active[column[entry]]
-            _increment(self.counts, (concept * features + feature) * bins + bin_index[entry])
+            feature = concept * self.features + active[column[entry]]
+            self.unmerged.append(feature * (len(self.edges) + 1) + bin_index[entry])
+            # a merge sorts all cells: waiting for as many new ones makes few merges
+            if sum(map(len, self.unmerged)) > max(MERGED_AT_ONCE, len(self.cells)):
+                self._merge()
+
+    def _merge(self) -> None:
+        """Add the unmerged cells to the sorted ones and their numbers."""
+        once = [torch.ones_like(cells, dtype=torch.int32) for cells in self.unmerged]
+        cells, numbers = torch.cat([self.cells, *self.unmerged]), torch.cat([self.numbers, *once])
+        self.unmerged.clear()
+        self.cells, index = cells.unique(return_inverse=True)
+        self.numbers = torch.zeros_like(self.cells, dtype=torch.int32).index_add_(0, index, numbers)
 
     def result(self) -> StrengthCounts:
         """The counts of all tokens added so far, on the CPU."""
-        counts = self.counts.cpu()
-        # summed in int32: for a sum in int64, torch would first make an int64 copy of all counts
-        firing_tokens = counts[..., 1:].sum(dim=-1, dtype=torch.int32)
-        counts[..., 0] = self.tokens.cpu()[..., None] - firing_tokens
-        thresholds = torch.cat([torch.zeros(1), EDGES[1:]]).expand(counts.shape[2], -1)
-        return StrengthCounts(counts, thresholds, signed=False)
+        self._merge()
+        counted = self.cells.cpu(), self.numbers.cpu(), self.tokens.cpu()
+        thresholds = torch.cat([torch.zeros(1), EDGES[1:]]).expand(self.features, -1)
+        return StrengthCounts(*counted, thresholds, signed=False)
 
 
 class NeuronCounts:
@@ -149,7 +185,10 @@ class NeuronCounts:
 
     def result(self) -> StrengthCounts:
         """The counts of all tokens added so far, on the CPU."""
-        return StrengthCounts(self.counts.cpu(), self.edges.cpu(), signed=True)
+        counts = self.counts.cpu()
+        cells = counts.flatten().nonzero().squeeze(1)
+        tokens = counts[:, :, 0].sum(dim=-1)  # each neuron counts every token
+        return StrengthCounts(cells, counts.flatten()[cells], tokens, self.edges.cpu(), signed=True)
 
 
 def _pair_with_concepts(is_member: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,17 +208,21 @@ def _increment(counts: Tensor, indices: Tensor) -> None:
 def find_detector(counts: StrengthCounts, concept: int, units: Tensor | None = None) -> Detector:
     """Choose unit and threshold by F1, and a unit by AUROC, on the first half; score them on the
     second. units: indices of the units to choose from, all by default."""
-    units = torch.arange(counts.counts.shape[2]) if units is None else units
-    chosen_f1, _, _, aurocs = counts.score_thresholds(0, concept, units)
-    side, row, edge = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))
+    units = torch.arange(len(counts.thresholds)) if units is None else units
+    parts = [
+        (*f1.max(dim=-1), auroc) for f1, _, _, auroc in counts.score_thresholds(0, concept, units)
+    ]
+    chosen_f1, edges, aurocs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    side, row = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))
+    edge = int(edges[side, row])
     auroc_side, auroc_row = (int(i) for i in torch.unravel_index(aurocs.argmax(), aurocs.shape))
     best = units[[row, auroc_row]]
-    f1, precision, recall, auroc = counts.score_thresholds(1, concept, best)
+    ((f1, precision, recall, auroc),) = counts.score_thresholds(1, concept, best)
     return Detector(
         unit=int(best[0]),
         below=side == 1,
         threshold=counts.thresholds[best[0], edge].item(),
-        chosen_f1=chosen_f1[side, row, edge].item(),
+        chosen_f1=chosen_f1[side, row].item(),
         f1=f1[side, 0, edge].item(),
         precision=precision[side, 0, edge].item(),
         recall=recall[side, 0, edge].item(),

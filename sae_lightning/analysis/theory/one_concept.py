@@ -86,14 +86,14 @@ def tag_batch(batch: EncodedBatch, vocabulary: Sequence[str]) -> tuple[Tensor, T
 
 def find_frequent_concepts(counts: StrengthCounts) -> dict[str, int]:
     """Concepts that are frequent enough in both halves -> their index, in order."""
-    tokens = counts.token_counts
+    tokens = counts.tokens
     return {name: i for i, name in enumerate(CONCEPTS) if tokens[:, i].min() >= MIN_OCCURRENCES}
 
 
 def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[ConceptDetectors]:
     """The best units for each concept that is frequent enough, the most frequent first."""
-    tokens, d = features.token_counts, neurons.counts.shape[2]
-    order = torch.randperm(features.counts.shape[2], generator=Generator().manual_seed(0))
+    tokens, d = features.tokens, len(neurons.thresholds)
+    order = torch.randperm(len(features.thresholds), generator=Generator().manual_seed(0))
     detectors = [
         ConceptDetectors(
             concept=name,
