@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sae_lightning.analysis.explain.explainer import Explainer
     from sae_lightning.analysis.explain.models import Endpoint
     from sae_lightning.analysis.lens import lens
-    from sae_lightning.analysis.probing.labelled import labelled
+    from sae_lightning.analysis.probing.labelled_text import read_labelled_text
     from sae_lightning.analysis.probing.probes import probe
     from sae_lightning.analysis.steer import steer
     from sae_lightning.analysis.subject import open_run
@@ -52,12 +52,12 @@ DEFINED_IN = {
     "evaluate": "analysis.evaluate",
     "excerpt": "analysis.collect",
     "gather": "analysis.explain.evidence",
-    "labelled": "analysis.probing.labelled",
     "lens": "analysis.lens",
     "load_sae": "formats.load_sae",
     "measure_claims": "analysis.theory.claims",
     "open_run": "analysis.subject",
     "probe": "analysis.probing.probes",
+    "read_labelled_text": "analysis.probing.labelled_text",
     "steer": "analysis.steer",
     "survey": "analysis.survey.survey",
     "train": "commands.from_python",
@@ -83,12 +83,12 @@ __all__ = [
     "evaluate",
     "excerpt",
     "gather",
-    "labelled",
     "lens",
     "load_sae",
     "measure_claims",
     "open_run",
     "probe",
+    "read_labelled_text",
     "steer",
     "survey",
     "train",

@@ -10,7 +10,7 @@ from tiny_llm import TEXT
 from tiny_run import write_text
 
 from sae_lightning.analysis.lens import lens
-from sae_lightning.analysis.probing.labelled import labelled
+from sae_lightning.analysis.probing.labelled_text import read_labelled_text
 from sae_lightning.analysis.probing.probes import probe
 from sae_lightning.analysis.steer import steer
 from sae_lightning.analysis.subject import open_subject
@@ -82,11 +82,11 @@ def test_a_probe_on_one_unit_chooses_it(subject, tmp_path):
     file = tmp_path / "labelled.jsonl"
     file.write_text("\n".join(map(json.dumps, documents)))
     config = LocalConfig(path=str(file), context=16)
-    text = labelled(config, "magic", subject.llm.tokenizer, tokens=160 * 15)
+    text = read_labelled_text(config, "magic", subject.llm.tokenizer, tokens=160 * 15)
     found = probe(subject, text, k=(1, 2))
     assert found.find_score("features", 1).auroc == 1
     assert found.find_score("features", 1).accuracy == 1
-    assert [match.unit for match in found.matches["features"]] == [FEATURE, FEATURE]
+    assert [match.unit for match in found.best_units["features"]] == [FEATURE, FEATURE]
 
 
 def test_the_parquet_file_says_what_the_catalogue_says(found, tmp_path):

@@ -104,12 +104,12 @@ def score_features(token_scores: Tensor, f1: Sequence[float]) -> Scores:
     return scores | ({"concepts": Score(fmean(f1), f1)} if f1 else {})
 
 
-def score_probes(probes: Probes, units: str = FEATURES) -> Scores:
-    """Scores of probes on features, on those of a control, or on random directions."""
+def score_probes(probes: Probes, kind: str = FEATURES) -> Scores:
+    """Scores of probes on units of a `kind`: features, random directions, or those of a control."""
     return {
         f"probe_{k}": Score(score.auroc, [fold.auroc for fold in score.folds])
         for k in CONTROL_K
-        if (score := probes.find_score(units, k)) and not math.isnan(score.auroc)
+        if (score := probes.find_score(kind, k)) and not math.isnan(score.auroc)
     }
 
 

@@ -92,7 +92,7 @@ def _collect_points(means: MeansTable, group: str | None) -> "pd.DataFrame":
     """The points that `plot_tradeoff` takes, without `quality` and its spread, sorted by group for
     the legend."""
     swept = means.frame[means.keys]
-    labelled = swept[[key for key in means.keys if key != group]]
+    in_labels = swept[[key for key in means.keys if key != group]]
     details = []
     for row, kind in enumerate(means.kinds):
         lines = [f"{key} = {value}" for key, value in swept.loc[row].items()]
@@ -104,7 +104,7 @@ def _collect_points(means: MeansTable, group: str | None) -> "pd.DataFrame":
         l0_spread=means.spread["l0"],
         seeds=means.seeds,
         control=["" if kind == TRAINED else kind for kind in means.kinds],
-        label=[", ".join(map(shorten_value, values)) for values in labelled.to_numpy()],
+        label=[", ".join(map(shorten_value, values)) for values in in_labels.to_numpy()],
         group=swept[group].replace("", "–") if group else TRAINED * means.has_controls,
         details=details,
     )

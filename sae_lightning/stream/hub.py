@@ -114,7 +114,7 @@ class HubSource(TextSource):
             )
         return SplitDocuments(data.select(range(n, len(data))), data.select(range(n)), where)
 
-    def open_labelled(self, label: str) -> Documents:
+    def open_labelled_documents(self, label: str) -> Documents:
         return _load_split(self.data, self.data.split)
 
 

@@ -113,7 +113,7 @@ class LocalSource(TextSource):
             texts.append(text._replace(weight=weight / total, where=f"data.path={config.path}"))
         return texts[0]._replace(others=tuple(texts[1:]))
 
-    def open_labelled(self, label: str) -> Documents:
+    def open_labelled_documents(self, label: str) -> Documents:
         config = self.data
         if config.chat:
             raise UserError(

@@ -284,7 +284,7 @@ class DataSource(ABC):
     ) -> Any:
         """Open only the held-out data; `opened`: LLM and text, if they are loaded already."""
 
-    def open_labelled(self, label: str) -> "Documents":
+    def open_labelled_documents(self, label: str) -> "Documents":
         """Open documents whose column `label` holds their classes, for probes."""
         raise UserError(
             f"label={label}: data={self.data.kind} holds no text with labels; give "

@@ -10,15 +10,15 @@ from sklearn.metrics import roc_auc_score
 
 from sae_lightning.analysis.collect import collect
 from sae_lightning.analysis.probing import linear
-from sae_lightning.analysis.probing.labelled import LabelledText
+from sae_lightning.analysis.probing.labelled_text import LabelledText
 from sae_lightning.analysis.probing.linear import (
     ALL_C,
-    Fold,
     FoldScore,
+    FoldSplit,
     measure_aurocs,
     score_predictions,
 )
-from sae_lightning.analysis.probing.probe_sections import make_probe_sections, name_winner
+from sae_lightning.analysis.probing.probe_sections import describe_winner, make_probe_sections
 from sae_lightning.analysis.probing.probes import PieceMeans, ProbeScore, fit_probes, probe
 from sae_lightning.llm.capture import capture
 
@@ -30,8 +30,8 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def cut(x: torch.Tensor, labels: LabelledText, tested: int) -> Fold:
-    return Fold(x.numpy(), labels.target.numpy(), labels.fold.numpy(), tested)
+def cut(x: torch.Tensor, labels: LabelledText, tested: int) -> FoldSplit:
+    return FoldSplit(x.numpy(), labels.target.numpy(), labels.fold.numpy(), tested)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def labels() -> LabelledText:
         target=target,
         fold=torch.arange(PIECES) // CLASSES % 4,
         tokens=tokens,
-        text=text,
+        is_text=text,
         notes=["Made up."],
     )
 
@@ -69,10 +69,10 @@ def test_a_unit_that_carries_the_label_is_found_and_suffices(labels, planted):
     assert (
         probes.find_score("features", 1).accuracy == probes.find_score("features", 1).auroc == 1.0
     )
-    assert [(match.unit, match.folds) for match in probes.matches["features"]] == [
+    assert [(best.unit, best.folds) for best in probes.best_units["features"]] == [
         (7, 4), (8, 4), (9, 4)
     ]  # fmt: skip
-    assert all(match.auroc == 1.0 for match in probes.matches["features"])
+    assert all(best.auroc == 1.0 for best in probes.best_units["features"])
     assert probes.find_score("neurons", 1).accuracy < 0.55
 
 
@@ -175,7 +175,7 @@ def test_a_planted_feature_is_found_through_the_llm(labels, subject):
     subject.sae.W_enc.data[:, -CLASSES:] = columns
     subject.sae.b_enc.data[-CLASSES:] = -mean @ columns - 0.4
     probes = probe(subject, labels, k=(1, 2), batch=7)
-    assert [match.unit for match in probes.matches["features"]] == [29, 30, 31]
+    assert [best.unit for best in probes.best_units["features"]] == [29, 30, 31]
     assert probes.find_score("features", 1).accuracy > 0.95
     assert (
         probes.find_score("features", 1).accuracy > probes.find_score("neurons", 1).accuracy + 0.1
@@ -187,11 +187,11 @@ def test_pieces_are_pooled_over_their_own_tokens_only(labels, subject):
     """A padded piece has the representation of the piece without its padding."""
     short = labels.tokens[:2].clone()
     short[:, 7:] = 1
-    text = labels.text[:2].clone()
+    text = labels.is_text[:2].clone()
     text[:, 7:] = False
     pooled = []
     for tokens, mask in ((short, text), (short[:, :7], text[:, :7])):
-        part = labels._replace(tokens=tokens, text=mask)
+        part = labels._replace(tokens=tokens, is_text=mask)
         reducer = PieceMeans(2, subject.features)
         collect(subject, part.split_batches(1), [reducer], total=2)
         pooled.append(reducer.result())
@@ -225,15 +225,15 @@ def test_the_sections_tell_the_numbers(labels, planted):
 def test_the_verdict_is_on_the_side_of_the_mean():
     features = ProbeScore("features", 1, [FoldScore(0, 0.8), FoldScore(0, 0.5)])
     neurons = ProbeScore("neurons", 1, [FoldScore(0, 0.6), FoldScore(0, 0.6)])
-    assert name_winner(features, neurons) == "features are ahead by 0.05, in 1 of 2 folds"
-    assert name_winner(neurons, features) == "neurons are ahead by 0.05, in 1 of 2 folds"
+    assert describe_winner(features, neurons) == "features are ahead by 0.05, in 1 of 2 folds"
+    assert describe_winner(neurons, features) == "neurons are ahead by 0.05, in 1 of 2 folds"
 
 
 def test_a_tie_is_on_no_side():
     features = ProbeScore("features", 1, [FoldScore(0, 0.8), FoldScore(0, 0.6)])
     neurons = ProbeScore("neurons", 1, [FoldScore(0, 0.6), FoldScore(0, 0.6)])
-    assert name_winner(features, neurons) == "features are ahead by 0.10, in 1 of 2 folds"
-    assert name_winner(neurons, neurons) == "neither is ahead"
+    assert describe_winner(features, neurons) == "features are ahead by 0.10, in 1 of 2 folds"
+    assert describe_winner(neurons, neurons) == "neither is ahead"
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_a_score_is_the_mean_over_folds_with_its_standard_error(labels, planted)
 @pytest.mark.slow
 def test_random_directions_are_as_many_as_features_and_k_is_less_than_all(labels, planted):
     probes = fit_probes(planted, labels, k=(20, 25, 30))  # of 30 features and 20 neurons
-    tested = {(score.units, score.k) for score in probes.scores}
+    tested = {(score.kind, score.k) for score in probes.scores}
     assert tested == {
         ("features", 20), ("features", 25), ("features", None), ("neurons", None),
         ("random directions", 20), ("random directions", 25),
@@ -263,9 +263,9 @@ def test_how_strongly_to_regularise_is_told_by_a_fitted_fold(labels, tested):
     x = noise(PIECES, 40, seed=6)
     x[:, :3] += 0.6 * torch.eye(CLASSES)[labels.target]
     fold = cut(x, labels, tested)
-    assert 0 < fold.validation.sum() < len(fold.validation)
+    assert 0 < fold.is_validation.sum() < len(fold.is_validation)
     fitted_folds = labels.fold[labels.fold != tested]
-    assert len(fitted_folds[torch.from_numpy(fold.validation)].unique()) == 1
+    assert len(fitted_folds[torch.from_numpy(fold.is_validation)].unique()) == 1
 
     def fitted(c, which):
         model = LogisticRegression(C=c, max_iter=5000)
@@ -275,8 +275,8 @@ def test_how_strongly_to_regularise_is_told_by_a_fitted_fold(labels, tested):
         scores = model.decision_function(x * 40**-0.5)
         return sum(roc_auc_score(target == c, scores[:, c]) for c in range(CLASSES)) / CLASSES
 
-    checked = fold.x[fold.validation], fold.target[fold.validation]
-    tried = {c: auroc(fitted(c, ~fold.validation), *checked) for c in ALL_C}
+    checked = fold.x[fold.is_validation], fold.target[fold.is_validation]
+    tried = {c: auroc(fitted(c, ~fold.is_validation), *checked) for c in ALL_C}
     assert max(tried.values()) > min(tried.values())
     best = max(ALL_C, key=tried.get)
     expected = auroc(fitted(best, slice(None)), fold.test_x, fold.test_target)

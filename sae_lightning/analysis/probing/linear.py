@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-UNITS_AT_ONCE = 4096  # ranked at a time: bounds memory
-SPARSE_C = 0.1  # for k standardised units; 0.01 and 1 change the AUROC at k = 16 by < 0.02
-# candidates for all units, scaled so that their squares sum to about 1
-ALL_C = (1.0, 10.0, 100.0, 1000.0)
+UNITS_AT_ONCE = 4096  # whose pieces are ranked at a time: bounds memory
+# Inverse strengths of the L2 penalty (sklearn's C).
+SPARSE_C = 0.1  # on k standardised units; 0.01 and 1 change the AUROC at k = 16 by < 0.02
+ALL_C = (1.0, 10.0, 100.0, 1000.0)  # to choose from on all units, whose squares sum to about 1
 
 
 class FoldScore(NamedTuple):
@@ -30,8 +30,13 @@ class FoldScore(NamedTuple):
     """AUROC of each class against the rest, averaged over classes."""
 
 
-class Fold:
-    """A representation [pieces, units] with its classes, split into fitted and tested pieces."""
+class FoldSplit:
+    """A representation of pieces, split into those that probes are fitted on (`x`, `target`) and
+    those of one fold, which they are tested on (`test_x`, `test_target`).
+
+    x: [pieces, units]; target: [pieces] class of each; fold: [pieces] fold of each; tested: the
+    fold that is tested on.
+    """
 
     def __init__(self, x: ndarray, target: ndarray, fold: ndarray, tested: int):
         from sklearn.preprocessing import StandardScaler
@@ -42,17 +47,17 @@ class Fold:
         scaler = StandardScaler()
         self.x, self.test_x = scaler.fit_transform(x[~test]), scaler.transform(x[test])
         # one of the fitted folds chooses how strongly to regularise
-        folds = sorted({*fold.tolist()} - {tested})
-        self.validation = fold[~test] == folds[tested % len(folds)]
+        fitted_folds = sorted({*fold.tolist()} - {tested})
+        self.is_validation = fold[~test] == fitted_folds[tested % len(fitted_folds)]
         self.aurocs = measure_aurocs(self.x, self.target, self.classes)
 
     def score_best_units(self) -> tuple[ndarray, ndarray]:
         """The unit that predicts each class best on the fitted folds, and its AUROC on the tested
         fold (below 1/2 if its sign is reversed there), both [classes]."""
-        unit = np.abs(self.aurocs - 0.5).argmax(1)
-        sign = np.sign(self.aurocs[range(self.classes), unit] - 0.5)
-        chosen = self.test_x[:, unit] * sign  # [pieces, classes]
-        return unit, measure_aurocs(chosen, self.test_target, self.classes).diagonal()
+        units = np.abs(self.aurocs - 0.5).argmax(1)
+        signs = np.sign(self.aurocs[range(self.classes), units] - 0.5)
+        best = self.test_x[:, units] * signs  # [pieces, classes]
+        return units, measure_aurocs(best, self.test_target, self.classes).diagonal()
 
     def fit_sparse(self, k: int) -> FoldScore:
         """Fit and test one probe for each class, on its k best units."""
@@ -84,7 +89,7 @@ class Fold:
         search = GridSearchCV(
             LogisticRegression(max_iter=300),
             {"C": ALL_C},
-            cv=[(np.flatnonzero(~self.validation), np.flatnonzero(self.validation))],
+            cv=[(np.flatnonzero(~self.is_validation), np.flatnonzero(self.is_validation))],
             scoring=lambda probe, x, target: (
                 score_predictions(probe.decision_function(x), target).auroc
             ),
@@ -100,19 +105,19 @@ def measure_aurocs(x: ndarray, target: ndarray, classes: int) -> ndarray:
     without pieces."""
     from scipy.stats import rankdata
 
-    members = np.eye(classes)[target].T  # [classes, pieces]
-    inside = members.sum(1, keepdims=True)
+    is_member = np.eye(classes)[target].T  # [classes, pieces] 0 or 1
+    members = is_member.sum(1, keepdims=True)
     # rankdata takes many times the memory of its input
     parts = [x[:, first : first + UNITS_AT_ONCE] for first in range(0, x.shape[1], UNITS_AT_ONCE)]
-    ranks = np.concatenate([members @ rankdata(part, axis=0) for part in parts], axis=1)
-    wins = ranks - inside * (inside + 1) / 2
+    ranks = np.concatenate([is_member @ rankdata(part, axis=0) for part in parts], axis=1)
+    wins = ranks - members * (members + 1) / 2  # over pieces of other classes
     with np.errstate(invalid="ignore"):
-        return wins / (inside * (len(target) - inside))
+        return wins / (members * (len(target) - members))
 
 
 def score_predictions(scores: ndarray, target: ndarray) -> FoldScore:
-    """Accuracy and AUROC of scores [pieces, classes]; with two classes the scores of class 1 are
-    enough."""
+    """Accuracy and AUROC of scores [pieces, classes]; for two classes, scores [pieces] or [pieces,
+    1] of class 1 do as well."""
     if scores.ndim == 1 or scores.shape[1] == 1:
         scores = scores.reshape(-1, 1) * [-1, 1]
     auroc = measure_aurocs(scores, target, scores.shape[1]).diagonal()
@@ -121,7 +126,7 @@ def score_predictions(scores: ndarray, target: ndarray) -> FoldScore:
 
 @contextmanager
 def allow_early_stopping() -> Iterator[None]:
-    """Silence the warning that a fit has not converged: stopping early also regularises."""
+    """Silence the warning that a fit has not converged, as stopping early only regularises more."""
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Pieces of labelled text, from the packaged plays or any data set with a column of labels."""
+"""Cuts labelled text into pieces: the packaged plays, or a data set with a column of labels."""
 
 import math
 import re
@@ -37,18 +37,18 @@ MAX_CHARACTERS_PER_TOKEN = 16  # the rest of a document is not tokenised
 class Piece(NamedTuple):
     """A piece of text of one class."""
 
-    name: str
-    """Its class."""
+    class_name: str
     fold: int
-    """0 to FOLDS - 1: probes are tested on a fold that they never saw."""
-    content: Any
-    """Its tokens, or a text whose first tokens it will be."""
+    """0 to FOLDS - 1. Probes are tested on a fold that they were not fitted on."""
+    content: np.ndarray | str
+    """Its token ids; of a document, first the text, until `read_labelled_text` has tokenised it."""
 
 
 def cut_plays(
     label: str, tokenizer: Any, packing: Packing, seed: int
 ) -> tuple[list[Piece], list[str]]:
-    """Cut the packaged plays into pieces; also return notes for the reader."""
+    """Cut the packaged plays into pieces of `packing.window_size` tokens; also return notes for the
+    reader of the scores."""
     if label not in SPLIT_NOTES:
         raise UserError(
             f"label={label}: the packaged plays have {', '.join(SPLIT_NOTES)}; for a column of a "
@@ -56,39 +56,41 @@ def cut_plays(
         )
     plays = read_plays()
     texts = find_rivals(plays) if label == "speaker" else {play: plays[play][1] for play in plays}
-    names = [genre for genre, _ in plays.values()] if label == "genre" else list(texts)
-    folds = deal_folds(names, seed) if label == "genre" else None
+    # of each text; its name is its class if the label is play or speaker
+    classes = [genre for genre, _ in plays.values()] if label == "genre" else list(texts)
+    folds = deal_folds(classes, seed) if label == "genre" else None
+    documents = tokenise_documents(tokenizer, list(texts.values()), packing.separator)
     pieces = []
-    for i, tokens in enumerate(
-        tokenise_documents(tokenizer, list(texts.values()), packing.separator)
-    ):
+    for i, tokens in enumerate(documents):
         starts = range(0, len(tokens) - packing.window_size, packing.window_size)
-        for place, start in enumerate(starts):
-            fold = folds[i] if folds else pick_fold(place, len(starts))
+        for window, start in enumerate(starts):
+            fold = folds[i] if folds else pick_fold(window, len(starts))
             if fold is not None:
-                pieces.append(Piece(names[i], fold, tokens[start : start + packing.window_size]))
+                pieces.append(Piece(classes[i], fold, tokens[start : start + packing.window_size]))
     return pieces, [
         SPLIT_NOTES[label],
         "The SAE may have been trained on these plays, without labels.",
     ]
 
 
-def deal_folds(names: list[str], seed: int) -> list[int]:
-    """Assign a fold to each text, given its class: each class is shuffled and dealt in turn."""
-    folds, dealt = [0] * len(names), Counter()
-    for i in np.random.default_rng(seed).permutation(len(names)):
-        folds[i] = dealt[names[i]] % FOLDS
-        dealt[names[i]] += 1
+def deal_folds(classes: list[str], seed: int) -> list[int]:
+    """Assign a fold to each text, given its class: the texts of a class are shuffled and dealt to
+    the folds in turn."""
+    folds, dealt = [0] * len(classes), Counter()
+    for i in np.random.default_rng(seed).permutation(len(classes)):
+        folds[i] = dealt[classes[i]] % FOLDS
+        dealt[classes[i]] += 1
     return folds
 
 
-def pick_fold(place: int, places: int) -> int | None:
-    """The fold of a window of a text; None for the gap in front of each fold but the first.
+def pick_fold(window: int, windows: int) -> int | None:
+    """The fold of a text's window with the index `window` of `windows`; None for the gap, one
+    window wide, in front of each fold but the first.
 
     | 0 . . . |gap| 1 . . . |gap| 2 . . . |gap| 3 . . . |
     """
-    fold = place * FOLDS // places
-    is_gap = place > 0 and (place - 1) * FOLDS // places < fold
+    fold = window * FOLDS // windows
+    is_gap = window > 0 and (window - 1) * FOLDS // windows < fold
     return None if is_gap else fold
 
 
@@ -102,35 +104,36 @@ def extract_speeches(text: str) -> dict[str, str]:
     speeches: dict[str, list[str]] = {}
     for paragraph in re.split(r"\n[ \t]*\n", text):
         if heading := HEADING.match(paragraph):
-            words = STAGE_DIRECTION.sub("", paragraph[heading.end() :]).strip()
-            speeches.setdefault(heading[1].strip(), []).append(words)
+            speech = STAGE_DIRECTION.sub("", paragraph[heading.end() :]).strip()
+            speeches.setdefault(heading[1].strip(), []).append(speech)
     return {speaker: "\n\n".join(filter(None, parts)) for speaker, parts in speeches.items()}
 
 
 def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """`SPEAKER (play)` -> all that the two main speakers of a play say, for the RIVAL_PLAYS plays
-    in which the second of them says most."""
+    """`SPEAKER (play)` -> all that the speaker says, for the two main speakers of each of those
+    RIVAL_PLAYS plays whose second speaker says most."""
     pairs = {}
     for play, (_, text) in plays.items():
-        ranked = sorted(extract_speeches(text).items(), key=lambda speech: -len(speech[1]))
-        if len(ranked) > 1:
-            pairs[play] = ranked[:2]
+        by_length = sorted(extract_speeches(text).items(), key=lambda item: -len(item[1]))
+        if len(by_length) > 1:
+            pairs[play] = by_length[:2]
     chosen = sorted(pairs, key=lambda play: -len(pairs[play][1][1]))[:RIVAL_PLAYS]
-    return {f"{name} ({play})": words for play in chosen for name, words in pairs[play]}
+    return {f"{name} ({play})": speech for play in chosen for name, speech in pairs[play]}
 
 
 def cut_documents(source: DataSource, label: str, seed: int) -> tuple[list[Piece], list[str]]:
-    """The beginning of each document, as text; also return notes for the reader."""
-    documents = source.open_labelled(label)
+    """Make a piece of the beginning of each document, as text; also return notes for the reader of
+    the scores."""
+    documents = source.open_labelled_documents(label)
     try:
-        texts = dict(_read_rows(documents, source.data, label, seed))  # each text once
+        class_of_text = dict(_read_rows(documents, source.data, label, seed))  # each text once
     except UserError:
         raise
     except Exception as error:  # network and file errors come from many libraries
         cause = summarise_cause(error)
         raise UserError(f"{documents.where}: cannot be read ({cause})") from error
-    names = list(texts.values())
-    pieces = [*map(Piece, names, deal_folds(names, seed), texts)]
+    classes = list(class_of_text.values())
+    pieces = [*map(Piece, classes, deal_folds(classes, seed), class_of_text)]
     return pieces, [
         "A probe is tested on documents that it was not fitted on; a piece is the first "
         f"{source.data.context - 1} tokens of a document, or all of a shorter one."
@@ -140,20 +143,21 @@ def cut_documents(source: DataSource, label: str, seed: int) -> tuple[list[Piece
 def _read_rows(
     documents: Documents, config: DataConfig, label: str, seed: int
 ) -> Iterator[tuple[str, str]]:
-    """Text and class of at most MAX_DOCUMENTS documents: random ones, or the first of a streamed
-    data set."""
+    """Yield the text, up to what is tokenised, and the class of at most MAX_DOCUMENTS documents:
+    random ones, or the first ones of a streamed data set."""
     data, columns, where = documents.data, list(documents.first or {}), documents.where
     for setting, column in {"data.column": config.column, "label": label}.items():
         if column not in columns:
-            plays = "; the packaged plays have it: data=shakespeare"
+            hint = "; the packaged plays have it: data=shakespeare"
             raise UserError(
                 f"{setting}={column}: {where} has no such column; it has "
                 f"{', '.join(columns) or 'no document'}"
-                f"{plays if setting == 'label' and label in SPLIT_NOTES else ''}"
+                f"{hint if setting == 'label' and label in SPLIT_NOTES else ''}"
             )
     if label == config.column:
         raise UserError(f"label={label}: that is the column of the text; give one with classes")
-    names = getattr((data.features or {}).get(label), "names", None)  # if a ClassLabel
+    # a ClassLabel holds indices into names
+    class_names = getattr((data.features or {}).get(label), "names", None)
     if hasattr(data, "__len__"):
         order = np.random.default_rng(seed).permutation(len(data))
         data = data.select(np.sort(order[:MAX_DOCUMENTS]))
@@ -163,17 +167,18 @@ def _read_rows(
             raise UserError(
                 f"data.column={config.column}: {where} holds {type(text).__name__} there, not text"
             )
-        name = _read_class(value, names, f"label={label}: {where}")
-        if name and text and text.strip():
-            yield text[: MAX_CHARACTERS_PER_TOKEN * config.context], name
+        class_name = _read_class(value, class_names, f"label={label}: {where}")
+        if class_name and text and text.strip():
+            yield text[: MAX_CHARACTERS_PER_TOKEN * config.context], class_name
 
 
-def _read_class(value: Any, names: list[str] | None, where: str) -> str | None:
-    """The name of a label; None if it is missing."""
+def _read_class(value: Any, class_names: list[str] | None, where: str) -> str | None:
+    """The class that a cell of the label's column holds; None if it holds none. UserError, which
+    begins with `where`: the value is neither a word nor a whole number."""
     if value is None or value != value:  # NaN: missing in a table
         return None
-    if names is not None:
-        return names[value] if value >= 0 else None
+    if class_names is not None:
+        return class_names[value] if value >= 0 else None
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)  # a column of integers with missing values is read as floats
     if not isinstance(value, str | bool | int):

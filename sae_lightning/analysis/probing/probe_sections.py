@@ -1,4 +1,4 @@
-"""Sections on probes: how features compare with neurons on one label."""
+"""Sections on probes: how well features and neurons predict one label."""
 
 import html
 from statistics import mean, stdev
@@ -30,13 +30,13 @@ def make_probe_sections(probes: Probes) -> list[Section]:
 def _make_comparison_section(probes: Probes) -> Section:
     sizes = list(dict.fromkeys(score.k for score in probes.scores))
     smallest, dense = sizes[0], probes.find_score(NEURONS, None)
-    features, neurons = (probes.find_score(units, smallest) for units in (FEATURES, NEURONS))
+    features, neurons = (probes.find_score(kind, smallest) for kind in (FEATURES, NEURONS))
     return Section(
         title=f"Probes for {probes.label}",
         lead=(
             f"Probes of {probes.label} on {_name_units(smallest)} for each class have a held-out "
             f"AUROC of {features.auroc:.2f} with features and {neurons.auroc:.2f} with neurons: "
-            f"{name_winner(features, neurons)}. (As many random directions as features: "
+            f"{describe_winner(features, neurons)}. (As many random directions as features: "
             f"{probes.find_score(RANDOM, smallest).auroc:.2f}; chance: 0.50.) All features "
             f"together reach {probes.find_score(FEATURES, None).auroc:.2f}, the dense activation "
             f"(all neurons) {dense.auroc:.2f}."
@@ -52,11 +52,11 @@ def _make_comparison_section(probes: Probes) -> Section:
             ["", *(f"k = {k}" if k else "all" for k in sizes)],
             [
                 [
-                    f"{units}: {name}",
-                    *(_format_cell(probes.find_score(units, k), measure) for k in sizes),
+                    f"{kind}: {name}",
+                    *(_format_cell(probes.find_score(kind, k), measure) for k in sizes),
                 ]
                 for name, measure in MEASURES.items()
-                for units in UNIT_KINDS
+                for kind in UNIT_KINDS
             ],
         ),
         figures={
@@ -68,14 +68,14 @@ def _make_comparison_section(probes: Probes) -> Section:
     )
 
 
-def name_winner(features: ProbeScore, neurons: ProbeScore) -> str:
-    """Whether features or neurons are ahead, and in how many folds."""
+def describe_winner(features: ProbeScore, neurons: ProbeScore) -> str:
+    """Say whether features or neurons have the higher AUROC, and in how many folds."""
     gaps = [a.auroc - b.auroc for a, b in zip(features.folds, neurons.folds, strict=True)]
     if abs(mean(gaps)) < 0.005:
         return "neither is ahead"
     ahead = FEATURES if mean(gaps) > 0 else NEURONS
-    agree = sum(gap > 0 if ahead == FEATURES else gap < 0 for gap in gaps)
-    return f"{ahead} are ahead by {abs(mean(gaps)):.2f}, in {agree} of {len(gaps)} folds"
+    folds = sum(gap > 0 if ahead == FEATURES else gap < 0 for gap in gaps)
+    return f"{ahead} are ahead by {abs(mean(gaps)):.2f}, in {folds} of {len(gaps)} folds"
 
 
 def _name_units(k: int | None) -> str:
@@ -96,11 +96,11 @@ def _format_cell(score: ProbeScore | None, measure: str) -> str:
 
 def _draw_scores(probes: Probes, sizes: list[int | None], name: str, measure: str) -> "Figure":
     figure = make_figure("units for each class", f"held-out {name}").update_xaxes(type="category")
-    for units in UNIT_KINDS:
-        scores = [score for k in sizes if (score := probes.find_score(units, k))]
+    for kind in UNIT_KINDS:
+        scores = [score for k in sizes if (score := probes.find_score(kind, k))]
         values = [[getattr(fold, measure) for fold in score.folds] for score in scores]
         figure.add_scatter(
-            name=units,
+            name=kind,
             x=[str(score.k or "all") for score in scores],
             y=[*map(mean, values)],
             error_y={"array": [*map(_standard_error, values)]},
@@ -117,15 +117,16 @@ def _draw_scores(probes: Probes, sizes: list[int | None], name: str, measure: st
 
 
 def _make_units_section(probes: Probes) -> Section:
-    rows = list(zip(probes.classes, probes.pieces, *probes.matches.values(), strict=True))
-    rows.sort(key=lambda row: -row[2].auroc)
-    name, _, best, _ = rows[0]
+    best_units = (probes.best_units[kind] for kind in (FEATURES, NEURONS))
+    rows = list(zip(probes.classes, probes.pieces, *best_units, strict=True))
+    rows.sort(key=lambda row: -row[2].auroc)  # of the feature
+    best_class, _, best, _ = rows[0]
     better = sum(feature.auroc > neuron.auroc for _, _, feature, neuron in rows)
     header = ["feature", "folds", "AUROC", "neuron", "neuron's folds", "neuron's AUROC"]
     return Section(
         title=f"The best unit for each {probes.label}",
         lead=(
-            f"The best of all is feature {best.unit} for {name}, with a held-out AUROC of "
+            f"The best of all is feature {best.unit} for {best_class}, with a held-out AUROC of "
             f"{best.auroc:.2f}. For {better} of {len(rows)} classes the best feature does better "
             "than the best neuron. (Units are chosen anew for each tested fold: shown is "
             "the one chosen most often, for how many folds, and the mean AUROC over all folds.)"
@@ -133,12 +134,12 @@ def _make_units_section(probes: Probes) -> Section:
         table=ResultTable(
             [probes.label, "pieces", *header],
             [
-                [name, str(pieces), *_format_unit(feature), *_format_unit(neuron)]
-                for name, pieces, feature, neuron in rows
+                [class_name, str(pieces), *_format_unit(feature), *_format_unit(neuron)]
+                for class_name, pieces, feature, neuron in rows
             ],
         ),
     )
 
 
-def _format_unit(match: BestUnit) -> list[str]:
-    return [str(match.unit), str(match.folds), f"{match.auroc:.3f}"]
+def _format_unit(best: BestUnit) -> list[str]:
+    return [str(best.unit), str(best.folds), f"{best.auroc:.3f}"]

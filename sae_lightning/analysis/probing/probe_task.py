@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from sae_lightning.analysis.probing.labelled import labelled
+from sae_lightning.analysis.probing.labelled_text import read_labelled_text
 from sae_lightning.analysis.probing.probe_sections import make_probe_sections
 from sae_lightning.analysis.probing.probes import Probes, probe
 from sae_lightning.analysis.subject import Subject
@@ -36,8 +36,10 @@ class ProbeTask(Task):
 def run_probes(
     subject: Subject, label: str, tokens: int, controls: Mapping[str, SAE] = {}
 ) -> Probes:
-    """Fit probes for `label` on `tokens` tokens of the text that the SAE was trained on, with its
-    features, neurons, random directions and the features of `controls`."""
+    """Fit probes that predict `label`, on `tokens` tokens of the subject's text, from its features,
+    from neurons, from random directions and from the features of `controls`."""
     config = subject.config
-    text = labelled(config.data, label, subject.tokenizer, tokens=tokens, seed=config.seed)
+    text = read_labelled_text(
+        config.data, label, subject.tokenizer, tokens=tokens, seed=config.seed
+    )
     return probe(subject, text, batch=config.llm.batch, controls=controls)

@@ -3,9 +3,9 @@
     labelled pieces -> LLM -> site ----------> mean over tokens -> neurons   [pieces, d]
                                └-> SAE ------> mean over tokens -> features  [pieces, features]
 
-k-sparse probing (Gurnee et al. 2023, 2305.01610): how well do k units predict a class? All neurons
-together are the whole activation. Random directions, as many as there are features, show how much
-is gained just by choosing among so many.
+k-sparse probing (Gurnee et al. 2023, 2305.01610): how well do k units predict a class? Units are
+features, neurons (dimensions of the activation) or random directions. There are as many random
+directions as features: they show how much is gained by having that many units to choose from.
 """
 
 from collections import Counter
@@ -19,24 +19,26 @@ from numpy import ndarray
 from torch import Tensor
 
 from sae_lightning.analysis.collect import EncodedBatch, collect
-from sae_lightning.analysis.probing.labelled import LabelledText
-from sae_lightning.analysis.probing.linear import Fold, FoldScore
+from sae_lightning.analysis.probing.labelled_text import LabelledText
+from sae_lightning.analysis.probing.linear import FoldScore, FoldSplit
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.sae import SAE
 from sae_lightning.terminal import phase
 
 FEATURES, NEURONS, RANDOM = "features", "neurons", "random directions"
-CONTROL_K = (1, 5)  # units for each class, in a comparison with controls
+CONTROL_K = (1, 5)  # values of k in a comparison with controls
 
 
 class ProbeScore(NamedTuple):
-    """Scores of probes on k units of one kind; each fold is scored by probes not fitted on it."""
+    """Scores of probes on k units of one kind."""
 
-    units: str
-    """features, neurons or random directions"""
+    kind: str
+    """The kind of units: features, neurons or random directions; or the name of a control, of
+    whose features."""
     k: int | None
     """Units for each class; None for all."""
     folds: list[FoldScore]
+    """On each fold, by probes that were fitted on the others."""
 
     @property
     def accuracy(self) -> float:
@@ -49,8 +51,14 @@ class ProbeScore(NamedTuple):
         return fmean(fold.auroc for fold in self.folds)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, and the means over folds."""
-        return self._asdict() | {"accuracy": self.accuracy, "auroc": self.auroc}
+        """The fields as `probe.json` has them, where the kind is called `units`; and the means."""
+        return {
+            "units": self.kind,
+            "k": self.k,
+            "folds": self.folds,
+            "accuracy": self.accuracy,
+            "auroc": self.auroc,
+        }
 
 
 class BestUnit(NamedTuple):
@@ -65,48 +73,53 @@ class BestUnit(NamedTuple):
 
 
 class Probes(NamedTuple):
-    """How well features and neurons predict one label."""
+    """How well the units of each kind predict one label."""
 
     label: str
     classes: list[str]
     pieces: list[int]
-    """Pieces of text of each class."""
+    """Number of pieces of text of each class."""
     context: int
     """Tokens of a piece, BOS included."""
     notes: list[str]
+    """Caveats that a reader of the scores should know."""
     scores: list[ProbeScore]
     """One for each kind of units and each k."""
-    matches: dict[str, list[BestUnit]]
+    best_units: dict[str, list[BestUnit]]
     """features, neurons -> the best unit of each class."""
     controls: list[ProbeScore] = []
-    """Of the features of controls: the kind of units is the control's name."""
+    """Scores of the features of controls."""
 
     @property
     def majority(self) -> float:
         """Accuracy of always saying the most frequent class."""
         return max(self.pieces) / sum(self.pieces)
 
-    def find_score(self, units: str, k: int | None) -> ProbeScore | None:
+    def find_score(self, kind: str, k: int | None) -> ProbeScore | None:
         """The score of probes on k units (None: all) of a kind; None if it was not measured."""
         scores = [*self.scores, *self.controls]
-        return next((s for s in scores if (s.units, s.k) == (units, k)), None)
+        return next((s for s in scores if (s.kind, s.k) == (kind, k)), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `probe.json`, by key."""
-        return self._asdict() | {
+        """The content of `probe.json`, by key; there, `best_units` is called `matches`."""
+        return {
+            "label": self.label,
+            "classes": self.classes,
             "pieces": dict(zip(self.classes, self.pieces, strict=True)),
-            "majority": self.majority,
+            "context": self.context,
+            "notes": self.notes,
             "scores": [score.to_dict() for score in self.scores],
-            "controls": [score.to_dict() for score in self.controls],
             "matches": {
-                units: dict(zip(self.classes, best_units, strict=True))
-                for units, best_units in self.matches.items()
+                kind: dict(zip(self.classes, best_units, strict=True))
+                for kind, best_units in self.best_units.items()
             },
+            "controls": [score.to_dict() for score in self.controls],
+            "majority": self.majority,
         }
 
 
 class PieceMeans:
-    """Mean activations over the tokens of each piece of text."""
+    """Reducer that averages activations and features over the tokens of each piece of text."""
 
     def __init__(self, pieces: int, features: int) -> None:
         self._pieces, self._features, self._filled = pieces, features, 0
@@ -120,91 +133,95 @@ class PieceMeans:
         features[..., active] = strengths
         means = {FEATURES: features.sum(1) / count, NEURONS: (batch.x * keep).sum(1) / count}
         end = self._filled + len(count)
-        for units, rows in means.items():
+        for kind, part in means.items():
             # allocated once: small tensors that outlive the large ones of each batch would
             # fragment memory
-            if units not in self._means:
-                self._means[units] = torch.empty(self._pieces, rows.shape[1])
-            self._means[units][self._filled : end] = rows
+            if kind not in self._means:
+                self._means[kind] = torch.empty(self._pieces, part.shape[1])
+            self._means[kind][self._filled : end] = part
         self._filled = end
 
     def result(self) -> dict[str, Tensor]:
-        """Features [pieces, features] and neurons [pieces, d], float32."""
+        """Mean strengths of features [pieces, features] and of neurons [pieces, d], float32."""
         return self._means
 
 
 def probe(
     subject: Subject,
-    labelled: LabelledText,
+    text: LabelledText,
     *,
     k: tuple[int, ...] = (1, 2, 5, 16),
     batch: int = 16,
     controls: Mapping[str, SAE] = {},
 ) -> Probes:
-    """Read the labelled text, `batch` pieces at a time, and fit probes on k units and on all.
-    `controls`: other SAEs of the same site; their probes are on CONTROL_K features."""
-    total, text = len(labelled.tokens), labelled.split_batches(batch)
-    saes = subject.sae, *controls.values()
-    means, *control_means = (PieceMeans(total, sae.config.features) for sae in saes)
-    others = [(sae, [of_sae]) for sae, of_sae in zip(controls.values(), control_means, strict=True)]
-    label = "reading labelled text"
-    collect(subject, text, [means], total=total, label=label, controls=others)
-    result, scores = fit_probes(means.result(), labelled, k=k), []
-    del means
-    for name, of_control in zip(controls, control_means, strict=True):
+    """Read labelled text, `batch` pieces at a time, and fit probes on k units of each kind and on
+    all. `controls`: other SAEs of the same site; their probes are on CONTROL_K features."""
+    pieces, label = len(text.tokens), "reading labelled text"
+    reducer = PieceMeans(pieces, subject.features)
+    control_reducers = {
+        name: PieceMeans(pieces, sae.config.features) for name, sae in controls.items()
+    }
+    pairs = [(sae, [control_reducers[name]]) for name, sae in controls.items()]
+    batches = text.split_batches(batch)
+    collect(subject, batches, [reducer], total=pieces, label=label, controls=pairs)
+    result, scores = fit_probes(reducer.result(), text, k=k), []
+    del reducer
+    for name, control_reducer in control_reducers.items():
         with phase(f"fitting probes on {name}"):
-            fold_scores, _ = _fit_folds(
-                of_control.result()[FEATURES].numpy(), labelled, [*CONTROL_K]
-            )
-        scores += [ProbeScore(name, *of_k) for of_k in fold_scores.items()]
+            features = control_reducer.result()[FEATURES].numpy()
+            fold_scores, _ = _fit_folds(features, text, [*CONTROL_K])
+        scores += [ProbeScore(name, size, folds) for size, folds in fold_scores.items()]
     return result._replace(controls=scores)
 
 
 def fit_probes(
-    pooled: dict[str, Tensor], labelled: LabelledText, *, k: tuple[int, ...] = (1, 2, 5, 16)
+    means: dict[str, Tensor], text: LabelledText, *, k: tuple[int, ...] = (1, 2, 5, 16)
 ) -> Probes:
-    """Fit and test probes on features and on neurons, `pooled` [pieces, units] each."""
+    """Fit and test probes on features, on neurons and on random directions; means: as
+    `PieceMeans.result` returns them."""
     from sklearn.preprocessing import StandardScaler
 
-    representations = {units: x.numpy() for units, x in pooled.items()}
+    representations = {kind: x.numpy() for kind, x in means.items()}
     neurons = StandardScaler().fit_transform(representations[NEURONS])
-    noise = torch.Generator().manual_seed(0)
-    directions = torch.randn(neurons.shape[1], pooled[FEATURES].shape[1], generator=noise)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(neurons.shape[1], means[FEATURES].shape[1], generator=generator)
     representations[RANDOM] = neurons @ directions.numpy()
-    scores, matches = [], {}
+    scores, best_units = [], {}
     with phase("fitting probes", total=len(representations)) as advance:
-        for units, x in representations.items():
+        for kind, x in representations.items():
             sizes: list[int | None] = [size for size in k if size < x.shape[1]]
-            if units != RANDOM:  # all of them together hold the same as all neurons
+            if kind != RANDOM:  # all random directions tell a probe what all neurons do
                 sizes.append(None)
-            fold_scores, best_units = _fit_folds(x, labelled, sizes)
-            scores += [ProbeScore(units, *of_k) for of_k in fold_scores.items()]
-            if units != RANDOM:
-                matches[units] = best_units
+            fold_scores, best = _fit_folds(x, text, sizes)
+            scores += [ProbeScore(kind, size, folds) for size, folds in fold_scores.items()]
+            if kind != RANDOM:
+                best_units[kind] = best
             advance(1)
     return Probes(
-        label=labelled.label,
-        classes=labelled.classes,
-        pieces=torch.bincount(labelled.target, minlength=len(labelled.classes)).tolist(),
-        context=labelled.tokens.shape[1],
-        notes=labelled.notes,
+        label=text.label,
+        classes=text.classes,
+        pieces=torch.bincount(text.target, minlength=len(text.classes)).tolist(),
+        context=text.tokens.shape[1],
+        notes=text.notes,
         scores=scores,
-        matches=matches,
+        best_units=best_units,
     )
 
 
 def _fit_folds(
-    x: ndarray, labelled: LabelledText, sizes: list[int | None]
+    x: ndarray, text: LabelledText, sizes: list[int | None]
 ) -> tuple[dict[int | None, list[FoldScore]], list[BestUnit]]:
-    """k (None: all) -> the score on each fold; and the best single unit of each class."""
-    target, folds = labelled.target.numpy(), labelled.fold.numpy()
-    fold_scores, singles = {size: [] for size in sizes}, []
+    """Fit probes on units of x [pieces, units], and test them on each fold in turn -> {size (None:
+    all units): score on each fold}, and the best single unit of each class."""
+    target, folds = text.target.numpy(), text.fold.numpy()
+    fold_scores, best_of_fold = {size: [] for size in sizes}, []
     for tested in np.unique(folds).tolist():
-        fold = Fold(x, target, folds, tested)
-        singles.append(fold.score_best_units())
+        split = FoldSplit(x, target, folds, tested)
+        best_of_fold.append(split.score_best_units())
         for size in sizes:
-            fold_scores[size].append(fold.fit_all() if size is None else fold.fit_sparse(size))
-    units, aurocs = map(np.stack, zip(*singles, strict=True))  # [folds, classes]
-    best = [Counter(chosen).most_common(1)[0] for chosen in units.T.tolist()]
+            fold_scores[size].append(split.fit_all() if size is None else split.fit_sparse(size))
+    units, aurocs = map(np.stack, zip(*best_of_fold, strict=True))  # [folds, classes]
+    most_common = [Counter(chosen).most_common(1)[0] for chosen in units.T.tolist()]
     means = np.nanmean(aurocs, 0).tolist()
-    return fold_scores, [BestUnit(*unit, mean) for unit, mean in zip(best, means, strict=True)]
+    best = [BestUnit(unit, n, mean) for (unit, n), mean in zip(most_common, means, strict=True)]
+    return fold_scores, best

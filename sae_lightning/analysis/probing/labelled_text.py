@@ -1,8 +1,8 @@
-"""Labelled text, split into folds so that a probe cannot cheat.
+"""Labelled text, split into folds so that a probe cannot know the text that it is tested on.
 
-genre            each fold has its own plays
+genre            each play is in one fold
 play, speaker    | fold 0 . . . |gap| fold 1 . . . |gap| fold 2 . . . |gap| fold 3 . . . |
-a data set       each fold has its own documents; of those that begin alike, one is kept
+a data set       each document is in one fold; of documents that begin alike, one is kept
 """
 
 from collections import Counter
@@ -38,43 +38,44 @@ class LabelledText(NamedTuple):
     target: Tensor
     """[pieces] int64 class of each piece."""
     fold: Tensor
-    """[pieces] int64, 0 to FOLDS - 1: probes are tested on a fold that they never saw."""
+    """[pieces] int64, 0 to FOLDS - 1. Probes are tested on a fold that they were not fitted on."""
     tokens: Tensor
     """[pieces, context] int64: BOS, the piece, padding."""
-    text: Tensor
+    is_text: Tensor
     """[pieces, context] bool: True for tokens of the piece, False for BOS and padding."""
     notes: list[str]
     """Caveats that a reader of the scores should know."""
 
     def split_batches(self, n: int) -> Iterator[Sequences]:
         """All pieces in order, n at a time."""
-        parts = (self.tokens, self.text, torch.arange(len(self.tokens)))
-        yield from map(Sequences, *(part.split(n) for part in parts))
+        columns = (self.tokens, self.is_text, torch.arange(len(self.tokens)))
+        yield from map(Sequences, *(column.split(n) for column in columns))
 
 
-def labelled(
+def read_labelled_text(
     config: DataConfig, label: str, tokenizer: Any, *, tokens: int, seed: int = 0
 ) -> LabelledText:
     """Cut about `tokens` tokens of the text of `config` into pieces of `config.context` tokens.
 
-    UserError: no such label, fewer than two classes with enough pieces, too few tokens for them.
+    UserError: the text has no such label, fewer than two classes have enough pieces, or `tokens` is
+    too small for two classes.
     """
     source = make_source(LLMConfig(name=NO_LLM), config, seed)
     with mute_libraries(), phase("cutting labelled text"):
-        plays = bool(source.labels)
-        if not plays:  # refuses data without text, which has no context
+        are_plays = bool(source.labels)
+        if not are_plays:  # first, as it refuses data without text, whose config has no context
             pieces, notes = cut_documents(source, label, seed)
         packing = Packing(config.context, find_bos_id(tokenizer), find_separator_id(tokenizer))
-        if plays:
+        if are_plays:
             pieces, notes = cut_plays(label, tokenizer, packing, seed)
         classes = pick_classes(label, pieces, tokens, packing.window_size)
         chosen = pick_pieces(pieces, classes, tokens // packing.window_size)
-        if not plays:
+        if not are_plays:
             chosen = _cut_beginnings(chosen, tokenizer, packing)
             classes = pick_classes(label, chosen, tokens, packing.window_size)
-            chosen = [piece for piece in chosen if piece.name in classes]
+            chosen = [piece for piece in chosen if piece.class_name in classes]
     classes.sort(key=make_natural_key)
-    if left_out := len({piece.name for piece in pieces}) - len(classes):
+    if left_out := len({piece.class_name for piece in pieces}) - len(classes):
         notes = [*notes, f"Left out: {left_out} values of {label} with fewer pieces of text."]
     windows = [piece.content for piece in chosen]
     for window in windows:
@@ -82,10 +83,10 @@ def labelled(
     return LabelledText(
         label=label,
         classes=classes,
-        target=torch.tensor([classes.index(piece.name) for piece in chosen]),
+        target=torch.tensor([classes.index(piece.class_name) for piece in chosen]),
         fold=torch.tensor([piece.fold for piece in chosen]),
         tokens=packing.pack(windows),
-        text=packing.mark_text(windows),
+        is_text=packing.mark_text(windows),
         notes=notes,
     )
 
@@ -96,12 +97,12 @@ def pick_classes(label: str, pieces: list[Piece], tokens: int, width: int) -> li
 
     UserError if fewer than two are left.
     """
-    counts = Counter(piece.name for piece in pieces)
-    folds = Counter((piece.name, piece.fold) for piece in pieces)
+    counts = Counter(piece.class_name for piece in pieces)
+    fold_counts = Counter((piece.class_name, piece.fold) for piece in pieces)
     frequent = [
         name
         for name, _ in counts.most_common()
-        if all(folds[name, fold] >= MIN_PIECES_PER_FOLD for fold in range(FOLDS))
+        if all(fold_counts[name, fold] >= MIN_PIECES_PER_FOLD for fold in range(FOLDS))
     ]
     if len(frequent) < 2:
         common = ", ".join(f"{name} ({n})" for name, n in counts.most_common(3))
@@ -120,8 +121,8 @@ def pick_pieces(pieces: list[Piece], classes: list[str], total: int) -> list[Pie
     """Pick about `total` pieces, evenly spaced, if possible equally many of each class and fold."""
     by_class = {name: [[] for _ in range(FOLDS)] for name in classes}
     for piece in pieces:
-        if piece.name in by_class:
-            by_class[piece.name][piece.fold].append(piece)
+        if piece.class_name in by_class:
+            by_class[piece.class_name][piece.fold].append(piece)
     quotas = share_out([sum(map(len, folds)) for folds in by_class.values()], total)
     chosen = []
     for folds, quota in zip(by_class.values(), quotas, strict=True):
@@ -132,19 +133,20 @@ def pick_pieces(pieces: list[Piece], classes: list[str], total: int) -> list[Pie
 
 
 def share_out(available: list[int], total: int) -> list[int]:
-    """Split `total` equally, except that no share exceeds what is `available`; the others get what
-    is left."""
+    """Split `total` into shares [len(available)] that are as equal as they can be if share i is at
+    most available[i]."""
     shares, left = [0] * len(available), total
-    for rank, i in enumerate(sorted(range(len(available)), key=available.__getitem__)):
-        shares[i] = min(available[i], left // (len(available) - rank))
+    for done, i in enumerate(sorted(range(len(available)), key=available.__getitem__)):
+        shares[i] = min(available[i], left // (len(available) - done))
         left -= shares[i]
     return shares
 
 
 def _cut_beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:
-    """Cut texts to their first tokens; of those that begin alike, keep one."""
-    texts = tokenise_documents(tokenizer, [piece.content for piece in pieces], packing.separator)
-    windows = [text[:-1][: packing.window_size] for text in texts]
-    # different documents with equal beginnings may lie in two folds
-    distinct = {window.tobytes(): n for n, window in enumerate(windows)}.values()
-    return [pieces[n]._replace(content=windows[n]) for n in distinct]
+    """Tokenise texts and cut each to its first tokens; of pieces with the same tokens, keep one,
+    because they may be in two folds."""
+    texts = [piece.content for piece in pieces]
+    documents = tokenise_documents(tokenizer, texts, packing.separator)
+    windows = [tokens[:-1][: packing.window_size] for tokens in documents]  # without the separator
+    kept = {window.tobytes(): i for i, window in enumerate(windows)}.values()
+    return [pieces[i]._replace(content=windows[i]) for i in kept]

@@ -10,7 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
 from sae_lightning.analysis.probing import pieces
-from sae_lightning.analysis.probing.labelled import labelled, pick_classes, share_out
+from sae_lightning.analysis.probing.labelled_text import pick_classes, read_labelled_text, share_out
 from sae_lightning.analysis.probing.pieces import (
     FOLDS,
     Piece,
@@ -58,7 +58,7 @@ def folded(found, values: list) -> dict[int, set]:
 def words(found, tokenizer) -> list[str]:
     return [
         tokenizer.decode(tokens[text])
-        for tokens, text in zip(found.tokens, found.text, strict=True)
+        for tokens, text in zip(found.tokens, found.is_text, strict=True)
     ]
 
 
@@ -85,7 +85,7 @@ def plays(monkeypatch):
 
 
 def test_no_play_is_both_fitted_and_tested_for_its_genre(plays, tokenizer):
-    found = labelled(PlaysConfig(context=40), "genre", tokenizer, tokens=2000)
+    found = read_labelled_text(PlaysConfig(context=40), "genre", tokenizer, tokens=2000)
     assert found.classes == ["comedy", "tragedy"]
     names = [re.search(r"(comedy|tragedy)-\d", text)[0] for text in words(found, tokenizer)]
     assert sum(map(len, folded(found, names).values())) == 9, "every play is in one fold"
@@ -96,7 +96,7 @@ def test_no_play_is_both_fitted_and_tested_for_its_genre(plays, tokenizer):
 
 
 def test_a_play_is_tested_on_parts_that_touch_no_other_part(plays, tokenizer):
-    found = labelled(PlaysConfig(context=12), "play", tokenizer, tokens=10**6)
+    found = read_labelled_text(PlaysConfig(context=12), "play", tokenizer, tokens=10**6)
     text = plays["tragedy-3"][1]
     mine = found.target == found.classes.index("tragedy-3")
     folds = [found.fold[i].item() for i in mine.nonzero()[:, 0]]
@@ -139,17 +139,17 @@ def test_no_heading_of_the_plays_reaches_a_speaker():
 
 
 def test_the_labels_of_a_column_are_read(tmp_path, tokenizer):
-    found = labelled(write(tmp_path, reviews()), "sentiment", tokenizer, tokens=10**4)
+    found = read_labelled_text(write(tmp_path, reviews()), "sentiment", tokenizer, tokens=10**4)
     assert (found.classes, len(found.target)) == (["bad", "good"], 40)
     for text, target in zip(words(found, tokenizer), found.target, strict=True):
         assert int(text.split()[1]) % 2 == target
     assert torch.bincount(found.fold).tolist() == [10] * FOLDS
-    assert found.text.sum(1).tolist() == [len(text) for text in words(found, tokenizer)]
+    assert found.is_text.sum(1).tolist() == [len(text) for text in words(found, tokenizer)]
     assert found.tokens[0, 0] == tokenizer.bos_token_id
 
 
 def test_a_text_that_comes_twice_is_in_one_fold_only(tmp_path, tokenizer):
-    found = labelled(write(tmp_path, reviews() * 2), "sentiment", tokenizer, tokens=10**4)
+    found = read_labelled_text(write(tmp_path, reviews() * 2), "sentiment", tokenizer, tokens=10**4)
     assert len(set(words(found, tokenizer))) == len(found.target) == 40
 
 
@@ -158,7 +158,7 @@ def test_documents_that_begin_alike_give_one_piece(tmp_path, tokenizer):
     alike = "the quick brown fox jumps over the lazy dog " * 2
     texts = [f"{alike} {i}" if i % 4 == 0 else f"{i} {alike}" for i in range(160)]
     rows = [{"text": text, "kind": "ab"[i % 2]} for i, text in enumerate(texts)]
-    found = labelled(write(tmp_path, rows), "kind", tokenizer, tokens=10_000)
+    found = read_labelled_text(write(tmp_path, rows), "kind", tokenizer, tokens=10_000)
     pieces = [tuple(row) for row in found.tokens.tolist()]
     assert len(pieces) == len({*pieces}) == 121
 
@@ -167,7 +167,7 @@ def test_a_class_that_is_one_text_over_and_over_is_left_out(tmp_path, tokenizer)
     alike = "the quick brown fox jumps over the lazy dog " * 2
     rows = [{"text": f"{i} {alike}", "kind": "ab"[i % 2]} for i in range(80)]
     rows += [{"text": f"{alike} {i}", "kind": "c"} for i in range(40)]
-    found = labelled(write(tmp_path, rows), "kind", tokenizer, tokens=10_000)
+    found = read_labelled_text(write(tmp_path, rows), "kind", tokenizer, tokens=10_000)
     assert found.classes == ["a", "b"]
     assert "Left out: 1 values" in found.notes[-1]
 
@@ -181,20 +181,20 @@ def test_a_class_needs_two_pieces_in_every_fold():
 
 def test_only_the_beginning_of_a_long_document_is_taken(tmp_path, tokenizer):
     rows = [{"text": f"{i:02} " + "long " * 99, "label": i % 2} for i in range(20)]
-    found = labelled(write(tmp_path, rows), "label", tokenizer, tokens=10**4)
+    found = read_labelled_text(write(tmp_path, rows), "label", tokenizer, tokens=10**4)
     assert found.tokens.shape == (20, 12)
     assert {text[2:] for text in words(found, tokenizer)} == {" long lon"[:9]}
 
 
 def test_numbers_and_class_labels_are_classes_in_their_order(tmp_path, tokenizer):
     rows = [{"text": f"text {i}", "stars": (10, 2, None)[i % 3]} for i in range(60)]
-    found = labelled(write(tmp_path, rows), "stars", tokenizer, tokens=10**4)
+    found = read_labelled_text(write(tmp_path, rows), "stars", tokenizer, tokens=10**4)
     assert (found.classes, len(found.target)) == (["2", "10"], 40)
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     rows = {"text": [f"text {i}" for i in range(30)], "label": [i % 3 - 1 for i in range(30)]}
     Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     config = LocalConfig(path=str(tmp_path / "saved"), context=12)
-    found = labelled(config, "label", tokenizer, tokens=10**4)
+    found = read_labelled_text(config, "label", tokenizer, tokens=10**4)
     assert (found.classes, len(found.target)) == (["no", "yes"], 20), "-1 is without a label"
 
 
@@ -202,13 +202,13 @@ def test_numbers_and_class_labels_are_classes_in_their_order(tmp_path, tokenizer
 def test_a_hub_data_set_is_read(tmp_path, tokenizer, streaming):
     write(tmp_path, reviews())
     config = HubConfig(name=str(tmp_path), streaming=streaming, context=12)
-    found = labelled(config, "sentiment", tokenizer, tokens=10**4)
+    found = read_labelled_text(config, "sentiment", tokenizer, tokens=10**4)
     assert torch.bincount(found.target).tolist() == [20, 20]
 
 
 def test_rare_values_are_left_out_and_said_to_be(tmp_path, tokenizer):
     rows = [*reviews(), {"text": "so so", "sentiment": "mixed"}]
-    found = labelled(write(tmp_path, rows), "sentiment", tokenizer, tokens=10**4)
+    found = read_labelled_text(write(tmp_path, rows), "sentiment", tokenizer, tokens=10**4)
     assert found.classes == ["bad", "good"]
     assert any("Left out: 1 values of sentiment" in note for note in found.notes)
 
@@ -221,7 +221,7 @@ def test_the_budget_is_shared_out_evenly():
 
 def test_a_small_budget_takes_equal_parts_of_classes_and_folds(tmp_path, tokenizer):
     rows = reviews() + [{"text": f"more {i}", "sentiment": "good"} for i in range(100)]
-    found = labelled(write(tmp_path, rows), "sentiment", tokenizer, tokens=11 * 16)
+    found = read_labelled_text(write(tmp_path, rows), "sentiment", tokenizer, tokens=11 * 16)
     assert torch.bincount(found.target).tolist() == [8, 8]
     assert torch.bincount(found.fold).tolist() == [4] * FOLDS
 
@@ -248,20 +248,22 @@ def test_a_label_that_cannot_be_probed_is_told_in_one_line(
     tmp_path, tokenizer, label, rows, tokens, message
 ):
     with pytest.raises(UserError, match=message) as raised:
-        labelled(write(tmp_path, rows), label, tokenizer, tokens=tokens)
+        read_labelled_text(write(tmp_path, rows), label, tokenizer, tokens=tokens)
     assert "\n" not in str(raised.value)
 
 
 def test_data_without_that_label_or_without_text_is_refused(tmp_path, tokenizer, plays):
     with pytest.raises(UserError, match="label=author: the packaged plays have genre, play"):
-        labelled(PlaysConfig(), "author", tokenizer, tokens=10**4)
+        read_labelled_text(PlaysConfig(), "author", tokenizer, tokens=10**4)
     with pytest.raises(UserError, match="data=synthetic holds no text"):
-        labelled(SyntheticConfig(), "genre", tokenizer, tokens=10**4)
+        read_labelled_text(SyntheticConfig(), "genre", tokenizer, tokens=10**4)
     (tmp_path / "a.txt").write_text("no label")
     with pytest.raises(UserError, match="label=mood: .* it has text"):
-        labelled(LocalConfig(path=str(tmp_path)), "mood", tokenizer, tokens=10**4)
+        read_labelled_text(LocalConfig(path=str(tmp_path)), "mood", tokenizer, tokens=10**4)
     with pytest.raises(UserError, match="no file there"):
-        labelled(LocalConfig(path=str(tmp_path / "none")), "mood", tokenizer, tokens=10**4)
+        read_labelled_text(
+            LocalConfig(path=str(tmp_path / "none")), "mood", tokenizer, tokens=10**4
+        )
 
 
 def test_probes_read_one_text_and_no_conversations(tmp_path, tokenizer):
@@ -273,4 +275,6 @@ def test_probes_read_one_text_and_no_conversations(tmp_path, tokenizer):
         ({"weights": {"a": 1.0}}, r"^label=mood: probes read one text, and data\.weights names"),
     ):
         with pytest.raises(UserError, match=message):
-            labelled(LocalConfig(path=str(tmp_path), **settings), "mood", tokenizer, tokens=10**4)
+            read_labelled_text(
+                LocalConfig(path=str(tmp_path), **settings), "mood", tokenizer, tokens=10**4
+            )
