@@ -31,9 +31,10 @@ class Writer(NamedTuple):
     """A row of the table WRITERS."""
 
     write: Callable[..., None]
-    """Called with the content and the empty folder to write it in."""
+    """Called with what `open` returned and the empty folder to write to."""
     open: Callable[["ExportTask", Collection[str]], Any]
-    """Called with the task and the names of the given settings; returns the content."""
+    """Called with the task and the names of the settings on the command line; returns what is
+    written."""
     settings: frozenset[str] = frozenset()
     """Settings that have a meaning for this format, besides those of every task."""
 
@@ -64,10 +65,10 @@ class ExportTask(DashboardSettings):
         check_target(folder)
         writer = WRITERS[self.format]
         for name in sorted(FORMAT_SETTINGS & {*given_settings} - writer.settings):
-            has = [format for format, row in WRITERS.items() if name in row.settings]
+            formats = [format for format, row in WRITERS.items() if name in row.settings]
             raise UserError(
-                f"{name} has no meaning for format={self.format}, only for {', '.join(has)}: leave "
-                "it out"
+                f"{name} has no meaning for format={self.format}, only for {', '.join(formats)}: "
+                "leave it out"
             )
         for name in sorted(given_settings):
             if not writer.settings and name.split(".")[0] in ("data", "seed"):
@@ -75,23 +76,23 @@ class ExportTask(DashboardSettings):
                     f"{name} has no meaning for format={self.format}, which holds weights: leave "
                     "it out"
                 )
-        content = writer.open(self, given_settings)
+        opened = writer.open(self, given_settings)
         with convert_write_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder.parent, folder.name)
             with make_private_folder(folder) as private:
-                part = private / folder.name
-                part.mkdir()
-                writer.write(content, part)
-                check_target(folder)  # writing may have taken long
+                temporary = private / folder.name
+                temporary.mkdir()
+                writer.write(opened, temporary)
+                check_target(folder)  # again, because writing may have taken long
                 if folder.is_dir():
                     folder.rmdir()
-                os.replace(part, folder)
+                os.replace(temporary, folder)
         console.print(f"\n  written for {self.format}: {shorten_path(folder)}\n")
 
 
 def check_target(folder: Path) -> None:
-    """UserError unless a folder can be made at `folder`, or an empty one is there."""
+    """UserError unless `folder` does not exist or is an empty folder."""
     refuse_link(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"to={folder}: it is a file; give a folder that does not exist yet")
@@ -110,7 +111,7 @@ def _list_settings(task: type[Task]) -> frozenset[str]:
 DASHBOARD_SETTINGS = _list_settings(DashboardSettings)
 FORMAT_SETTINGS = _list_settings(ExportTask) - {"format", "to"}
 # Settings that say how Neuronpedia lists the SAE.
-OF_RELEASE = frozenset({"release", "description", "creator", "creator_id", "url"})
+RELEASE_SETTINGS = frozenset({"release", "description", "creator", "creator_id", "url"})
 
 # Name of a format -> how to write it.
 WRITERS = {name: Writer(partial(write_one, name), partial(open_one, name)) for name in WRITABLE}
@@ -119,10 +120,12 @@ WRITERS |= {
         partial(write_set, "circuit_tracer"), partial(open_set, "circuit_tracer")
     ),
     "neuronpedia": Writer(write_neuronpedia, open_dashboards, DASHBOARD_SETTINGS),
-    "saedashboard": Writer(write_saedashboard, open_dashboards, DASHBOARD_SETTINGS - OF_RELEASE),
+    "saedashboard": Writer(
+        write_saedashboard, open_dashboards, DASHBOARD_SETTINGS - RELEASE_SETTINGS
+    ),
     "circuit_tracer_features": Writer(
         write_circuit_tracer_features,
         open_blocks,
-        DASHBOARD_SETTINGS - OF_RELEASE - {"feature", "vectors"},
+        DASHBOARD_SETTINGS - RELEASE_SETTINGS - {"feature", "vectors"},
     ),
 }

@@ -23,19 +23,19 @@ from sae_lightning.runs.jobs import (
 from sae_lightning.sae import SAE
 from sae_lightning.terminal import phase
 
-# What all transcoders of a set share.
+# Settings that all transcoders of a set must share.
 SHARED_IN_SET = ("llm.name", "layer.source", "layer.target")
 SHARED_IN_SET += ("model.name", "model.features", "model.k", "model.skip")
 
 
-class Exported(NamedTuple):
+class ExportedSAE(NamedTuple):
     """An SAE to write, and what it was trained on."""
 
     sae: SAE
     origin: Origin
 
 
-def open_one(name: str, task: Task, given_settings: Collection[str]) -> Exported:
+def open_one(name: str, task: Task, given_settings: Collection[str]) -> ExportedSAE:
     """Open the SAE, without its LLM, for the format `name`. UserError for the folder of a sweep."""
     if is_sweep(Path(task.run)):
         raise UserError(
@@ -45,53 +45,53 @@ def open_one(name: str, task: Task, given_settings: Collection[str]) -> Exported
     return _read_exported(task, task.run, given_settings)
 
 
-def _read_exported(task: Task, run: str, given_settings: Collection[str]) -> Exported:
+def _read_exported(task: Task, run: str, given_settings: Collection[str]) -> ExportedSAE:
     """Open the SAE in `run`; `llm` and `layer`, if given, replace what its metadata say."""
     sae = load_sae(run)
     metadata, groups = sae.metadata, {name.split(".")[0] for name in given_settings}
     if {"llm", "llm.name"} & {*given_settings}:
         metadata = metadata | {"model_name": task.llm.name, OWN_KEY: None}
     layer = task.layer if "layer" in groups else None
-    return Exported(sae, find_origin(metadata, run, layer))
+    return ExportedSAE(sae, find_origin(metadata, run, layer))
 
 
-def write_one(name: str, exported: Exported, folder: Path) -> None:
+def write_one(name: str, exported: ExportedSAE, folder: Path) -> None:
     """Write one SAE in the format `name`."""
     write_sae(name, exported.sae, exported.origin, folder)
 
 
 def find_blocks(task: Task, given_settings: Collection[str]) -> dict[int, tuple[Path, Config]]:
-    """Block -> folder and config of the run that reads it, of the runs of a sweep or of one.
-    UserError if two of them read the same block."""
+    """Find the blocks that the runs of a sweep, or a single run, read: block -> run folder and
+    config. UserError if two runs read the same block."""
     folder, blocks = Path(task.run), {}
     for run in list_run_folders(folder) if is_sweep(folder) else [folder]:
         config = read_job(run, trusted=TRUST_SETTING in given_settings).config
-        other, _ = blocks.setdefault(config.layer.index, (run, config))
-        if other != run:
+        first, _ = blocks.setdefault(config.layer.index, (run, config))
+        if first != run:
             raise UserError(
-                f"run={task.run}: {other.name} and {run.name} both read block "
+                f"run={task.run}: {first.name} and {run.name} both read block "
                 f"{config.layer.index}, and format={task.format} holds one SAE of each: move one "
                 "away"
             )
     return blocks
 
 
-Openers = list[Callable[[], Exported]]
-"""Functions that open one SAE each, so that only one is in memory."""
+Openers = list[Callable[[], ExportedSAE]]
+"""Functions that open one SAE each, called one by one so that only one SAE is in memory."""
 
 
 def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
-    """Functions that open the transcoders of a sweep, one for each block of the LLM. UserError if a
-    block has none or several, or if they differ in what a set shares."""
+    """Find the transcoders of a sweep, one for each block of the LLM, and return functions that
+    open them. UserError if a block has none or several, or if they differ in SHARED_IN_SET."""
     folder = Path(task.run)
     if not is_sweep(folder) and not (folder / CONFIG_FILE).is_file():
         raise UserError(
             f"run={task.run}: format={name} takes a transcoder for every block: give the "
             "folder of a sweep over layer.index"
         )
-    if of_layer := sorted(name for name in given_settings if name.split(".")[0] == "layer"):
+    if given := sorted(s for s in given_settings if s.split(".")[0] == "layer"):
         raise UserError(
-            f"{of_layer[0]} has no meaning for a set, whose runs say where they read: leave it out"
+            f"{given[0]} has no meaning for a set, whose runs say where they read: leave it out"
         )
     blocks = find_blocks(task, given_settings)
     shared: dict[str, Any] = {}

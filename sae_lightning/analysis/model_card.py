@@ -12,8 +12,8 @@ from sae_lightning.formats.trained_on import find_llm_name
 from sae_lightning.sae import SAE
 
 TAGS = ["sparse-autoencoder", "mechanistic-interpretability", "saelens", "sae_lightning"]
-# Settings in the card's table of training -> their names there.
-TRAINING = {
+# Setting -> its name in the card's table "What it was trained on".
+TRAINING_NAMES = {
     "data.name": "text",
     "data.path": "text",
     "data.concepts": "synthetic concepts",
@@ -50,14 +50,15 @@ def write_card(
     results: dict[str, Any],
     licence: str | None,
 ) -> str:
-    """The README.md of a repository with `sae` in the folder `sae/`, in Markdown with front matter.
+    """Write the README.md of a repository that holds `sae` in its folder `sae/`: Markdown, with
+    the front matter that the hub reads.
 
     settings: a run's config, empty if it is not known; results: see `publish_task.read_results`.
     """
-    head = {"library_name": "saelens", "tags": [*TAGS, sae.config.name]}
-    head |= {"license": licence} if licence else {}
+    front_matter = {"library_name": "saelens", "tags": [*TAGS, sae.config.name]}
+    front_matter |= {"license": licence} if licence else {}
     llm = _find_llm(sae)
-    head |= {"base_model": llm} if llm and llm.count("/") == 1 else {}
+    front_matter |= {"base_model": llm} if llm and llm.count("/") == 1 else {}
     sections = [
         f"# {repo.partition('/')[2]}",
         _describe(sae, llm),
@@ -69,13 +70,13 @@ def write_card(
         f"`x`: activations [tokens, {len(sae.W_enc)}], in float32.",
         *_explain_opening(repo, sae),
     ]
-    front = yaml.safe_dump(head, sort_keys=False)
-    return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
+    front_lines = yaml.safe_dump(front_matter, sort_keys=False)
+    return f"---\n{front_lines}---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _find_llm(sae: SAE) -> str | None:
-    """Name of the LLM on the hub, or the last part of its folder; None if there is none, or it is
-    unknown."""
+    """Find the LLM's name on the hub, or the last part of its folder; None if the SAE has no LLM or
+    its metadata do not say which."""
     try:
         name = find_llm_name(sae.metadata, "")
     except UserError:
@@ -98,7 +99,7 @@ def _describe(sae: SAE, llm: str | None) -> str:
 
 
 def _list_training(sae: SAE, settings: dict[str, Any]) -> Iterator[list[str]]:
-    """Rows of the table: name, value."""
+    """Yield the rows of the table "What it was trained on": name, value."""
     yield ["architecture", sae.config.name]
     yield ["features", f"{sae.config.features:,}"]
     flat = {
@@ -108,7 +109,7 @@ def _list_training(sae: SAE, settings: dict[str, Any]) -> Iterator[list[str]]:
     }
     if settings and not {"data.name", "data.path", "data.concepts"} & flat.keys():
         yield ["text", "Shakespeare's plays"]
-    names = TRAINING | (
+    names = TRAINING_NAMES | (
         {"data.path": "activations"} if flat.get("data.kind") == "activations" else {}
     )
     for key, name in names.items():
@@ -118,38 +119,40 @@ def _list_training(sae: SAE, settings: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def _compare_scores(results: dict[str, Any]) -> str:
-    """The scorecard with its controls, from the results of other tasks."""
+    """Make a table of scores, each with one to compare it with, from the results of other tasks."""
     rows = [*_list_scores(results.get("evaluate") or {})]
-    rows += [*_list_controls(results.get("theory") or {}, results.get("probe") or {})]
+    rows += [*_list_random_comparisons(results.get("theory") or {}, results.get("probe") or {})]
     if not rows:
         return "It has not been measured."
     tokens = (results.get("evaluate") or {}).get("tokens")
-    measured = f", on {tokens:,} tokens" if tokens else ""
+    amount = f", on {tokens:,} tokens" if tokens else ""
     table = _make_table(["", "this SAE", "for comparison"], rows)
-    return f"Measured on data that training never saw{measured}.\n\n{table}"
+    return f"Measured on data that training never saw{amount}.\n\n{table}"
 
 
 def _list_scores(scores: dict[str, Any]) -> Iterator[list[str]]:
-    """Rows of the scorecard: name, value, control. A number that was not measured has no row."""
+    """Yield rows of the scorecard: name, value, value to compare it with. A number that was not
+    measured has no row."""
 
-    def show(key: str, form: str, name: str, control: str = "") -> Iterator[list[str]]:
+    def show(key: str, form: str, name: str, comparison: str = "") -> Iterator[list[str]]:
         if (value := scores.get(key)) is not None:
-            yield [name, format(value, form), control]
+            yield [name, format(value, form), comparison]
 
     yield from show("l0", ".1f", "active features per token (L0)")
     yield from show("explained_variance", ".3f", "explained variance", "the mean: 0")
-    ablations = {"without the SAE": "ce_clean", "mean": "ce_mean", "zero": "ce_zero"}
-    measured = {name: scores[key] for name, key in ablations.items() if scores.get(key) is not None}
-    controls = [f"{name}: {value:.3f}" for name, value in measured.items()]
-    yield from show("ce_spliced", ".3f", "cross-entropy with the SAE (nats)", ", ".join(controls))
+    names = {"without the SAE": "ce_clean", "mean": "ce_mean", "zero": "ce_zero"}
+    values = {name: scores[key] for name, key in names.items() if scores.get(key) is not None}
+    others = ", ".join(f"{name}: {value:.3f}" for name, value in values.items())
+    yield from show("ce_spliced", ".3f", "cross-entropy with the SAE (nats)", others)
     yield from show("ce_recovered", ".3f", "cross-entropy recovered", "zero ablation: 0")
     yield from show("unfired", ".1%", "features that never fired")
     yield from show("duplicates", ".1%", "features with a near copy")
     yield from show("recovered", ".1%", "concepts recovered")
 
 
-def _list_controls(theory: dict[str, Any], probe: dict[str, Any]) -> Iterator[list[str]]:
-    """Rows with random controls: how alike decoder rows are, and how well units predict labels."""
+def _list_random_comparisons(theory: dict[str, Any], probe: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield rows whose comparison is with random directions: how similar decoder rows are, and how
+    well a feature predicts labels."""
     overlap = theory.get("overlap") or {}
     if {"decoder", "random"} <= overlap.keys():
         values = (overlap[kind]["99%"] for kind in ("decoder", "random"))
@@ -163,13 +166,13 @@ def _list_controls(theory: dict[str, Any], probe: dict[str, Any]) -> Iterator[li
         yield [name, f"{scores[FEATURES]:.1%}", ", ".join(others)]
 
 
-def _make_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def _make_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _explain_opening(repo: str, sae: SAE) -> Iterator[str]:
-    """How to load the SAE in three ways; `x` holds activations [tokens, d_in]."""
+    """Yield code that opens the SAE and runs it on `x` [tokens, d_in], in up to three ways."""
     code = f'from sae_lightning import load_sae\n\nsae = load_sae("hub:{repo}")\n'
     yield _make_block("sae_lightning", code + "reconstruction, features = sae(x)")
     if note := sae.metadata.get(NOTE_KEY):

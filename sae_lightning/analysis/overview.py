@@ -1,12 +1,11 @@
-"""`task=overview`, the default: the results of all cheap tasks on one page."""
+"""`task=overview`, the default: the results of all tasks that take little time on one page."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sae_lightning.analysis import evaluate
 from sae_lightning.analysis.against_controls import (
     ControlReducers,
-    Score,
     Scores,
     make_control_section,
     make_missing_section,
@@ -29,13 +28,13 @@ from sae_lightning.analysis.theory.token_concepts import CONCEPTS
 from sae_lightning.report.printer import print_lead, print_section, print_units
 from sae_lightning.report.section import Section
 
-PROBE_TOKENS = 65_536  # of labelled text, for an SAE of up to PROBE_FEATURES features
-PROBE_FEATURES = 32_768  # with twice as many features, half as many tokens are read
+PROBE_TOKENS = 65_536  # tokens of labelled text that probes read
+PROBE_FEATURES = 32_768  # above this number, so much fewer: half for twice as many features
 
 
 @dataclass(slots=True, kw_only=True)
 class OverviewTask(FeaturesTask):
-    """All cheap tasks, and one page with their results."""
+    """All tasks that take little time, and one page with their results."""
 
     control: str | None = None
     """What to compare with: a kind of control that the SAE's sweep has, such as frozen_decoder,
@@ -53,12 +52,12 @@ class OverviewTask(FeaturesTask):
             return
         text = subject.corpus
         theory_reducer = claims.TheoryReducer(subject)
-        of_controls = {name: ControlReducers(subject, sae) for name, sae in controls.items()}
-        others = [(sae, of_controls[name].reducers) for name, sae in controls.items()]
-        survey = self.make_catalogues(subject, theory_reducer, controls=others)
+        control_reducers = {name: ControlReducers(subject, sae) for name, sae in controls.items()}
+        pairs = [(sae, control_reducers[name].reducers) for name, sae in controls.items()]
+        survey = self.make_catalogues(subject, theory_reducer, controls=pairs)
         theory = claims.measure_claims(subject, theory_reducer)
-        del theory_reducer, others  # 14 KB a feature, which scoring can use
-        interpreted = {name: of_controls.pop(name).result() for name in controls}
+        del theory_reducer, pairs  # frees 14 KB a feature, which scoring needs
+        feature_scores = {name: control_reducers.pop(name).result() for name in controls}
         card = evaluate.score_subject(subject, opened=(subject.llm, text), controls=controls)
         summary, scorecard = make_features_section(survey), evaluate.make_scorecard_section(card)
         print_section(summary)
@@ -67,7 +66,7 @@ class OverviewTask(FeaturesTask):
         tokens = PROBE_TOKENS * PROBE_FEATURES // max(PROBE_FEATURES, subject.features)
         if "speaker" in subject.config.data_source.labels:
             probes = run_probes(subject, "speaker", tokens, controls)
-        scores = _gather_scores(card, survey, theory, probes, interpreted)
+        scores = _gather_scores(card, survey, theory, probes, feature_scores)
         parts = {
             "Scorecard": [summary, scorecard],
             "Beside a control": [_compare_with_controls(subject, *scores)],
@@ -84,16 +83,17 @@ class OverviewTask(FeaturesTask):
             "theory": theory.numbers,
             "probe": probes and probes.to_dict(),
         }
-        sections = [s._replace(part=part) for part, members in parts.items() for s in members]
+        sections = [s._replace(part=part) for part, group in parts.items() for s in group]
         self.publish(subject, results, sections, [survey.features, survey.neurons], survey.best)
 
 
 def _compare_with_controls(
-    subject: Subject, own: Scores, controls: dict[str, Scores], random: Mapping[str, Score] = {}
+    subject: Subject, scores: Scores, controls: dict[str, Scores], random: Scores | None = None
 ) -> Section:
+    """Compare the scores of the SAE with those of its controls and of random directions."""
     if not controls:
         return make_missing_section(subject)
-    return make_control_section(own, controls, random)
+    return make_control_section(scores, controls, random or {})
 
 
 def _gather_scores(
@@ -101,17 +101,17 @@ def _gather_scores(
     survey: Survey,
     theory: claims.TheoryResult,
     probes: Probes | None,
-    interpreted: dict[str, Scores],
+    feature_scores: dict[str, Scores],
 ) -> tuple[Scores, dict[str, Scores], Scores]:
-    """Scores of the SAE, of its controls and of random directions, from the results of all parts;
-    `interpreted`: those of the controls' features."""
-    own, controls = card.list_scores()
+    """Gather the scores of the SAE, of its controls by name, and of random directions from the
+    results of all parts; `feature_scores`: those of each control's `ControlReducers`."""
+    scores, controls = card.list_scores()
     f1 = {best.concept: best.feature.f1 for best in theory.detectors}
-    own |= score_features(survey.features.token_sets.score, [f1[c] for c in CONCEPTS if c in f1])
-    for name, scores in interpreted.items():
-        controls[name] |= scores
+    scores |= score_features(survey.features.token_sets.score, [f1[c] for c in CONCEPTS if c in f1])
+    for name in controls:
+        controls[name] |= feature_scores[name]
+        if probes is not None:
+            controls[name] |= score_probes(probes, name)
     if probes is None:
-        return own, controls, {}
-    for name, scores in controls.items():
-        scores |= score_probes(probes, name)
-    return own | score_probes(probes), controls, score_probes(probes, RANDOM)
+        return scores, controls, {}
+    return scores | score_probes(probes), controls, score_probes(probes, RANDOM)

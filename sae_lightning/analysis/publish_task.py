@@ -27,8 +27,8 @@ from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep
 from sae_lightning.runs.untrusted_yaml import read_settings
 from sae_lightning.terminal import console, format_command, make_grid
 
-# Results of other tasks that are uploaded if they exist: numbers and the page.
-RESULTS = ("evaluate.json", "overview.json", "index.html")
+# Files of results of other tasks, which are uploaded if they exist: numbers and the page.
+RESULT_FILES = ("evaluate.json", "overview.json", "index.html")
 # A path in a text: absolute or from the home folder (~), but not within a name, a web address or a
 # special token. A single part (/data, [/INST]) has nothing to hide.
 PATH = re.compile(r"(?<![\w.:/~<|])~?(?:/[^\s,;'\"\])}/]+){2,}/?")
@@ -41,9 +41,9 @@ class PublishTask(Task):
     repo: str | None = None
     """Repository on the hub to upload to, owner/name; it is created if it does not exist."""
     private: bool = True
-    """Only you see the repository; false asks on the terminal before anything becomes public."""
+    """Whether only you see the repository; if false, the task asks before files become public."""
     ask: bool = True
-    """Ask before anything becomes public; false for scripts, which have no terminal."""
+    """Ask on the terminal before files become public; false for scripts, which have no terminal."""
     licence: str | None = None
     """Licence of the SAE, by its name on the hub (mit, apache-2.0, cc-by-4.0, ...); a public
     repository needs one."""
@@ -86,15 +86,15 @@ class PublishTask(Task):
             raise UserError(f"repo={self.repo}: you are not logged in at the hub; run: {LOGIN}")
 
     def _confirm(self) -> None:
-        """UserError unless the repository is as visible as `private` says, and the user agrees to
-        make files public."""
-        now_private = is_private(self.repo)
-        if self.private and now_private is False:
+        """UserError unless the repository, if it exists, is as visible as `private` says, and the
+        user agrees to make files public."""
+        repo_is_private = is_private(self.repo)
+        if self.private and repo_is_private is False:
             raise UserError(
                 f"repo={self.repo} is public, so everybody would see these files: give another "
                 "repository, or private=false"
             )
-        if not self.private and now_private:
+        if not self.private and repo_is_private:
             raise UserError(
                 f"repo={self.repo} is private, and uploading does not change that: give "
                 "private=true, and make it public in its settings on the hub"
@@ -114,10 +114,11 @@ class PublishTask(Task):
 
 
 def collect_files(folder: Path) -> dict[str, bytes | Path]:
-    """Collect the files to upload, {path in the repository: content}: the SAE and, of a run folder,
-    its settings and results. Paths of this machine are replaced by their last part."""
-    sae = folder / "sae" if (folder / "sae").is_dir() else folder
-    cfg = json.loads(read_regular_file(sae / CFG)) if (sae / CFG).is_file() else {}
+    """Collect the files to upload, {path in the repository: content or file}: the SAE and, of a run
+    folder, its settings and results. Paths of this machine are replaced by their last part."""
+    sae_folder = folder / "sae" if (folder / "sae").is_dir() else folder
+    cfg_file = sae_folder / CFG
+    cfg = json.loads(read_regular_file(cfg_file)) if cfg_file.is_file() else {}
     if OWN_KEY not in cfg:  # its weights may need centring or scales, which the card leaves out
         raise UserError(
             f"{folder} holds an SAE that another tool saved: write it with task=export "
@@ -129,13 +130,13 @@ def collect_files(folder: Path) -> dict[str, bytes | Path]:
         config = read_settings(folder / CONFIG_FILE)
         paths |= find_paths(config)
         texts[CONFIG_FILE] = yaml.safe_dump(hide_folders(config), sort_keys=False)
-    results = [folder / METRICS_FILE, *(folder / "analysis" / name for name in RESULTS)]
+    results = [folder / METRICS_FILE, *(folder / "analysis" / name for name in RESULT_FILES)]
     for file in filter(Path.is_file, results):
         texts[file.relative_to(folder).as_posix()] = cut_paths(read_regular_file(file), paths)
     files = {name: text.encode() for name, text in texts.items()}
     blocks = [file for file in folder.glob("analysis/index-*/*.js") if file.is_file()]
     return (
-        {f"sae/{WEIGHTS}": sae / WEIGHTS}
+        {f"sae/{WEIGHTS}": sae_folder / WEIGHTS}
         | files
         | {file.relative_to(folder).as_posix(): file for file in sorted(blocks)}
     )
@@ -152,9 +153,9 @@ def refuse_links(folder: Path, names: Collection[str]) -> None:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read the numbers for the model card, by task: `evaluate`, and `theory` and `probe` from the
-    overview. Without `evaluate`, the scores of the end of training take its place. UserError if a
-    file is damaged."""
+    """Read the numbers for the model card, by task: `evaluate`, `theory` and `probe`, from the
+    task's own results or else from the overview. Without those of `evaluate`, the scores at the end
+    of training take their place. UserError if a file is damaged."""
     results = {}
     for name in ("overview", "theory", "probe", "evaluate"):
         if numbers := read_json(folder / "analysis" / f"{name}.json"):
@@ -165,14 +166,14 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def hide_folders(value: Any) -> Any:
-    """Replace every path of this machine in settings by its last part."""
+    """Replace every absolute path in `value`, settings of any depth, by its last part."""
     if isinstance(value, dict):
         return {key: hide_folders(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [hide_folders(inner) for inner in value]
     if not isinstance(value, str):
         return value
-    name, equals, path = value.partition("=")  # an override that was typed
+    name, equals, path = value.partition("=")  # an override such as data.path=/...
     if equals and is_path(path):
         return f"{name}={Path(path).name}"
     return Path(value).name if is_path(value) else PATH.sub(_cut_folders, value)
@@ -184,7 +185,7 @@ def is_path(text: str) -> bool:
 
 
 def find_paths(value: Any) -> set[str]:
-    """All paths of this machine in settings."""
+    """Find all absolute paths in `value`, settings of any depth."""
     if isinstance(value, dict | list):
         inner = value.values() if isinstance(value, dict) else value
         return set().union(*map(find_paths, inner))
@@ -207,5 +208,5 @@ def _cut_folders(match: re.Match) -> str:
 
 
 def measure_size(content: bytes | Path) -> int:
-    """Size in bytes of what is uploaded."""
+    """Size in bytes of a file's content, or of the file."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size
