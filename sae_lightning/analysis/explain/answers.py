@@ -1,9 +1,9 @@
-"""Questions to a language model, each answered only once.
+"""Answers of a language model to questions, each of which it is asked only once.
 
-question -> cache on disk -> answer
-              └ not there: model -> cached immediately
+    question -> cache on disk -> answer
+                  └ not there: model -> answer, cached immediately
 
-A run that fails or is killed loses no answer; the same command continues from there.
+A run that fails or is killed loses no answer: the same command, given again, asks only the rest.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from sae_lightning.errors import UserError, WriteError
 from sae_lightning.files import find_system_error, remove_leftovers, write_atomically
 from sae_lightning.llm.generate import Reply
 
-TEST_QUESTION = Question("Answer with the word yes.", 16)
+TEST_QUESTION = Question("Answer with the word yes.", 16)  # asked to see whether a model answers
 
 
 class Cost(NamedTuple):
-    """Cost of the questions that the cache does not answer."""
+    """What the questions cost, estimated or spent, that the cache does not answer."""
 
     requests: int = 0
     tokens_in: int = 0
@@ -52,12 +52,15 @@ class Cost(NamedTuple):
 
 
 class Answers:
-    """Answers of one model, cached in `folder` (by default in the user's cache folder)."""
+    """Answers of one model, cached in `folder` (by default in the user's cache folder).
+
+    UserError: the folder cannot be written to.
+    """
 
     def __init__(self, model: ChatModel, folder: Path | None = None):
         self.model = model
         self.folder = folder or platformdirs.user_cache_path("sae_lightning") / "answers"
-        self.spent = Cost()
+        self.spent = Cost()  # by this object, since it was made
         self._lock = Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +72,7 @@ class Answers:
     def check_model(self) -> None:
         """UserError if the model does not answer; costs a few tokens, the first time."""
         if self.read_cached(TEST_QUESTION) is None:
-            self._keep(TEST_QUESTION, self.model.complete(TEST_QUESTION, patient=False))
+            self._cache(TEST_QUESTION, self.model.complete(TEST_QUESTION, patient=False))
 
     def read_cached(self, question: Question) -> Reply | None:
         """The cached answer to a question; None if there is none."""
@@ -85,19 +88,20 @@ class Answers:
     def ask(
         self, questions: Sequence[Question], advance: Callable[[int], None] = lambda n: None
     ) -> list[str]:
-        """The answer to each question; `advance` is called with the number just answered."""
+        """The answer to each question. `advance` is called with a number of questions as soon as
+        they are answered. UserError if the model stops answering."""
         replies = {question: self.read_cached(question) for question in questions}
         missing = [question for question, reply in replies.items() if reply is None]
         advance(len(questions) - len(missing))
-        before, halted = self.spent.requests, Event()
+        requests_before, has_failed = self.spent.requests, Event()
 
         def answer(question: Question) -> Reply | None:
-            if halted.is_set():
+            if has_failed.is_set():
                 return None
             try:
-                return self._keep(question, self.model.complete(question))
+                return self._cache(question, self.model.complete(question))
             except BaseException:
-                halted.set()  # set before this thread takes the next question
+                has_failed.set()  # before this thread takes the next question
                 raise
 
         try:
@@ -108,10 +112,10 @@ class Answers:
                     for future in as_completed(futures):
                         replies[futures[future]] = future.result()
                         advance(1)
-                finally:
-                    halted.set()
+                finally:  # KeyboardInterrupt, for example
+                    has_failed.set()
         except UserError as error:
-            if kept := self.spent.requests - before:
+            if kept := self.spent.requests - requests_before:
                 raise UserError(
                     f"{error}; {kept} of {len(missing)} answers are kept, and the same command "
                     "goes on from there"
@@ -119,7 +123,8 @@ class Answers:
             raise
         return [replies[question].text for question in questions]
 
-    def _keep(self, question: Question, reply: Reply) -> Reply:
+    def _cache(self, question: Question, reply: Reply) -> Reply:
+        """Cache a new reply, add its cost to `spent`, and return the reply without the key."""
         reply = self._remove_key(reply)
         self._write(question, reply)
         with self._lock:

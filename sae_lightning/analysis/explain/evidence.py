@@ -1,11 +1,11 @@
 """Texts to explain a feature from, and others to test the explanation on.
 
-    catalogue   top      ■ □ ■ □ ■ □     ■ shown to the explainer
-                random   ■ □ ■ □         □ kept for the test
-    sample      fires    □ □ □ ...       more texts for the test
-                silent   ○ ○ ○ ...       texts in which it is silent
+    examples in the catalogue   top      ■ □ ■ □ ■ □     ■ shown to the explainer
+                                random   ■ □ ■ □         □ kept for the test
+    windows of the sample       firing   □ □ □ ...       more texts for the test
+                                silent   ○ ○ ○ ...       texts in which the feature is silent
 
-No two texts of a feature are from the same sequence, and no two read the same.
+The texts of a feature are all from different sequences, and no two of them are equal.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -23,7 +23,7 @@ MIN_TEXTS = 4  # fewest to explain from, and fewest to test on
 DOCUMENT_MARK = "¶"  # stands for the beginning and the end of documents
 
 RawWindow = tuple[int, Tensor, Tensor]
-"""Number of its sequence; token ids [WINDOW], -1 beyond its ends; strengths [WINDOW]."""
+"""Index of a sequence; token ids [WINDOW], -1 beyond the sequence's ends; strengths [WINDOW]."""
 
 
 class Window(NamedTuple):
@@ -71,49 +71,57 @@ def gather(
     special: Collection[int] = (),
     seed: int = 0,
 ) -> list[Evidence]:
-    """Gather the evidence for each of `features`: half of its examples are shown to the explainer;
-    the rest, and random texts, make at most `scored` texts of each kind for the test.
+    """Gather the evidence for each of `features`. Half of its examples in the catalogue are for the
+    explainer. For the test there are the other half and random windows of the sample: at most
+    `scored` texts in which the feature fires, and as many in which it is silent.
 
-    catalogue: of the SAE's features, from the same pass over the text as `sample`, so that
-    sequences have the same numbers; special: ids shown as DOCUMENT_MARK.
+    catalogue: of the SAE's features, from the same pass over the text as `sample`, so that a
+    sequence has the same index in both; special: ids of tokens shown as DOCUMENT_MARK.
     """
-    special = {*special}
-    words = [DOCUMENT_MARK if i in special else word for i, word in enumerate(catalogue.vocabulary)]
-    return [_gather_one(catalogue, sample, feature, scored, words, seed) for feature in features]
+    special, vocabulary = {*special}, catalogue.vocabulary
+    token_texts = [DOCUMENT_MARK if i in special else text for i, text in enumerate(vocabulary)]
+    return [_gather_one(catalogue, sample, i, scored, token_texts, seed) for i in features]
 
 
 def _gather_one(
-    catalogue: Catalogue, sample: Sample, feature: int, scored: int, words: list[str], seed: int
+    catalogue: Catalogue,
+    sample: Sample,
+    feature: int,
+    scored: int,
+    token_texts: list[str],
+    seed: int,
 ) -> Evidence:
+    """Gather the evidence for one feature; token_texts: by token id."""
     rng = torch.Generator().manual_seed(seed * 1_000_003 + feature)
     strengths = sample.densify(feature)
     # [sequences, context] greatest strength in the window around each position
-    around = max_pool1d(pad(strengths, (BEFORE, AFTER)), WINDOW, stride=1)
-    seen: set[object] = set()  # numbers of sequences, and wordings
+    window_maximum = max_pool1d(pad(strengths, (BEFORE, AFTER)), WINDOW, stride=1)
+    seen: set[int | tuple[str, ...]] = set()  # indices of sequences, and the tokens of windows
 
     def skip_seen(windows: Iterable[RawWindow]) -> Iterator[Window]:
-        """Windows whose sequence and wording are both new."""
+        """Yield the windows whose sequence and tokens are both new."""
         for sequence, ids, values in windows:
-            pairs = zip(ids.tolist(), values.tolist(), strict=True)
-            window = Window(*zip(*((words[i], value) for i, value in pairs if i >= 0), strict=True))
+            inside = [*zip(ids.tolist(), values.tolist(), strict=True)]
+            inside = [(token_texts[i], value) for i, value in inside if i >= 0]
+            window = Window(*zip(*inside, strict=True))
             if not seen & {sequence, window.tokens}:
                 seen.update((sequence, window.tokens))
                 yield window
 
     top, random = catalogue.top, catalogue.random
     shown = [*skip_seen(chain(_take_examples(top, feature, 0), _take_examples(random, feature, 0)))]
-    # at most half are top examples: the test is on firing at any strength
+    # at most half are top examples, so that the test includes firing at any strength
     firing = [*islice(skip_seen(_take_examples(top, feature, 1)), scored // 2)]
     others = chain(
         _take_examples(random, feature, 1), _draw_windows(sample, strengths, strengths > 0, rng)
     )
     firing += islice(skip_seen(others), scored - len(firing))
-    silent = _draw_windows(sample, strengths, sample.keep & (around == 0), rng)
+    silent = _draw_windows(sample, strengths, sample.keep & (window_maximum == 0), rng)
     return Evidence(feature, shown, firing, [*islice(skip_seen(silent), len(firing))])
 
 
 def _take_examples(examples: Examples, feature: int, first: int) -> Iterator[RawWindow]:
-    """Every other example, from index `first` on."""
+    """Yield every other example of a feature, from index `first` on."""
     for i in range(first, examples.peak_strength.shape[1], 2):
         if examples.peak_strength[feature, i] > 0:
             sequence = int(examples.sequence[feature, i])
@@ -123,10 +131,11 @@ def _take_examples(examples: Examples, feature: int, first: int) -> Iterator[Raw
 def _draw_windows(
     sample: Sample, strengths: Tensor, allowed: Tensor, rng: torch.Generator
 ) -> Iterator[RawWindow]:
-    """A window around one random allowed position of each sequence, in random order."""
+    """Yield a window around one random position of each sequence, for sequences in random order.
+    allowed: [sequences, context] bool: the positions to choose from."""
     tokens = pad(sample.tokens, (BEFORE, AFTER), value=-1)
     strengths = pad(strengths, (BEFORE, AFTER))
-    rows = allowed.any(dim=1).nonzero().squeeze(1)
+    rows = allowed.any(dim=1).nonzero().squeeze(1)  # of the sample, one for each sequence
     for row in rows[torch.randperm(len(rows), generator=rng)].tolist():
         positions = allowed[row].nonzero().squeeze(1)
         position = int(positions[torch.randint(len(positions), (), generator=rng)])

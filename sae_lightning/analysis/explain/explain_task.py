@@ -27,7 +27,7 @@ class ExplainTask(Task):
     feature: Any = None
     """A feature or a list of them; null for `count` random ones."""
     count: int = 10
-    """Features to explain where none is named."""
+    """How many random features to explain if `feature` is null."""
     endpoint: str | None = None
     """Address of a server that speaks OpenAI's API, such as http://localhost:8000/v1; null for a
     model on this machine."""
@@ -39,19 +39,20 @@ class ExplainTask(Task):
     concurrency: int = 8
     """Requests to the endpoint at a time."""
     budget: int | None = None
-    """Most tokens that it may take, of questions and answers together; null sets no limit."""
+    """Most tokens that questions and answers may take together; null sets no limit."""
     tokens: int = 131_072
     """Tokens of text to read."""
     examples: int = 24
-    """Strongest examples of a feature; a sixth as many are drawn from each fifth of its range. The
-    explainer sees every other one."""
+    """Strongest examples of a feature to collect; besides, a sixth as many are drawn at random from
+    each of five equal intervals of its strength. The explainer sees every other example."""
     scored: int = 20
-    """Texts in which a feature fires, and as many in which it is silent, to test an explanation."""
+    """Most texts in which a feature fires, and as many in which it is silent, to test an
+    explanation on."""
     together: int = 5
-    """Texts that are judged in one request: the more the cheaper, the fewer the easier; 1 for
-    small models."""
+    """Texts that are judged in one request: more are cheaper, fewer are easier; 1 for small
+    models."""
     thinking: int = 0
-    """Tokens that a reasoning model may spend on each answer before it gives it."""
+    """Tokens that a reasoning model may spend on its thoughts before each answer."""
 
     def __post_init__(self):
         self.feature = parse_integers("feature", self.feature)
@@ -68,10 +69,10 @@ class ExplainTask(Task):
 
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
-        chosen = self.feature and subject.check_features(self.feature)
-        first = chosen[0] if chosen else None
+        named = self.feature and subject.check_features(self.feature)
+        first = named[0] if named else None  # the page suggests commands for it
         model = open_model(self.endpoint, self.explainer, self.key_env, self.concurrency)
-        answers = model and Answers(model)
+        answers = Answers(model) if model else None
         if answers:
             answers.check_model()  # before any text is read
         seed = subject.config.seed
@@ -83,7 +84,7 @@ class ExplainTask(Task):
             batch=subject.config.llm.batch,
             seed=seed,
         )
-        features = chosen or pick_features(surveyed.features, self.count, seed)
+        features = named or pick_features(surveyed.features, self.count, seed)
         if answers is None:
             section = make_token_set_section(surveyed.features, features)
             self.print_and_publish(subject, section.table._asdict(), [section], feature=first)

@@ -1,16 +1,16 @@
 """Features put into words by a language model, and how well the words predict firing.
 
-    half of the examples -> explainer -> "names of cities" ─┐
-    other texts, in which it fires or is silent ────────────┴-> scorer -> yes / no -> accuracy
+    half of the examples -> model -> "names of cities" ─┐
+    other texts ────────────────────────────────────────┴-> model -> yes / no -> accuracy
 
 (Bills et al. 2023, Language models can explain neurons in language models)
 
 Two tests (Paulo et al. 2024, Automatically Interpreting Millions of Features in Large Language
 Models):
 
-detection   does this text activate the feature?     texts in which it fires, and silent ones
-fuzzing     does it fire on the marked tokens?       texts in which it fires, each once marked
-                                                     correctly and once on other tokens
+    detection   does the feature fire in this text?      texts in which it fires, and silent ones
+    fuzzing     does it fire on the marked tokens?       texts in which it fires, each once with the
+                                                         right tokens marked and once with others
 """
 
 import math
@@ -37,11 +37,11 @@ class VerdictScore(NamedTuple):
     """Balanced accuracy, the mean of true-positive and true-negative rate; 0.5 is chance; None if
     there are no verdicts for one of the rates."""
     yes: int
-    """Verdicts where the truth is yes."""
+    """Number of verdicts, right or wrong, where the truth is yes."""
     no: int
-    """Verdicts where the truth is no."""
+    """Number of verdicts where the truth is no."""
     malformed: int
-    """Texts whose verdict could not be parsed: left out, not guessed."""
+    """Number of texts whose verdict could not be parsed; they are in no other field."""
 
 
 class Explanation(NamedTuple):
@@ -49,24 +49,25 @@ class Explanation(NamedTuple):
 
     feature: int
     text: str | None
-    """None if it fires too rarely, or the explainer said nothing."""
+    """None if there were too few texts to ask for one, or the model gave none."""
     shown: int
-    """Texts that the explainer saw."""
+    """Number of texts for the explainer; 0 if the feature never fires."""
     detection: VerdictScore | None
     """None without an explanation, and if the feature is never silent."""
     fuzzing: VerdictScore | None
     """None without an explanation, and if no text has enough silent tokens to mark."""
     examples: list[Window]
-    """Some of the texts that the explainer saw."""
+    """Some of the texts for the explainer."""
 
 
 class Trial(NamedTuple):
-    """One question about some texts, and the right answers."""
+    """One test question about some texts, and the right answers."""
 
     template: str
-    """DETECT or FUZZ."""
+    """The prompt: DETECT or FUZZ."""
     texts: list[str]
     truths: list[bool]
+    """Whether the right answer is yes, for each text."""
 
 
 class Explainer:
@@ -84,15 +85,15 @@ class Explainer:
         """Estimate the cost of `explain_features`, on the high side: tokens in from the number of
         characters, tokens out from the longest answer that is allowed."""
         questions = self._make_questions(all_evidence)
-        texts: dict[int, str | None] = {}
+        explanations: dict[int, str | None] = {}
         for feature, question in questions.items():
             reply = self.answers.read_cached(question)
-            texts[feature] = (
+            explanations[feature] = (
                 prompts.parse_explanation(reply.text)
                 if reply
                 else "x" * prompts.MAX_EXPLANATION_CHARACTERS
             )
-        tests = [question for *_, question in self._make_tests(all_evidence, texts)]
+        tests = [question for *_, question in self._make_tests(all_evidence, explanations)]
         missing = [
             question
             for question in dict.fromkeys([*questions.values(), *tests])
@@ -105,27 +106,28 @@ class Explainer:
         )
 
     def explain_features(self, all_evidence: list[Evidence]) -> list[Explanation]:
-        """Explain each feature that has enough examples, and score the explanations.
+        """Explain each feature that has enough evidence, and score the explanations.
 
-        UserError if the model stops answering; its answers so far are cached for the next call.
+        UserError if the model stops answering; its answers until then are cached for the next call.
         """
         questions = self._make_questions(all_evidence)
         with phase("explaining features", total=len(questions)) as advance:
             answers = self.answers.ask([*questions.values()], advance)
-        texts = dict(zip(questions, map(prompts.parse_explanation, answers), strict=True))
-        tests = self._make_tests(all_evidence, texts)
+        explanations = dict(zip(questions, map(prompts.parse_explanation, answers), strict=True))
+        tests = self._make_tests(all_evidence, explanations)
         with phase("testing explanations", total=len(tests)) as advance:
             answers = self.answers.ask([question for *_, question in tests], advance)
-        judged: dict[tuple[int, str], tuple[list, list]] = {}
+        # feature, template -> truths and verdicts of all its trials
+        results: dict[tuple[int, str], tuple[list[bool], list[bool | None]]] = {}
         for (feature, trial, _), answer in zip(tests, answers, strict=True):
-            truths, verdicts = judged.setdefault((feature, trial.template), ([], []))
+            truths, verdicts = results.setdefault((feature, trial.template), ([], []))
             truths += trial.truths
             verdicts += prompts.parse_verdicts(answer, len(trial.texts))
-        scores = {key: score_verdicts(*pair) for key, pair in judged.items()}
+        scores = {key: score_verdicts(*pair) for key, pair in results.items()}
         return [
             Explanation(
                 feature=evidence.feature,
-                text=texts.get(evidence.feature),
+                text=explanations.get(evidence.feature),
                 shown=len(evidence.shown),
                 detection=scores.get((evidence.feature, DETECT)),
                 fuzzing=scores.get((evidence.feature, FUZZ)),
@@ -144,71 +146,72 @@ class Explainer:
         }
 
     def _make_tests(
-        self, all_evidence: list[Evidence], texts: dict[int, str | None]
+        self, all_evidence: list[Evidence], explanations: dict[int, str | None]
     ) -> list[tuple[int, Trial, Question]]:
-        """Trials of the explanations `texts` {feature: text}, each with its question."""
+        """The feature, trial and question of each test of the explanations {feature: text}."""
         tests = []
         for evidence in all_evidence:
-            if text := texts.get(evidence.feature):
+            if explanation := explanations.get(evidence.feature):
                 trials = make_fuzzing_trials(evidence, self.together, self.seed)
                 if evidence.silent:  # otherwise there is nothing to tell apart
                     trials = make_detection_trials(evidence, self.together, self.seed) + trials
                 for trial in trials:
                     tokens = VERDICT_TOKENS * len(trial.texts) + SPARE_TOKENS + self.thinking
-                    question = Question(
-                        prompts.write_judge_prompt(trial.template, text, trial.texts), tokens
-                    )
-                    tests.append((evidence.feature, trial, question))
+                    prompt = prompts.write_judge_prompt(trial.template, explanation, trial.texts)
+                    tests.append((evidence.feature, trial, Question(prompt, tokens)))
         return tests
 
 
 def make_detection_trials(evidence: Evidence, together: int, seed: int = 0) -> list[Trial]:
-    """Trials on at most `together` texts each, in random order."""
-    items = [(prompts.join_tokens(window), True) for window in evidence.firing]
-    items += [(prompts.join_tokens(window), False) for window in evidence.silent]
-    random.Random(f"{seed} detection {evidence.feature}").shuffle(items)
-    return _make_trials(DETECT, items, together)
+    """Trials on at most `together` texts each; the texts are in random order."""
+    pairs = [(prompts.join_tokens(window), True) for window in evidence.firing]
+    pairs += [(prompts.join_tokens(window), False) for window in evidence.silent]
+    random.Random(f"{seed} detection {evidence.feature}").shuffle(pairs)
+    return _make_trials(DETECT, pairs, together)
 
 
 def make_fuzzing_trials(evidence: Evidence, together: int, seed: int = 0) -> list[Trial]:
-    """Trials on at most `together` texts each; no trial holds both versions of a text, whose
+    """Trials on at most `together` texts each; no trial has both versions of a text, because their
     difference would give the answer away."""
     rng = random.Random(f"{seed} fuzzing {evidence.feature}")
-    pairs = []
+    versions = []  # of each text: rightly and wrongly marked
     for window in evidence.firing:
         silent = [
             i
             for i, (token, strength) in enumerate(zip(*window, strict=True))
             if strength == 0 and token != DOCUMENT_MARK
         ]
-        count = len(prompts.find_firing(window))
+        count = len(prompts.find_marked(window))
         if count <= len(silent):
-            decoy = sorted(rng.sample(silent, count))
-            pairs.append((prompts.mark_tokens(window), prompts.mark_tokens(window, decoy)))
-    rng.shuffle(pairs)
+            decoys = sorted(rng.sample(silent, count))
+            versions.append((prompts.mark_tokens(window), prompts.mark_tokens(window, decoys)))
+    rng.shuffle(versions)
     trials = []
+    # first the right version of texts with even indices and the wrong one of the others, then the
+    # other way round
     for turn in (0, 1):
-        items = [(pair[(i + turn) % 2], (i + turn) % 2 == 0) for i, pair in enumerate(pairs)]
-        rng.shuffle(items)
-        trials += _make_trials(FUZZ, items, together)
+        pairs = [(pair[(i + turn) % 2], (i + turn) % 2 == 0) for i, pair in enumerate(versions)]
+        rng.shuffle(pairs)
+        trials += _make_trials(FUZZ, pairs, together)
     return trials
 
 
-def _make_trials(template: str, items: list[tuple[str, bool]], together: int) -> list[Trial]:
-    parts = [items[i : i + together] for i in range(0, len(items), together)]
+def _make_trials(template: str, pairs: list[tuple[str, bool]], together: int) -> list[Trial]:
+    """Put pairs (text, truth) into trials of at most `together` texts."""
+    parts = [pairs[i : i + together] for i in range(0, len(pairs), together)]
     return [Trial(template, *map(list, zip(*part, strict=True))) for part in parts]
 
 
 def score_verdicts(truths: list[bool], verdicts: list[bool | None]) -> VerdictScore:
     """Compare `verdicts` (None: malformed) with the `truths`, in the same order."""
-    right: dict[bool, list[bool]] = {True: [], False: []}
+    is_right: dict[bool, list[bool]] = {True: [], False: []}  # truth -> for each verdict
     for truth, verdict in zip(truths, verdicts, strict=True):
         if verdict is not None:
-            right[truth].append(verdict == truth)
-    rates = [sum(group) / len(group) for group in right.values() if group]
+            is_right[truth].append(verdict == truth)
+    rates = [sum(outcomes) / len(outcomes) for outcomes in is_right.values() if outcomes]
     return VerdictScore(
         accuracy=math.fsum(rates) / 2 if len(rates) == 2 else None,
-        yes=len(right[True]),
-        no=len(right[False]),
+        yes=len(is_right[True]),
+        no=len(is_right[False]),
         malformed=verdicts.count(None),
     )

@@ -15,6 +15,7 @@ class Explanations(NamedTuple):
     explanations: list[Explanation]
     spent: Cost
     model: str
+    """The setting `explainer`."""
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `explain.json`, by key."""
@@ -40,9 +41,9 @@ def make_explanation_section(result: Explanations) -> Section:
         "cost": f"{spent.requests:,} requests to {model}, {spent.tokens_in:,} tokens in and "
         f"{spent.tokens_out:,} out; the other answers came from the cache",
     }
-    scores = [score for e in explained for score in (e.detection, e.fuzzing) if score]
+    scores = [score for each in explained for score in (each.detection, each.fuzzing) if score]
     if malformed := sum(score.malformed for score in scores):
-        rows["not understood"] = f"the verdicts on {malformed:,} texts; they are left out"
+        rows["not understood"] = f"the verdicts on {malformed:,} texts, which are left out"
     return Section(
         title="Explanations",
         lead="What features fire on, in the words of a language model. Detection: from the words "
@@ -66,16 +67,16 @@ def make_explanation_section(result: Explanations) -> Section:
 
 def make_token_set_section(catalogue: Catalogue, features: list[int]) -> Section:
     """What is shown if no model is named: the token set that best predicts each feature."""
-    sets = catalogue.token_sets
+    token_sets = catalogue.token_sets
     rows = []
-    for feature in sorted(features, key=lambda f: -sets.score[f].nan_to_num(-1)):
-        score = sets.score[feature]
-        tokens = [catalogue.vocabulary[t] for t in sets.tokens[feature].tolist() if t >= 0]
-        words = ("after " if sets.previous[feature] else "") + " ".join(map(repr, tokens))
+    for feature in sorted(features, key=lambda i: -token_sets.score[i].nan_to_num(-1)):
+        score = token_sets.score[feature]
+        tokens = [catalogue.vocabulary[t] for t in token_sets.tokens[feature].tolist() if t >= 0]
+        listed = ("after " if token_sets.previous[feature] else "") + " ".join(map(repr, tokens))
         rows.append(
             [f"{feature}: fires too rarely for a score", "–"]
             if score.isnan()
-            else [f"{feature}: {words}", f"{score:.2f}"]
+            else [f"{feature}: {listed}", f"{score:.2f}"]
         )
     return Section(
         title="Explanations",
@@ -88,16 +89,14 @@ def make_token_set_section(catalogue: Catalogue, features: list[int]) -> Section
 
 
 def _make_row(explanation: Explanation) -> list[str]:
-    feature, text, shown, *scores, _ = explanation
-    if not text:
-        none = "(no explanation: fires too rarely, or the model gave none)"
-        text = none if shown else "(never fires)"
-    # how many verdicts the scores rest on
+    text, scores = explanation.text, [explanation.detection, explanation.fuzzing]
+    if not text and explanation.shown:
+        text = "(no explanation: fires too rarely, or the model gave none)"
     verdicts = ["–" if score is None else str(score.yes + score.no) for score in scores]
     return [
-        f"{feature}: {text}",
+        f"{explanation.feature}: {text or '(never fires)'}",
         *("–" if s is None or s.accuracy is None else f"{s.accuracy:.2f}" for s in scores),
-        " + ".join(verdicts) if any(scores) else "–",
+        " + ".join(verdicts) if any(scores) else "–",  # texts on which the scores are based
     ]
 
 

@@ -8,10 +8,11 @@ from urllib.parse import urlsplit
 from sae_lightning.errors import UserError
 
 DEFAULT_KEY_ENV = "OPENAI_API_KEY"
-MIN_KEY_PART = 8  # this many consecutive characters of the key are censored
-# One character of a text, which may be URL-encoded (even repeatedly) or JSON-escaped.
+MIN_KEY_PART = 8  # parts of the key that are at least this long are censored
+# One character of a text: as it is, URL-encoded (even repeatedly) or JSON-escaped.
 ENCODED_CHARACTER = re.compile(r"%(?:25)*[0-9a-f]{2}|\\u00[0-9a-f]{2}|.", re.DOTALL | re.IGNORECASE)
-MASKED_PART = r"(?:[*•●]{2,}|…+|[.x]{3,})"
+# What a server writes in place of the middle of a key.
+MASK = r"(?:[*•●]{2,}|…+|[.x]{3,})"
 
 
 def read_key(name: str | None) -> str:
@@ -24,7 +25,7 @@ def read_key(name: str | None) -> str:
 
 
 def check_url(url: str, key: str) -> bool:
-    """Whether the web address `url` is on this machine.
+    """Check the web address of an endpoint, and return whether it is on this machine.
 
     UserError if `url` is no web address, holds a secret, or would get the key unencrypted.
     """
@@ -64,17 +65,17 @@ def _is_loopback(host: str) -> bool:
 def censor(text: str, key: str) -> str:
     """Replace the key in `text` by ***: all or part of it, also URL-encoded or JSON-escaped, or its
     ends around a mask (`sk-ab****yz`)."""
-    if len(key) < MIN_KEY_PART:  # a placeholder such as `none`: only whole words
+    if len(key) < MIN_KEY_PART:  # a placeholder such as `none`: censored as a whole word only
         return re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", text) if len(key) > 3 else text
-    units = ENCODED_CHARACTER.findall(text)
-    plain = "".join(unit if len(unit) == 1 else chr(int(unit[-2:], 16)) for unit in units)
+    characters = ENCODED_CHARACTER.findall(text)
+    plain = "".join(c if len(c) == 1 else chr(int(c[-2:], 16)) for c in characters)
     for start in range(len(plain) - MIN_KEY_PART + 1):
         if plain[start : start + MIN_KEY_PART] in key:
-            units[start : start + MIN_KEY_PART] = "\0" * MIN_KEY_PART
-    text = re.sub("\0+", "***", "".join(units))
-    heads, tails = (
-        "|".join(re.escape(end) for end in ends)
-        for ends in zip(*((key[:n], key[-n:]) for n in range(MIN_KEY_PART - 1, 2, -1)), strict=True)
-    )
-    masked = rf"(?:{heads}){MASKED_PART}(?:{tails})?|{MASKED_PART}(?:{tails})"
+            characters[start : start + MIN_KEY_PART] = "\0" * MIN_KEY_PART  # one for each
+    text = re.sub("\0+", "***", "".join(characters))
+    # beginnings and ends of the key, the longest first, that are too short to be censored alone
+    lengths = range(MIN_KEY_PART - 1, 2, -1)
+    beginnings = "|".join(re.escape(key[:n]) for n in lengths)
+    ends = "|".join(re.escape(key[-n:]) for n in lengths)
+    masked = rf"(?:{beginnings}){MASK}(?:{ends})?|{MASK}(?:{ends})"
     return re.sub(masked, "***", text, flags=re.IGNORECASE)

@@ -17,46 +17,47 @@ class Question(NamedTuple):
 
     text: str
     tokens: int
-    """Longest answer, in tokens."""
+    """Most tokens of the answer."""
 
 
 class ChatModel:
     """A model that answers questions."""
 
     name: str
-    """Part of the key under which answers are cached."""
+    """Identifies the model in the cache of answers."""
     key: str
     """Secret that no answer or message may quote; empty if there is none."""
     concurrency: int
     """Questions that may be in flight at a time."""
 
     def complete(self, question: Question, patient: bool = True) -> Reply:
-        """The answer at temperature 0; UserError if there is none. If not `patient`, give up after
-        2 tries."""
+        """The answer at temperature 0; UserError if the model gives none. If not `patient`, an
+        endpoint gives up after 2 tries."""
         raise NotImplementedError
 
 
 class LocalModel(ChatModel):
-    """An LLM on this machine, identified by its name and a hash of its last parameter."""
+    """An LLM on this machine, identified by its name and a hash of its last parameter tensor."""
 
     concurrency, key = 1, ""
 
     def __init__(self, llm: LLM):
         self.llm = llm
         *_, last = llm.model.parameters()
-        weights = hashlib.sha256(last.float().cpu().numpy().tobytes()).hexdigest()[:16]
-        self.name = f"local {llm.name} {weights}"  # the weights in a folder may change
+        weights_hash = hashlib.sha256(last.float().cpu().numpy().tobytes()).hexdigest()[:16]
+        self.name = f"local {llm.name} {weights_hash}"  # the weights in a folder may change
 
     def complete(self, question: Question, patient: bool = True) -> Reply:
         return reply(self.llm, *question)
 
 
 class Endpoint(ChatModel):
-    """Model `model` of a server (OpenAI, vLLM, llama.cpp, ...), such as http://localhost:8000/v1.
+    """The model `model` of a server (OpenAI, vLLM, llama.cpp, ...) at an address such as
+    http://localhost:8000/v1.
 
-    The key is read from the environment variable `key_env`, if that is set; it is sent to no other
-    address, and only encrypted or within this machine. After a rate limit, server error, timeout or
-    lost connection, a request is retried up to `retries` times.
+    The key is read from the environment variable `key_env`, if that is set; it is sent to this
+    address only, and only encrypted or within this machine. After a rate limit, server error,
+    timeout or lost connection, a request is retried up to `retries` times.
     """
 
     def __init__(
@@ -88,30 +89,32 @@ class Endpoint(ChatModel):
             # neither a redirect nor a proxy carries the key elsewhere
             http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_local),
         )
-        # reasoning models use another name for the limit, and accept no temperature
-        self._limit, self._settings = "max_tokens", {"temperature": 0}
+        # changed when a reasoning model refuses them: it has another name for the limit on tokens,
+        # and accepts no temperature
+        self._limit_name, self._settings = "max_tokens", {"temperature": 0}
 
     def complete(self, question: Question, patient: bool = True) -> Reply:
         import openai
 
         client = self._client if patient else self._client.with_options(max_retries=1)
         while True:
-            limit, settings = self._limit, self._settings  # another thread may change them
+            # read once: another thread may change them
+            limit_name, settings = self._limit_name, self._settings
             try:
                 completion = client.chat.completions.create(
                     model=self.model,
                     messages=[{"role": "user", "content": question.text}],
-                    **{limit: question.tokens},
+                    **{limit_name: question.tokens},
                     **settings,
                 )
             except (openai.OpenAIError, ValueError) as error:  # ValueError: not JSON
-                refused = str(error) if isinstance(error, openai.BadRequestError) else ""
-                if "max_completion_tokens" in refused and limit == "max_tokens":
-                    self._limit = "max_completion_tokens"
-                elif "temperature" in refused and settings:
+                refusal = str(error) if isinstance(error, openai.BadRequestError) else ""
+                if "max_completion_tokens" in refusal and limit_name == "max_tokens":
+                    self._limit_name = "max_completion_tokens"
+                elif "temperature" in refusal and settings:
                     self._settings = {}
                 else:
-                    raise self._make_error(error) from None  # the client's error holds the key
+                    raise self._make_error(error) from None  # the client's error may hold the key
             else:
                 break
         try:

@@ -6,7 +6,7 @@ import re
 from sae_lightning.analysis.explain.evidence import Window
 from sae_lightning.terminal import make_visible
 
-MARK_THRESHOLD = 0.3  # a token is marked from this share of a text's greatest strength
+MARK_THRESHOLD = 0.3  # least strength of a marked token, over the greatest in its text
 MAX_EXPLANATION_CHARACTERS = 300
 LEGEND = "↵ stands for a line break, ¶ for the beginning or the end of a document."
 
@@ -48,12 +48,12 @@ on which it is active? It may be in all of them, in some or in none. {legend}
 """
 
 
-def write_explain_prompt(shown: list[Window]) -> str:
-    """The prompt that asks what the texts have in common."""
-    strongest = max(max(window.strengths) for window in shown)
+def write_explain_prompt(windows: list[Window]) -> str:
+    """The prompt that asks what the marked tokens of the windows have in common."""
+    greatest = max(max(window.strengths) for window in windows)
     texts = [
-        f"({max(1, round(10 * max(window.strengths) / strongest))}/10) {mark_tokens(window)}"
-        for window in shown
+        f"({max(1, round(10 * max(window.strengths) / greatest))}/10) {mark_tokens(window)}"
+        for window in windows
     ]
     return EXPLAIN.format(texts="\n".join(texts), legend=LEGEND)
 
@@ -61,29 +61,31 @@ def write_explain_prompt(shown: list[Window]) -> str:
 def write_judge_prompt(template: str, explanation: str, texts: list[str]) -> str:
     """The prompt that asks which texts fit the explanation; template: DETECT or FUZZ."""
     numbered = "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
-    form = (
+    answer_form = (
         "Answer with one word, yes or no."
         if len(texts) == 1
         else f"Answer with one line for each of the {len(texts)} texts, its number and yes or no, "
         'such as "1: yes", and nothing else.'
     )
-    return template.format(explanation=explanation, texts=numbered, form=form, legend=LEGEND)
+    return template.format(explanation=explanation, texts=numbered, form=answer_form, legend=LEGEND)
 
 
-def find_firing(window: Window) -> list[int]:
+def find_marked(window: Window) -> list[int]:
     """Indices of the tokens on which a feature fires strongly enough to be marked."""
-    least = MARK_THRESHOLD * max(window.strengths)
-    return [i for i, strength in enumerate(window.strengths) if strength > 0 and strength >= least]
+    threshold = MARK_THRESHOLD * max(window.strengths)
+    return [
+        i for i, strength in enumerate(window.strengths) if strength > 0 and strength >= threshold
+    ]
 
 
-def mark_tokens(window: Window, chosen: list[int] | None = None) -> str:
-    """The text on one line, with the chosen tokens (by default `find_firing`) in << >>."""
-    chosen = find_firing(window) if chosen is None else chosen
-    pieces = []
+def mark_tokens(window: Window, indices: list[int] | None = None) -> str:
+    """The text on one line, with the tokens at `indices` (by default `find_marked`) in << >>."""
+    indices = find_marked(window) if indices is None else indices
+    marked = []
     for i, token in enumerate(window.tokens):
-        pieces.append(f"<<{_escape(token)}>>" if i in chosen else _escape(token))
+        marked.append(f"<<{_escape(token)}>>" if i in indices else _escape(token))
     # merge the marks of neighbours, and move leading spaces out of them
-    return re.sub(r"<<( +)", r"\1<<", "".join(pieces).replace(">><<", "")).strip()
+    return re.sub(r"<<( +)", r"\1<<", "".join(marked).replace(">><<", "")).strip()
 
 
 def join_tokens(window: Window) -> str:
@@ -92,30 +94,30 @@ def join_tokens(window: Window) -> str:
 
 
 def _escape(token: str) -> str:
-    """Replace line breaks, and << and >> in the text, by look-alikes."""
+    """Make line breaks and control characters visible, and replace << and >> by look-alikes."""
     return make_visible(token).replace("<<", "‹‹").replace(">>", "››")
 
 
 def parse_explanation(answer: str) -> str | None:
-    """The explanation in a model's answer; None if it says nothing."""
+    """The explanation in a model's answer; None if the answer is empty."""
     answer = _drop_thoughts(answer)
-    labelled = re.findall(r"explanation\W*?:[\s*]*(.+)", answer, re.IGNORECASE)
-    line = labelled[-1] if labelled else answer.partition("\n")[0]
+    lines = re.findall(r"explanation\W*?:[\s*]*(.+)", answer, re.IGNORECASE)
+    line = lines[-1] if lines else answer.partition("\n")[0]
     return line.strip(" *")[:MAX_EXPLANATION_CHARACTERS] or None
 
 
-def parse_verdicts(answer: str, texts: int) -> list[bool | None]:
-    """A model's verdict on each text: True (yes), False (no), or None if unclear."""
+def parse_verdicts(answer: str, count: int) -> list[bool | None]:
+    """A model's verdicts on `count` texts: True (yes), False (no), or None if unclear."""
     answer = _drop_thoughts(answer)
-    if texts == 1 and (word := re.match(r"\W*(?:1\W+)?(yes|no)\b", answer, re.IGNORECASE)):
+    if count == 1 and (word := re.match(r"\W*(?:1\W+)?(yes|no)\b", answer, re.IGNORECASE)):
         return [word[1].lower() == "yes"]
-    verdicts: dict[int, set[bool]] = {}
-    pattern = r"^\W*(?:text )?(\d+)(?:\W+\1)?\W+(yes|no)\b"  # small models write 1. 1: yes
+    verdicts: dict[int, set[bool]] = {}  # by the number of the text
+    pattern = r"^\W*(?:text )?(\d+)(?:\W+\1)?\W+(yes|no)\b"  # small models write "1. 1: yes"
     for number, word in re.findall(pattern, answer, re.IGNORECASE | re.MULTILINE):
         verdicts.setdefault(int(number), set()).add(word.lower() == "yes")
-    # yes and no for the same text is no verdict
-    sets = (verdicts.get(i, set()) for i in range(1, texts + 1))
-    return [next(iter(answers)) if len(answers) == 1 else None for answers in sets]
+    # both yes and no for a text is unclear
+    answers = (verdicts.get(number, set()) for number in range(1, count + 1))
+    return [next(iter(given)) if len(given) == 1 else None for given in answers]
 
 
 def _drop_thoughts(answer: str) -> str:

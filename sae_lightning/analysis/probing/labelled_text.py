@@ -91,8 +91,8 @@ def read_labelled_text(
     )
 
 
-def pick_classes(label: str, pieces: list[Piece], tokens: int, width: int) -> list[str]:
-    """The most frequent classes with enough pieces of `width` tokens in every fold: at most
+def pick_classes(label: str, pieces: list[Piece], tokens: int, window_size: int) -> list[str]:
+    """The most frequent classes with enough pieces of `window_size` tokens in every fold: at most
     MAX_CLASSES, and no more than fit into `tokens`.
 
     UserError if fewer than two are left.
@@ -111,7 +111,7 @@ def pick_classes(label: str, pieces: list[Piece], tokens: int, width: int) -> li
             f"{', ...' if len(counts) > 3 else ''}; a probe needs two values with "
             f"{MIN_PIECES_PER_FOLD * FOLDS} pieces or more each"
         )
-    per_class = MIN_PIECES_PER_FOLD * FOLDS * width
+    per_class = MIN_PIECES_PER_FOLD * FOLDS * window_size
     if tokens < 2 * per_class:
         raise UserError(f"tokens={tokens}: too few for two classes; give {2 * per_class} or more")
     return frequent[: min(MAX_CLASSES, tokens // per_class)]
