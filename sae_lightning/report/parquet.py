@@ -12,30 +12,30 @@ from torch import Tensor
 from sae_lightning.files import write_atomically
 from sae_lightning.report.catalogue import BEFORE, Catalogue, Examples, slice_units
 
-UNITS_PER_GROUP = 8192  # units written at a time: bounds memory
+UNITS_PER_GROUP = 8192  # units in a row group of the file, written at a time: bounds memory
 METADATA_KEY = b"sae_lightning"  # key of the file's own metadata
 
 
-def write_catalogue(path: Path, catalogue: Catalogue, of: dict[str, str]) -> None:
-    """Write `catalogue` with its origin `of` (SAE, LLM, text ...) in the file's metadata.
+def write_catalogue(path: Path, catalogue: Catalogue, origin: dict[str, str]) -> None:
+    """Write `catalogue`, with what it was made from (SAE, LLM, text ...) in the file's metadata.
 
     Tokens are written as text. pandas, polars and datasets open the file; `parquet_reader` turns
     it back into a catalogue.
     """
     vocabulary = pa.array(catalogue.vocabulary)
-    note = {METADATA_KEY: json.dumps({"tokens": catalogue.statistics.tokens, "of": of})}
-    with write_atomically(path) as temporary, ExitStack() as files:
+    metadata = {METADATA_KEY: json.dumps({"tokens": catalogue.statistics.tokens, "of": origin})}
+    with write_atomically(path) as temporary, ExitStack() as stack:
         writer = None
         for first in range(0, catalogue.num_units, UNITS_PER_GROUP):
-            table = pa.table(_make_columns(catalogue, first, vocabulary), metadata=note)
-            writer = writer or files.enter_context(
+            table = pa.table(_make_columns(catalogue, first, vocabulary), metadata=metadata)
+            writer = writer or stack.enter_context(
                 pyarrow.parquet.ParquetWriter(temporary, table.schema, compression="zstd")
             )
             writer.write_table(table)
 
 
 def _make_columns(catalogue: Catalogue, first: int, vocabulary: pa.Array) -> dict[str, pa.Array]:
-    """The columns of UNITS_PER_GROUP units from unit `first` on."""
+    """Make the columns of UNITS_PER_GROUP units, from unit `first` on."""
     catalogue = slice_units(catalogue, slice(first, first + UNITS_PER_GROUP))
     statistics = catalogue.statistics
     columns = {
@@ -79,20 +79,20 @@ def _to_array(values: Tensor) -> pa.Array:
 
 
 def _make_lists(values: Tensor | pa.Array, mask: Tensor) -> pa.ListArray:
-    """One list per row of `mask` [units, k]: the `values` where it is True. A pyarrow array
-    holds only these values."""
+    """Make one list per row of `mask` [units, k], of the `values` where it is True. If `values` is
+    a pyarrow array, it holds only these, one after another."""
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(dim=1).cumsum(0)])
     flat = _to_array(values[mask]) if isinstance(values, Tensor) else values
     return pa.ListArray.from_arrays(ends.int().numpy(), flat)
 
 
 def _make_text_lists(ids: Tensor, vocabulary: pa.Array) -> pa.ListArray:
-    """One list per row of `ids` [units, k]: the tokens' texts, without -1."""
+    """Make one list per row of `ids` [units, k]: the texts of its tokens, without -1."""
     return _make_lists(vocabulary.take(_to_array(ids[ids >= 0])), ids >= 0)
 
 
 def _make_example_lists(examples: Examples, vocabulary: pa.Array) -> pa.ListArray:
-    """One list of examples per unit; tokens outside the sequence are left out."""
+    """Make one list of examples per unit; tokens outside the sequence are left out."""
     exists = examples.peak_strength > 0  # [units, n]
     tokens, strengths = examples.tokens[exists], examples.strengths[exists]  # [examples, WINDOW]
     columns = {

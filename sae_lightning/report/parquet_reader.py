@@ -29,7 +29,7 @@ from sae_lightning.report.catalogue import (
 )
 from sae_lightning.report.parquet import METADATA_KEY
 
-# Limits on the memory that an untrusted file can take: all lists of a column are padded to the
+# Limits on the memory that an untrusted file can take, as all lists of a column are padded to the
 # longest.
 MAX_LIST_LENGTH = 1024
 MAX_TEXT_TOKENS = 1 << 27  # sequences x context
@@ -40,25 +40,26 @@ class CatalogueHeader(NamedTuple):
     """What the footer of a file says, read without its columns."""
 
     kind: str
-    """Name of the units."""
+    """What a unit is: 'feature' or 'neuron', unless the file is damaged."""
     units: int
-    of: dict[str, str]
-    """Its origin, as `write_catalogue` was given it."""
+    """Number of units."""
+    origin: dict[str, str]
+    """The `origin` that `write_catalogue` was given."""
     tokens: int
-    """Number of tokens read."""
+    """Number of tokens that the catalogue is over."""
 
 
 def read_header(path: Path) -> CatalogueHeader:
-    """Read the footer of a catalogue. Any exception means that the file is damaged or, a KeyError,
-    that an older version wrote it."""
+    """Read the footer of a catalogue. A KeyError means that an older version wrote the file, any
+    other exception that it is damaged."""
     footer = pyarrow.parquet.read_metadata(path)
-    note = json.loads(footer.metadata[METADATA_KEY])
+    metadata = json.loads(footer.metadata[METADATA_KEY])
     kind = footer.schema.to_arrow_schema().names[0]
-    return CatalogueHeader(kind, footer.num_rows, dict(note["of"]), note["tokens"])
+    return CatalogueHeader(kind, footer.num_rows, dict(metadata["of"]), metadata["tokens"])
 
 
 def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
-    """Read a catalogue; a token's text becomes its id in `vocabulary`, or -1 if it is not there.
+    """Read a catalogue. The text of a token becomes its id in `vocabulary`, or -1 if it has none.
 
     Lists are padded to the longest, [units, k]. Any exception means that the file is damaged.
     """
@@ -124,7 +125,7 @@ def _to_tensor(values: pa.Array) -> Tensor:
 
 
 def _read_integers(values: pa.Array, maximum: int) -> Tensor:
-    """Values as int64; ValueError unless all are from 0 to `maximum`."""
+    """Convert `values` to int64; ValueError unless all are from 0 to `maximum`."""
     numbers = _to_tensor(values)
     if not ((numbers >= 0) & (numbers <= maximum)).all():
         raise ValueError(f"a number is not from 0 to {maximum:,}")
@@ -132,7 +133,8 @@ def _read_integers(values: pa.Array, maximum: int) -> Tensor:
 
 
 def _read_counts(lists: pa.ListArray, bins: int) -> Tensor:
-    """Histograms [units, bins] as int64; ValueError if a count or their number is wrong."""
+    """Convert histograms to int64 [units, bins]; ValueError if one has another number of bins, or a
+    count is not from 0 to MAX_COUNT."""
     counts = _pad_lists(lists, _read_integers(lists.flatten(), MAX_COUNT), 0)
     if counts.shape[1] != bins:
         raise ValueError(f"{counts.shape[1]} bins")
@@ -140,7 +142,7 @@ def _read_counts(lists: pa.ListArray, bins: int) -> Tensor:
 
 
 def _read_reals(values: pa.Array) -> Tensor:
-    """Values as float32; ValueError unless all are finite."""
+    """Convert `values` to float32; ValueError unless all are finite."""
     numbers = _to_tensor(values).float()
     if not numbers.isfinite().all():
         raise ValueError("a number is not finite")
@@ -167,14 +169,14 @@ def _pad_lists(lists: pa.ListArray, values: Tensor, fill: float) -> Tensor:
 
 
 def _look_up_ids(texts: pa.Array, ids: dict[str, int]) -> Tensor:
-    """Token ids [entries] of texts, int32; -1 for a text without an id."""
+    """Look up the token ids [entries] of texts, int32; -1 for a text without an id."""
     encoded = texts.dictionary_encode()
     codes = np.array([ids.get(text, -1) for text in encoded.dictionary.to_pylist()], np.int32)
     return torch.from_numpy(codes[encoded.indices.to_numpy()])
 
 
 def _read_tokens(lists: pa.ListArray, ids: dict[str, int]) -> Tensor:
-    """Token ids [units, k] of lists of texts, int32, padded with -1."""
+    """Look up the token ids [units, k] of lists of texts, int32, padded with -1."""
     return _pad_lists(lists, _look_up_ids(lists.flatten(), ids), -1)
 
 
@@ -202,7 +204,7 @@ def _read_examples(lists: pa.ListArray, ids: dict[str, int]) -> Examples:
 
 
 def _rebuild_text(*lists: Examples) -> np.ndarray:
-    """Token ids [sequences, context] of the text, -1 where no example shows it."""
+    """Rebuild the token ids [sequences, context] of the text, -1 where no example shows it."""
     parts = [[], [], []]
     for examples in lists:
         place = examples.position[..., None] + torch.arange(-BEFORE, AFTER + 1)

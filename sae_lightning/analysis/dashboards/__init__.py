@@ -1,1 +1,1 @@
-"""Writes what is known of features in the formats of dashboards: Neuronpedia and SAEDashboard."""
+"""Writes catalogues in other tools' formats: Neuronpedia, SAEDashboard, circuit-tracer."""

@@ -28,8 +28,8 @@ from sae_lightning.runs.jobs import is_sweep
 def open_blocks(
     task: DashboardSettings, given_settings: Collection[str]
 ) -> list[Callable[[], Dashboards]]:
-    """Functions that open one SAE each: that of the run, or those of a sweep. UserError if two of
-    them read the same block."""
+    """Return functions that open one SAE each: that of the run, or those of a sweep. UserError if
+    two of them read the same block."""
     if not is_sweep(Path(task.run)):
         return [partial(open_dashboards, task, given_settings)]
     return [
@@ -39,7 +39,7 @@ def open_blocks(
 
 
 def write_circuit_tracer_features(openers: list[Callable[[], Dashboards]], folder: Path) -> None:
-    """Write the features of each SAE, opening one at a time."""
+    """Write the features of each SAE, opening one SAE at a time."""
     index = {}
     for open_content in openers:
         content = open_content()
@@ -57,8 +57,8 @@ def write_circuit_tracer_features(openers: list[Callable[[], Dashboards]], folde
 
 
 def _make_entry(content: Dashboards, dashboard: Dashboard) -> dict[str, Any]:
-    layer, unit = content.name.layer, dashboard["feature_index"]
-    maximum = content.catalogue.statistics.maximum[unit].item()
+    layer, feature = content.name.layer, dashboard["feature_index"]
+    maximum = content.catalogue.statistics.maximum[feature].item()
     quantiles = [
         {
             "quantile_name": "Top" if low < 0 else f"Interval {low:.3g} - {high:.3g}",
@@ -78,18 +78,18 @@ def _make_entry(content: Dashboards, dashboard: Dashboard) -> dict[str, Any]:
     ]
     return {
         "transcoder_id": content.name.id,
-        "index": pair_cantor(layer, unit),
+        "index": pair_cantor(layer, feature),
         "examples_quantiles": quantiles,
         "top_logits": dashboard["pos_str"],
         "bottom_logits": dashboard["neg_str"],
         "act_min": 0.0,
         "act_max": maximum,
         "quantile_values": [],
-        "histogram": content.catalogue.linear_histogram[unit].tolist(),  # from 0 to act_max
+        "histogram": content.catalogue.linear_histogram[feature].tolist(),  # from 0 to act_max
         "activation_frequency": dashboard["frac_nonzero"],
     }
 
 
-def pair_cantor(x: int, y: int) -> int:
-    """Compute circuit-tracer's number of feature `y` of block `x`: Cantor's pairing function."""
-    return (x + y) * (x + y + 1) // 2 + y
+def pair_cantor(layer: int, feature: int) -> int:
+    """Compute circuit-tracer's index of a feature of a block: Cantor's pairing function."""
+    return (layer + feature) * (layer + feature + 1) // 2 + feature

@@ -1,4 +1,4 @@
-"""What dashboards are written from: the settings, the catalogue, and the effects on the logits."""
+"""What dashboards are made from: the settings, the catalogue, and the effects on the logits."""
 
 import re
 from collections.abc import Collection
@@ -42,14 +42,14 @@ class DashboardSettings(FeaturesTask):
     """Take a feature's effect on the logits from the direct path (the logit lens), as SAEDashboard
     does, and not through the later blocks."""
     vectors: bool = False
-    """Write the decoder rows too, so that Neuronpedia can steer without the SAE. It then lists each
-    feature as a vector of yours."""
+    """Write the decoder rows too, so that Neuronpedia can steer without the SAE. It then also lists
+    each feature among your vectors."""
     model_id: str | None = None
     """Neuronpedia's id of the LLM, such as gpt2-small; null derives it from llm.name."""
     source_set: str | None = None
     """Name of the set of SAEs, such as res-jb; null makes it of site, architecture and size."""
     suffix: str | None = None
-    """Tells SAEs of the same set and block apart, such as l0-30."""
+    """Distinguishes SAEs of the same set and block, such as l0-30."""
     release: str | None = None
     """Id of the release; null for the name of the set."""
     description: str | None = None
@@ -94,19 +94,19 @@ class SourceName(NamedTuple):
 
 
 class Dashboards(NamedTuple):
-    """Everything that dashboards of `units` show."""
+    """Everything that the dashboards of some features show."""
 
     subject: Subject
     settings: DashboardSettings
     catalogue: Catalogue
-    units: list[int]
+    features: list[int]
     """The features to write, ascending."""
     effect: LogitEffect | None
-    """Of all features; None if the direct path is asked for and there is none."""
+    """Of all features; None with `direct` if there is no direct path."""
 
     @property
     def name(self) -> SourceName:
-        """The SAE's place in Neuronpedia, as given or derived from LLM, site and SAE."""
+        """Where Neuronpedia lists the SAE: as in the settings or else derived from LLM and SAE."""
         settings, (source, target) = self.settings, self.subject.sites
         kind = SITE_WORDS[source.kind] if source == target else "tc"
         config = self.subject.sae.config
@@ -116,8 +116,8 @@ class Dashboards(NamedTuple):
 
     @property
     def dataset(self) -> str:
-        """Name of the text; of a local one the last part of its path, as the files are made to be
-        uploaded."""
+        """Name of the text. Of a local one, only the last part of its path, because the files are
+        meant for uploading."""
         text = self.subject.describe()["text"]
         return Path(text).name if Path(text).is_absolute() else text
 
@@ -131,19 +131,19 @@ class Dashboards(NamedTuple):
 def open_dashboards(task: DashboardSettings, given_settings: Collection[str]) -> Dashboards:
     """Open SAE, LLM and text, and find or make the catalogue. UserError for synthetic concepts."""
     subject = task.load_subject(given_settings)
-    units = subject.check_features(sorted({*(task.feature or range(subject.features))}))
+    features = subject.check_features(sorted({*(task.feature or range(subject.features))}))
     _ = subject.tokenizer  # UserError for synthetic concepts
     catalogue = task.find_catalogue(subject, given_settings)
-    parts = [catalogue.linear_histogram, catalogue.effect and catalogue.effect.histogram]
-    if any(part is None for part in [*parts, catalogue.neighbours]):
+    histograms = [catalogue.linear_histogram, catalogue.effect and catalogue.effect.histogram]
+    if any(part is None for part in [*histograms, catalogue.neighbours]):
         console.print("the catalogue is of an older version, without histograms: making a new one")
         catalogue = task.make_catalogues(subject).features
     effect = measure_effects(subject, None) if task.direct else catalogue.effect
-    return Dashboards(subject, task, catalogue, units, effect)
+    return Dashboards(subject, task, catalogue, features, effect)
 
 
 def derive_model_id(llm: str) -> str:
-    """Neuronpedia's id of the LLM with a name on the hub, or in a folder of that name."""
+    """Derive Neuronpedia's id of an LLM from its name on the hub, or from its folder's name."""
     name = re.sub(r"[^a-z0-9._-]+", "-", llm.rstrip("/").split("/")[-1].lower())
     for pattern, replacement in MODEL_ID_PATTERNS.items():
         name = re.sub(pattern, replacement, name)

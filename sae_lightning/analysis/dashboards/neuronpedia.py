@@ -23,11 +23,11 @@ from sae_lightning.terminal import console, shorten_path
 
 Row = dict[str, Any]
 """A row of a table of Neuronpedia's database, by its columns."""
-# Keys of a feature's row that are the same in SAEDashboard.
+# Columns of a feature's row that are keys of SAEDashboard, too, with the same values.
 SAME_KEYS = [
-    *(f"neuron_alignment_{what}" for what in ("indices", "values", "l1")),
-    *(f"correlated_neurons_{what}" for what in ("indices", "pearson", "l1")),
-    *(f"correlated_features_{what}" for what in ("indices", "pearson", "l1")),
+    *(f"neuron_alignment_{number}" for number in ("indices", "values", "l1")),
+    *(f"correlated_neurons_{number}" for number in ("indices", "pearson", "l1")),
+    *(f"correlated_features_{number}" for number in ("indices", "pearson", "l1")),
     *("neg_str", "neg_values", "pos_str", "pos_values", "frac_nonzero", "decoder_weights_dist"),
     *("freq_hist_data_bar_heights", "freq_hist_data_bar_values"),
     *("logits_hist_data_bar_heights", "logits_hist_data_bar_values"),
@@ -43,31 +43,31 @@ def write_neuronpedia(content: Dashboards, folder: Path) -> None:
     for table, row in _describe_source(content, created).items():
         (source_folder / f"{table}.jsonl").write_text(_format_row(row), encoding="utf8")
     explanations = read_explanations(content.subject)
-    for number, dashboards in enumerate(list_dashboards(content)):
+    for i, dashboards in enumerate(list_dashboards(content)):
         tables = {
             "features": [_make_feature(content, d, created) for d in dashboards],
             "activations": [
-                _make_activation(content, d, i, created)
+                _make_activation(content, d, index, created)
                 for d in dashboards
-                for i in range(len(d["activations"]))
+                for index in range(len(d["activations"]))
             ],
             "explanations": [
-                _make_explanation(content, unit, explanations[unit], created)
-                for unit in (d["feature_index"] for d in dashboards)
-                if unit in explanations
+                _make_explanation(content, feature, explanations[feature], created)
+                for feature in (d["feature_index"] for d in dashboards)
+                if feature in explanations
             ],
         }
         for table, rows in tables.items():
             if rows:
-                file = source_folder / table / f"batch-{number}.jsonl.gz"
+                file = source_folder / table / f"batch-{i}.jsonl.gz"
                 file.parent.mkdir(exist_ok=True)
                 with gzip.open(file, "wt", compresslevel=5, encoding="utf8") as stream:
                     stream.writelines(map(_format_row, rows))
 
 
 def read_explanations(subject: Subject) -> dict[int, tuple[str, str]]:
-    """Read what `task=explain` has saved: feature -> explanation, and its model and scores in
-    words; empty if there is nothing."""
+    """Read what `task=explain` has saved: feature -> (explanation, a note with its model and
+    scores); empty if the file is missing or damaged."""
     path = subject.results_folder / "explain.json"
     if not path.is_file():
         return {}
@@ -103,7 +103,7 @@ def _make_id(*parts: object) -> str:
 
 
 def _describe_source(content: Dashboards, created: str) -> dict[str, Row]:
-    """The rows of the SAE's release, LLM, set and of itself, by table."""
+    """Make the rows that describe the SAE's release, LLM, set and the SAE itself, by table."""
     settings, name, subject = content.settings, content.name, content.subject
     prompts, context = content.prompt_shape
     shape = subject.config.data_source.read_shape()
@@ -156,24 +156,25 @@ def _make_feature(content: Dashboards, dashboard: Dashboard, created: str) -> Ro
     }
 
 
-def _list_neighbours(content: Dashboards, unit: int) -> Row:
-    """The features with the most similar decoder rows, and their cosines."""
-    units, cosines = (part[unit] for part in content.catalogue.neighbours)
-    known = units >= 0
+def _list_neighbours(content: Dashboards, feature: int) -> Row:
+    """List the features with the most similar decoder rows, and their cosines."""
+    others, cosines = (part[feature] for part in content.catalogue.neighbours)
+    exists = others >= 0  # the rest is padding
     return {
-        "topkCosSimIndices": units[known].tolist(),
-        "topkCosSimValues": [round(value, 5) for value in cosines[known].tolist()],
+        "topkCosSimIndices": others[exists].tolist(),
+        "topkCosSimValues": [round(value, 5) for value in cosines[exists].tolist()],
     }
 
 
-def _make_activation(content: Dashboards, dashboard: Dashboard, number: int, created: str) -> Row:
-    name, unit = content.name, dashboard["feature_index"]
-    example = dashboard["activations"][number]
+def _make_activation(content: Dashboards, dashboard: Dashboard, index: int, created: str) -> Row:
+    """Make the row of the example with an `index` in the dashboard."""
+    name, feature = content.name, dashboard["feature_index"]
+    example = dashboard["activations"][index]
     values = example["values"]
     return {
-        "id": _make_id("activation", name.model, name.id, unit, number),
+        "id": _make_id("activation", name.model, name.id, feature, index),
         "tokens": example["tokens"],
-        "index": str(unit),
+        "index": str(feature),
         "layer": name.id,
         "modelId": name.model,
         "creatorId": content.settings.creator_id,
@@ -197,18 +198,19 @@ def _make_activation(content: Dashboards, dashboard: Dashboard, number: int, cre
 
 
 def _make_explanation(
-    content: Dashboards, unit: int, explanation: tuple[str, str], created: str
+    content: Dashboards, feature: int, explanation: tuple[str, str], created: str
 ) -> Row:
+    """Make the row of an explanation, as `read_explanations` gives it."""
     name, (text, notes) = content.name, explanation
     return {
-        "id": _make_id("explanation", name.model, name.id, unit),
+        "id": _make_id("explanation", name.model, name.id, feature),
         "modelId": name.model,
         "layer": name.id,
-        "index": str(unit),
+        "index": str(feature),
         "description": text[:DESCRIPTION_LENGTH],
         "authorId": content.settings.creator_id,
         "notes": notes,
-        # must be names that the database knows, and it knows none of this project's
+        # these must be names in Neuronpedia's database, which has none of this project's
         "typeName": None,
         "explanationModelName": None,
         "createdAt": created,

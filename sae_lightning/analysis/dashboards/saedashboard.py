@@ -13,11 +13,11 @@ def write_saedashboard(content: Dashboards, folder: Path) -> None:
     """Write the files that SAEDashboard's NeuronpediaRunner writes."""
     model, layer, source_set, suffix = content.name
     about = {"model_id": model, "layer": layer, "sae_set": source_set}
-    for number, features in enumerate(list_dashboards(content)):
-        batch = about | {"sae_id_suffix": suffix, "features": features}
-        (folder / f"batch-{number}.json").write_text(json.dumps(batch), encoding="utf8")
-    written = {*content.units}
-    skipped = [unit for unit in range(content.subject.features) if unit not in written]
+    for i, dashboards in enumerate(list_dashboards(content)):
+        batch = about | {"sae_id_suffix": suffix, "features": dashboards}
+        (folder / f"batch-{i}.json").write_text(json.dumps(batch), encoding="utf8")
+    written = {*content.features}
+    skipped = [i for i in range(content.subject.features) if i not in written]
     about |= {"layer": str(layer), "log_sparsity": None, "skipped_indexes": skipped}
     write_json(folder / "skipped_indexes.json", about)
     write_json(folder / "run_settings.json", _describe_settings(content))

@@ -1,4 +1,4 @@
-"""Finds copies, features that write almost the same, so that pages show each group as one."""
+"""Finds copies, features that write almost the same direction, so that pages list them as one."""
 
 import numpy as np
 import torch
@@ -13,27 +13,27 @@ def find_originals(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> 
     """Find the original of each feature [features]: the feature itself, unless it is a copy.
 
     Greedy, in the order of `ranking` [features]: a feature that is not yet a copy is an original.
-    Its copies are the features with a cosine > COPY_COSINE to the original itself that are reached
-    from neighbour to neighbour.
+    Its copies are the features that are reached from it by going from neighbour to neighbour, each
+    with a cosine > COPY_COSINE to the original itself.
     """
     near = (neighbours.similarity > COPY_COSINE) & (neighbours.units >= 0)
     features, column = near.numpy().nonzero()
     others = neighbours.units.numpy()[features, column]
-    # made symmetric: one of a pair may be missing from the other's list of nearest neighbours
+    # made symmetric: one feature of a pair may be missing from the other's list of neighbours
     features, others = np.concatenate([features, others]), np.concatenate([others, features])
     others = others[features.argsort(kind="stable")]
     ends = np.bincount(features, minlength=len(W_dec)).cumsum()
     starts = np.concatenate([[0], ends[:-1]])  # where each feature's neighbours begin
     original, undecided = np.arange(len(W_dec)), ends > starts
     ranking = ranking.numpy()
-    for first in ranking[undecided[ranking]]:
-        if not undecided[first]:
+    for candidate in ranking[undecided[ranking]]:
+        if not undecided[candidate]:  # it has become a copy
             continue
-        undecided[first], reached = False, np.array([first])
+        undecided[candidate], reached = False, np.array([candidate])
         while len(reached):
             linked = np.unique(np.concatenate([others[starts[i] : ends[i]] for i in reached]))
             linked = linked[undecided[linked]]
-            rows = normalize(W_dec[np.append(linked, first)]).cpu()
+            rows = normalize(W_dec[np.append(linked, candidate)]).cpu()
             reached = linked[(rows[:-1] @ rows[-1] > COPY_COSINE).numpy()]
-            undecided[reached], original[reached] = False, first
+            undecided[reached], original[reached] = False, candidate
     return torch.from_numpy(original)

@@ -1,4 +1,4 @@
-"""Reducers over the text: how often units fire, their strongest examples, and the tokens read."""
+"""Reducers: how often units fire, their strongest examples, and the tokens of the text."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 def make_empty_examples(units: int, n: int) -> Examples:
-    """Examples [units, n] with strength 0, which means that there is none."""
+    """Make examples [units, n] with a peak strength of 0, which means that there is none."""
     return Examples(
         peak_strength=torch.zeros(units, n),
         tokens=torch.full((units, n, WINDOW), -1, dtype=torch.int32),
@@ -53,8 +53,8 @@ class FiringStatistics:
         token, unit = values.nonzero(as_tuple=True)
         lowest = EDGES[0].log2().item()
         half_octave = ((values[token, unit].log2() - lowest) * 2).floor().long()
-        places = units[unit.cpu()] * STRENGTH_BINS + half_octave.clamp(0, STRENGTH_BINS - 1).cpu()
-        self.histogram.index_add_(0, places, torch.ones_like(places))
+        bins = units[unit.cpu()] * STRENGTH_BINS + half_octave.clamp(0, STRENGTH_BINS - 1).cpu()
+        self.histogram.index_add_(0, bins, torch.ones_like(bins))
 
     def result(self) -> Statistics:
         mean = (self.sum / self.firing_counts.clamp(min=1)).float()
@@ -70,9 +70,9 @@ class FiringStatistics:
 class StrongestExamples:
     """A reducer: the strongest examples of each unit, at most one per sequence.
 
-    kept [units, n]   9 7 4 2        The best n of both rows stay; new ones take the slots
-    new  [units, s]   1 8 3          of the kept ones that are dropped.
-                      └ best of each sequence
+    kept [units, n]   9 7 4 2        The n strongest of both rows stay: each new example among
+    new  [units, s]   1 8 3          them takes the slot of a kept one that is dropped.
+                      └ strongest of each sequence
     """
 
     def __init__(self, units: int, n: int, read_strengths: StrengthReader):
@@ -80,7 +80,7 @@ class StrongestExamples:
 
     def add(self, batch: EncodedBatch) -> None:
         values, units = self.read_strengths(batch)  # [sequences, context, active units]
-        best, place = (x.cpu() for x in values.max(dim=1))  # [sequences, active units]
+        best, position = (x.cpu() for x in values.max(dim=1))  # [sequences, active units]
         best = torch.where(best > 0, best, -1).T  # -1: never enters an empty slot (0)
         n = self.top.peak_strength.shape[1]
         winners = torch.cat([self.top.peak_strength[units], best], dim=1).topk(n, dim=1).indices
@@ -90,16 +90,17 @@ class StrongestExamples:
         unit, slot = (~stays[:, :n]).nonzero(as_tuple=True)
         _, sequence = stays[:, n:].nonzero(as_tuple=True)
         if len(unit):
-            examples = self._cut_windows(batch, values, unit, sequence, place[sequence, unit])
+            peaks = position[sequence, unit]
+            examples = self._cut_windows(batch, values, unit, sequence, peaks)
             for kept, new in zip(self.top, examples, strict=True):
                 kept[units[unit], slot] = new
 
     def _cut_windows(
-        self, batch: EncodedBatch, values: Tensor, unit: Tensor, sequence: Tensor, place: Tensor
+        self, batch: EncodedBatch, values: Tensor, unit: Tensor, sequence: Tensor, peak: Tensor
     ) -> Examples:
-        """Cut m windows around position `place` [m] of `sequence` [m], with strengths from column
+        """Cut m windows around position `peak` [m] of `sequence` [m], with strengths from column
         `unit` [m] of `values` [sequences, context, active units]."""
-        window = place[:, None] + torch.arange(-BEFORE, AFTER + 1)  # [m, WINDOW]
+        window = peak[:, None] + torch.arange(-BEFORE, AFTER + 1)  # [m, WINDOW]
         inside = (window >= 0) & (window < values.shape[1])
         window = window.clamp(0, values.shape[1] - 1)
         tokens = batch.tokens.cpu()[sequence[:, None], window]
@@ -110,7 +111,7 @@ class StrongestExamples:
             # + 0 turns -0 into 0
             strengths=torch.where(inside, around, 0).clamp(0, FLOAT16_MAX).half() + 0,
             sequence=batch.sequence_indices[sequence],
-            position=place.int(),
+            position=peak.int(),
         )
 
     def result(self) -> Examples:

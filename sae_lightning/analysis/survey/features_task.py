@@ -21,7 +21,7 @@ from sae_lightning.report.printer import print_section, print_units
 from sae_lightning.sae import SAE
 
 PRINTED_FEATURES = 5  # features shown in the terminal
-CATALOGUE_SETTINGS = {"tokens", "examples", "neurons"}  # setting one makes a new catalogue
+CATALOGUE_SETTINGS = {"tokens", "examples", "neurons"}  # settings that a catalogue depends on
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,8 +31,8 @@ class FeaturesTask(Task):
     tokens: int = 131_072
     """Tokens of text to read."""
     examples: int = 12
-    """Strongest examples to keep per feature; besides, a sixth as many are drawn at random from
-    each of five equal intervals of its strength."""
+    """Strongest examples to keep of each feature. In addition, a sixth as many are drawn at random
+    from each of five equal intervals of its strength."""
     neurons: Positive = Positive.abs
     """How neurons are made positive, so that they compare with features."""
 
@@ -50,7 +50,8 @@ class FeaturesTask(Task):
         self.publish(subject, result.to_dict(), [summary], catalogues, result.best)
 
     def find_catalogue(self, subject: Subject, given_settings: Collection[str]) -> Catalogue:
-        """The catalogue of features that an earlier task has saved, or else a new one."""
+        """Read the catalogue of features that an earlier task has saved; make a new one if there is
+        none or a setting in CATALOGUE_SETTINGS is given."""
         saved = None
         if not CATALOGUE_SETTINGS & {*given_settings}:
             saved = read_saved_catalogue(subject, subject.results_folder / "features.parquet")

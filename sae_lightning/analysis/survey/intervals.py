@@ -1,4 +1,4 @@
-"""Draws random examples from each interval of strengths, once the maxima are known.
+"""Draws random examples from each interval of strengths, once each unit's maximum is known.
 
 0                                      maximum         a unit's intervals, equally wide;
 |-- 4 --|-- 3 --|-- 2 --|-- 1 --|-- 0 --|              0 is the strongest
@@ -47,9 +47,9 @@ def draw_examples(
     cuts = torch.tensor(
         range(ENTRIES_AT_ONCE, len(sample.places), ENTRIES_AT_ONCE), dtype=torch.int64
     )
-    inner = torch.searchsorted(starts, cuts)
+    bounds = torch.searchsorted(starts, cuts).tolist()  # units at which the sample is cut
     parts = []
-    for first, end in pairwise(sorted({0, *inner.tolist(), sample.feature_count})):
+    for first, end in pairwise(sorted({0, *bounds, sample.feature_count})):
         entries = slice(starts[first], starts[end])
         part = sample._replace(
             starts=starts[first : end + 1] - starts[first],
@@ -64,7 +64,7 @@ def draw_examples(
 def _draw_part(
     sample: Sample, maximum: Tensor, top: Examples, per_interval: int, seed: int
 ) -> Examples:
-    """Draw examples like `draw_examples`, of all units of `sample` at once."""
+    """Do what `draw_examples` does, for all units of `sample` at once."""
     entries = _find_candidates(sample, top)
     unit, strength = sample.owners()[entries], sample.strengths[entries]
     interval = find_interval(strength, maximum[unit]).numpy()
@@ -77,7 +77,7 @@ def _draw_part(
 
 
 def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
-    """Find the entries of the sample that are not the peak of an example in `top`."""
+    """Find the entries [n] of the sample that are not the peak of an example in `top`."""
     size, context = sample.tokens.numel(), sample.tokens.shape[1]
     keys = sample.owners().numpy() * size + sample.places.numpy()  # ascending
     unit, i = (top.peak_strength > 0).numpy().nonzero()

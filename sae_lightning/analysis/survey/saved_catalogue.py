@@ -21,8 +21,8 @@ def describe_origin(subject: Subject) -> dict[str, str]:
 
 
 def read_saved_catalogue(subject: Subject, path: Path) -> Catalogue | None:
-    """Read the catalogue in the parquet file at `path`; None if missing, unusable or not of
-    `subject`. Prints whether the file is used, and if not, why."""
+    """Read the catalogue in the parquet file at `path`; None if there is none, it is unusable, or
+    it is of another SAE or text than `subject`. Prints whether it is used, and if not, why."""
     if not path.is_file():
         console.print("there is no catalogue of this SAE yet: making one")
         return None
@@ -35,7 +35,7 @@ def read_saved_catalogue(subject: Subject, path: Path) -> Catalogue | None:
     except Exception as error:  # damaged, malicious, or from an older version
         return _refuse(path, error)
     origin = describe_origin(subject).items()
-    different = [name for name, value in origin if header.of.get(name) != value]
+    different = [name for name, value in origin if header.origin.get(name) != value]
     if different:
         console.print(
             f"{shorten_path(path)} does not match this SAE in {' and '.join(different)}: "
@@ -47,7 +47,7 @@ def read_saved_catalogue(subject: Subject, path: Path) -> Catalogue | None:
         catalogue = read_catalogue(path, vocabulary)
     except Exception as error:
         return _refuse(path, error)
-    text = header.of["text"]
+    text = header.origin["text"]
     console.print(f"using the catalogue {shorten_path(path)}, {header.tokens:,} tokens of {text}")
     return catalogue
 

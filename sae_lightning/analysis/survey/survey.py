@@ -33,7 +33,7 @@ from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
 NEURON_ENTRIES = 1 << 23  # of the neurons' sample; neurons fire on most tokens
-TOP_PER_DRAWN = 6  # strongest examples per random example of each interval
+TOP_PER_DRAWN = 6  # strongest examples for each random example of an interval
 
 
 class Survey(NamedTuple):
@@ -41,7 +41,7 @@ class Survey(NamedTuple):
 
     features: Catalogue
     neurons: Catalogue
-    """The dimensions of the source site, made positive."""
+    """Of the dimensions of the source site, made positive."""
     sample: Sample
     """Random sequences of the text, with all features that fire in them."""
 
@@ -53,22 +53,22 @@ class Survey(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """Statistics over all features, as in `features.json`."""
         features, score = self.features.statistics, self.features.token_sets.score
-        known = score[~score.isnan()]
+        scores = score[~score.isnan()]
         return {
             "tokens": features.tokens,
             "features": len(features.firing_counts),
             "unfired": (features.firing_counts == 0).float().mean().item(),
             "l0": features.firing_counts.sum().item() / features.tokens,
             "density": count_by_density(features.densities),
-            "scored": len(known),
-            "score_median": known.median().item() if len(known) else None,
-            "score_above_half": (known > 0.5).float().mean().item() if len(known) else None,
+            "scored": len(scores),
+            "score_median": scores.median().item() if len(scores) else None,
+            "score_above_half": (scores > 0.5).float().mean().item() if len(scores) else None,
         }
 
 
 def survey(
     subject: Subject,
-    source: TokenStream,
+    text: TokenStream,
     *,
     tokens: int = 131_072,
     examples: int = 12,
@@ -78,17 +78,18 @@ def survey(
     reducers: Iterable[Reducer] = (),
     controls: Iterable[tuple[SAE, Iterable[Reducer]]] = (),
 ) -> Survey:
-    """Read `tokens` tokens, `batch` sequences at a time, and catalogue where each unit fires.
+    """Read `tokens` tokens of `text`, `batch` sequences at a time, and catalogue where each feature
+    and neuron fires.
 
     `examples`: how many of the strongest to keep for each unit; a sixth as many are drawn at random
-    from each interval of strengths. `reducers`: others to feed in the same pass; `controls`: as in
-    `collect`.
+    from each interval of strengths. `reducers`: further ones, which take part in the same pass;
+    `controls`: as in `collect`.
     """
     kinds = _make_reducers(subject, examples, neurons, seed)
     recorder = TokenRecorder()
-    text, total = excerpt(source, tokens, batch)
+    sequences, total = excerpt(text, tokens, batch)
     reducers = [*chain(*kinds.values()), recorder, *reducers]
-    collect(subject, text, reducers, total=total, controls=controls)
+    collect(subject, sequences, reducers, total=total, controls=controls)
     del reducers
     vocabulary, ids, catalogues = read_vocabulary(subject.llm), recorder.result(), []
     with phase("drawing examples"):
@@ -109,7 +110,7 @@ def survey(
 def _make_reducers(
     subject: Subject, examples: int, neurons: Positive, seed: int
 ) -> dict[str, list[Reducer]]:
-    """Kind of unit -> what makes its catalogue."""
+    """Make the reducers for each kind of unit: statistics, strongest examples and sample."""
     d_in, read_neuron_strengths = len(subject.sae.W_enc), NeuronStrengthReader(neurons)
     return {
         "feature": [
@@ -127,36 +128,37 @@ def _make_reducers(
     }
 
 
-def _compare(features: Catalogue, sample: Sample, directions: Tensor) -> Catalogue:
-    """Add how informative each feature is, and which others are like it or fire with it."""
+def _compare(features: Catalogue, sample: Sample, W_dec: Tensor) -> Catalogue:
+    """Add to the catalogue what takes all features: their token sets, how informative each is, and
+    which others are similar to it or fire with it."""
     vocabulary, statistics = features.vocabulary, features.statistics
     token_sets = score_token_sets(sample, len(vocabulary))
     features = features._replace(
         token_sets=token_sets,
         linear_histogram=estimate_histogram(sample, statistics.maximum, statistics.tokens),
         informativeness=rate_informativeness(features.token_ids, sample, token_sets, vocabulary),
-        neighbours=find_neighbours(directions),
+        neighbours=find_neighbours(W_dec),
         partners=find_partners(sample),
     )
-    originals = find_originals(directions, features.neighbours, rank_units(features))
+    originals = find_originals(W_dec, features.neighbours, rank_units(features))
     return features._replace(copy_of=originals)
 
 
-def make_features_section(survey: Survey) -> Section:
+def make_features_section(result: Survey) -> Section:
     """Summarise how much text was read, and how well token sets predict the features."""
-    numbers = survey.to_dict()
+    numbers = result.to_dict()
     unscored = numbers["features"] - numbers["scored"]
-    rows = {
+    lines = {
         "text": f"{numbers['tokens']:,} tokens",
         "features": f"{numbers['features']:,}, {numbers['unfired']:.1%} of them silent",
         "L0": f"{numbers['l0']:.1f} active features per token",
     }
     if numbers["features"] > MAX_EXACT_FEATURES:
-        rows["nearest directions"] = (
+        lines["nearest directions"] = (
             "with so many features, neighbours with a cosine below 0.9 may be missed"
         )
     if numbers["scored"]:
-        rows["token score"] = (
+        lines["token score"] = (
             f"median {numbers['score_median']:.2f}, above 0.5 for "
             f"{numbers['score_above_half']:.0%} of {numbers['scored']:,} features ({unscored:,} "
             "fire too rarely for a score)"
@@ -166,7 +168,7 @@ def make_features_section(survey: Survey) -> Section:
         lead="What each feature fires on. The score says how well the best set of tokens predicts "
         "where a feature fires, on text that the set was not chosen on: 1 is perfect, 0 is chance. "
         "Features of something more abstract than tokens score low.",
-        numbers=rows,
+        numbers=lines,
     )
 
 

@@ -1,8 +1,9 @@
-"""The cheapest interpretation of a feature: a set of tokens on which it fires.
+"""The simplest interpretation of a feature: a set of tokens on which it fires.
 
 For each feature, tokens are ranked by P(fires | token). Its set is the prefix of that ranking whose
 membership correlates best with firing. The set is chosen on one half of the text and scored on the
-other, and vice versa; once with the active token and once with the token before it.
+other, and vice versa; once for the token that the feature fires on (shift 0) and once for the token
+before it (shift 1).
 """
 
 from typing import NamedTuple
@@ -50,7 +51,7 @@ class _Sets(NamedTuple):
 
 def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
     """Choose the best token set of every feature, and score how well it predicts firing."""
-    scores, sets = [], []  # of the active token, and of the token before it
+    scores, sets = [], []  # by shift
     for shift in (0, 1):
         a, b = _count_halves(sample, vocabulary, shift)
         # each set is tested on the half that it was not chosen on
