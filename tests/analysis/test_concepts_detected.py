@@ -172,7 +172,7 @@ def test_counts_are_of_all_tokens_and_do_not_depend_on_the_cutting():
 def test_counting_and_scoring_in_small_parts_gives_the_same(monkeypatch):
     whole = by_feature(NOISE)
     expected_detector = find_detector(whole, 0)
-    for limit in ("STRENGTHS_AT_ONCE", "MERGED_AT_ONCE", "SCORED_AT_ONCE"):
+    for limit in ("STRENGTHS_AT_ONCE", "CELLS_AT_ONCE", "SCORED_AT_ONCE"):
         monkeypatch.setattr(detection, limit, 4)
     strengths, member, half = NOISE[:300], MEMBER[:300], HALF[:300]
     counts = FeatureCounts(1, 6)

@@ -11,7 +11,7 @@ letter away from its word.
 A concept's *own features* are those that predict it (`find_own_features`). A feature of strength f
 *writes* f (W_dec[i] . direction) in a direction.
 
-Shapes: n = samples, d = width of the target site, concepts; features = those of the SAE.
+Shapes: n = samples, d = width of the target site; concepts, features (of the SAE).
 """
 
 import math
@@ -30,10 +30,10 @@ SPLIT_GAIN = 0.03  # F1 that one more feature must add to count as a feature of 
 MAX_OWN_FEATURES = 10  # of a concept
 ABSORBED_SHARE = 0.4  # least share of the activation's projection that absorbing features write
 ABSORBING_COSINE = 0.025  # least cosine with the probe, for a feature that absorbs alone
-PARTLY_ABSORBING_COSINE = 0.1  # and for one of several
-MAX_ABSORBING = 3  # of several: features that are counted
+PARTLY_ABSORBING_COSINE = 0.1  # and for one of several that absorb together
+MAX_ABSORBING = 3  # how many may absorb together
 
-ENCODED_AT_ONCE = 1024
+ENCODED_AT_ONCE = 1024  # samples: bounds memory
 L1_PENALTY = 0.01
 ITERATIONS = 100  # of L-BFGS; 150 change no F1 by 0.01
 L1_SMOOTHING = 1e-3  # weights far below it count as 0 in the L1 penalty
@@ -142,10 +142,10 @@ class ConceptResult(NamedTuple):
     examples: list[tuple[str, int]]
     """Name of each absorbed sample, and the feature that absorbs the concept there."""
     silent_with_child: float = math.nan
-    """Share of the counted samples in which a child is active on which the feature closest to the
-    concept's direction is silent: the true absorption. NaN if children are not known."""
+    """Of the counted samples in which a child is active, the share on which the feature closest to
+    the concept's direction is silent: the true absorption. NaN if children are not known."""
     silent_without: float = math.nan
-    """The same of the counted samples in which no child is active."""
+    """The same share of the counted samples in which no child is active."""
 
 
 class OwnFeatures(NamedTuple):
@@ -218,8 +218,8 @@ def _measure_concept(
     samples: ConceptSamples, c: int, strengths: Tensor, W_dec: Tensor, own: OwnFeatures
 ) -> ConceptResult:
     """Count the absorption of concept c, from strengths [n, features]."""
-    counted = samples.parts.test & samples.labels[:, c] & samples.detected[:, c]
-    counted = counted.nonzero().squeeze(1)  # indices of samples
+    is_counted = samples.parts.test & samples.labels[:, c] & samples.detected[:, c]
+    counted = is_counted.nonzero().squeeze(1)  # indices of samples
     strengths, direction = strengths[counted], samples.directions[c]
     outcomes = find_absorption(strengths, samples.target[counted], direction, W_dec, own.features)
     result = ConceptResult(
@@ -234,13 +234,12 @@ def _measure_concept(
         examples=[],
     )
     if own.features:
-        silent, absorbed, fraction = (x.float().mean().item() for x in outcomes[:3])
-        absorbed_samples = outcomes.absorbed.nonzero().squeeze(1).tolist()
-        examples = [
-            (samples.names[counted[i]], int(outcomes.absorbing[i])) for i in absorbed_samples
-        ]
+        absorbed = outcomes.absorbed.nonzero().squeeze(1).tolist()
         result = result._replace(
-            silent=silent, absorbed=absorbed, fraction=fraction, examples=examples
+            silent=outcomes.silent.float().mean().item(),
+            absorbed=outcomes.absorbed.float().mean().item(),
+            fraction=outcomes.fraction.mean().item(),
+            examples=[(samples.names[counted[i]], int(outcomes.absorbing[i])) for i in absorbed],
         )
     if samples.children is not None:
         has_child = samples.children[counted, c]

@@ -51,9 +51,9 @@ class BenchmarkTask(Task):
         return f"{self.task}-{self.suite}"
 
     def execute(self, given_settings: Collection[str]) -> None:
-        special = {name for benchmark in BENCHMARKS.values() for name in benchmark.settings}
+        all_settings = {name for benchmark in BENCHMARKS.values() for name in benchmark.settings}
         for name in given_settings:
-            if name in special.difference(BENCHMARKS[self.suite].settings):
+            if name in all_settings.difference(BENCHMARKS[self.suite].settings):
                 raise UserError(f"{name} has no meaning for suite={self.suite}: leave it out")
         result, subject = self.score(given_settings)
         self.print_and_publish(subject, result.numbers, result.sections)

@@ -65,8 +65,9 @@ def read_first_letters(subject: Subject) -> ConceptSamples:
     words = [all_words[i] for i in order[:MAX_READ_WORDS].tolist()]
     answers = {letter: _encode_answer(subject, letter) for letter in ascii_lowercase}
     line_tokens = 1 + max(map(len, answers.values()))
-    max_lines = ((subject.context or MAX_READ_WORDS) - 1) // line_tokens
-    n = min(WORDS_IN_PROMPT, max_lines)
+    n = WORDS_IN_PROMPT
+    if subject.context is not None:
+        n = min(n, (subject.context - 1) // line_tokens)
     word_lists = [words[i : i + n] for i in range(0, len(words), n)]  # one for each prompt
     samples = [word for listed in word_lists for word in listed[EXAMPLES:]]
     # [samples] share of the prompts that come before the sample's

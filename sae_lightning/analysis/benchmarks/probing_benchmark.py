@@ -67,16 +67,16 @@ def score_sets(
     with phase("fitting probes", total=len(sets) * splits) as advance:
         for x_of_set, labelled_set in zip(x.split([len(s.texts) for s in sets]), sets, strict=True):
             neurons, labels = x_of_set.numpy(), labelled_set.labels
-            units = {kind: encode_sparse(sae, x_of_set) for kind, sae in saes.items()}
+            encoded = {kind: encode_sparse(sae, x_of_set) for kind, sae in saes.items()}
             for kind in kinds:
                 for k in (*SIZES, None) if kind != RANDOM else SIZES:
                     scores[kind].setdefault(k, []).append([])
             for seed in range(splits):
                 split = split_texts(len(labels), seed)
                 projections = project_on_random_directions(
-                    neurons, units[FEATURES].shape[1], labels, split.train, max(SIZES)
+                    neurons, encoded[FEATURES].shape[1], labels, split.train, max(SIZES)
                 )
-                for kind, matrix in (units | {NEURONS: neurons, RANDOM: projections}).items():
+                for kind, matrix in (encoded | {NEURONS: neurons, RANDOM: projections}).items():
                     aurocs = score_sparse(matrix, labels, split, SIZES)
                     for k, auroc in zip(SIZES, aurocs, strict=True):
                         scores[kind][k][-1].append(auroc)

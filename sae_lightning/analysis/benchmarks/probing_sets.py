@@ -61,8 +61,8 @@ def read_sets(
 ) -> list[LabelledSet]:
     """Read at most `texts` texts of each set that the settings `sets` and `sets_folder` choose.
 
-    UserError: a name that no set has, or a named set without two classes that have enough texts. If
-    no set is named, sets of that sort are left out."""
+    UserError: a chosen set does not exist, or does not have two classes with enough texts. If `all`
+    are chosen (or `usual` in a folder), sets without such classes are left out instead."""
     set_files = find_set_files(folder)
     if sets == "all" or (sets == "usual" and folder is not None):
         readable = []
@@ -90,7 +90,7 @@ def check_set_names(names: Iterable[str], existing: Iterable[str]) -> None:
 
 
 def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet:
-    """Read one set; UserError if it is not readable, or has not two classes with enough texts.
+    """Read one set; UserError if that fails, or it does not have two classes with enough texts.
 
     The package's sets repeat texts. Each text is kept once, so that none is in both the training
     and the test part; a text that has both classes is dropped."""

@@ -44,8 +44,8 @@ def split_texts(texts: int, seed: int) -> TextSplit:
 
 
 def measure_differences(x: ndarray | csr_array, labels: ndarray) -> ndarray:
-    """Distance between the class means of each unit of x [texts, units], over its mean strength
-    where it is active -> [units].
+    """Distance between the class means of each unit of x [texts, units], divided by the unit's mean
+    |value| where it is not 0 -> [units].
 
     The division is sae-probes' default; without it, units with large values would always win."""
     strength = abs(x).sum(0) / ((x != 0).sum(0) + 1e-6)
@@ -67,7 +67,7 @@ def score_probe(x: ndarray, labels: ndarray, split: TextSplit) -> float:
 
     train_x, train_labels = x[split.train], labels[split.train]
     validation_texts = min(int(VALIDATION_SHARE * len(train_x)), MAX_VALIDATION)
-    start = len(train_x) - validation_texts
+    start = len(train_x) - validation_texts  # of the validation texts
 
     def measure_auroc(probe: LogisticRegression, x: ndarray, labels: ndarray) -> float:
         return float(measure_aurocs(probe.decision_function(x)[:, None], labels, 2)[1, 0])

@@ -35,7 +35,7 @@ def make_explanation_section(result: Explanations) -> Section:
     """The explanations with their scores, each beside a text in which its feature fires."""
     explanations, spent, model = result
     explained = [explanation for explanation in explanations if explanation.text]
-    rows = {
+    numbers = {
         "detection": _summarise(explained, "detection"),
         "fuzzing": _summarise(explained, "fuzzing"),
         "cost": f"{spent.requests:,} requests to {model}, {spent.tokens_in:,} tokens in and "
@@ -43,13 +43,13 @@ def make_explanation_section(result: Explanations) -> Section:
     }
     scores = [score for each in explained for score in (each.detection, each.fuzzing) if score]
     if malformed := sum(score.malformed for score in scores):
-        rows["not understood"] = f"the verdicts on {malformed:,} texts, which are left out"
+        numbers["not understood"] = f"the verdicts on {malformed:,} texts, which are left out"
     return Section(
         title="Explanations",
         lead="What features fire on, in the words of a language model. Detection: from the words "
         "alone, does a text that the model has not seen activate the feature? Fuzzing: does "
         "it fire on the marked tokens? Balanced accuracy: 1 is perfect, 0.5 is chance.",
-        numbers=rows,
+        numbers=numbers,
         table=ResultTable(
             ["explanation", "detection", "fuzzing", "texts"], [*map(_make_row, explanations)]
         ),

@@ -33,8 +33,8 @@ class ProbeScore(NamedTuple):
     """Scores of probes on k units of one kind."""
 
     kind: str
-    """The kind of units: features, neurons or random directions; or the name of a control, of
-    whose features."""
+    """The kind of units: features, neurons or random directions; for the features of a control, the
+    control's name."""
     k: int | None
     """Units for each class; None for all."""
     folds: list[FoldScore]

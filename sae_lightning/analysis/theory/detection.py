@@ -5,7 +5,7 @@
     first half of the sequences        -> the unit and the threshold with the best F1
     second half                        -> their scores
 
-Shapes: n = tokens, units = features or neurons.
+Shapes: n = tokens, units = features or neurons, bins = bins of strengths.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch import Tensor
 from sae_lightning.report.catalogue import EDGES
 
 STRENGTHS_AT_ONCE = 1 << 20  # strengths sorted into bins at a time: bounds memory
-MERGED_AT_ONCE = 1 << 22  # strengths counted at a time: bounds memory
+CELLS_AT_ONCE = 1 << 22  # cells to collect before they are counted: bounds memory
 SCORED_AT_ONCE = 16_384  # units scored at a time: bounds memory
 MAX_QUANTILE_VALUES = 1 << 23  # torch.quantile refuses very large inputs
 # Quantiles that separate the bins of neurons: finer at both ends, where rare concepts are.
@@ -41,8 +41,8 @@ class Detector(NamedTuple):
     auroc_unit: int
     """The unit with the best AUROC on the half used for choosing; it may differ from `unit`."""
     auroc: float
-    """AUROC of `auroc_unit`: the probability that it is stronger on a token of the concept than on
-    another token; 0.5 is chance."""
+    """AUROC of `auroc_unit`: the probability that it is stronger (in a negative direction: weaker)
+    on a token of the concept than on another token; 0.5 is chance."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `theory.json` has them, where `auroc_unit` is called `ranker`."""
@@ -53,14 +53,14 @@ class Detector(NamedTuple):
 class StrengthCounts(NamedTuple):
     """Histogram of each unit's strengths on each concept's tokens, in two halves of the text.
 
-    Of `counts[half, concept, unit, bin]` only the cells that are not 0 are stored: few of them, as
-    a feature fires on few tokens.
+    Of `counts[half, concept, unit, bin]` only the cells that are not 0 are stored. They are few,
+    because a feature fires on few tokens.
     """
 
     cells: Tensor
     """[nonzero] flat indices into counts, ascending"""
     numbers: Tensor
-    """[nonzero] number of tokens in each of these cells, int32"""
+    """[nonzero] counts in these cells, int32"""
     tokens: Tensor
     """[2, concepts + 1] number of tokens of each concept in each half; the last concept is all
     tokens"""
@@ -72,29 +72,32 @@ class StrengthCounts(NamedTuple):
     def read(self, half: int, concept: int) -> Tensor:
         """Counts [units, bins] int32 on the tokens of one concept in one half; tokens that are in
         no cell count in bin 0."""
-        units, edges = self.thresholds.shape
-        size, group = units * (edges + 1), half * self.tokens.shape[1] + concept
-        first, end = torch.searchsorted(self.cells, torch.tensor([group, group + 1]) * size)
+        units, bins = len(self.thresholds), self.thresholds.shape[1] + 1
+        block = half * self.tokens.shape[1] + concept  # index of counts[half, concept]
+        size = units * bins
+        first, end = torch.searchsorted(self.cells, torch.tensor([block, block + 1]) * size)
         counts = torch.zeros(size, dtype=torch.int32)
-        counts[self.cells[first:end] - group * size] = self.numbers[first:end]
-        counts = counts.view(units, edges + 1)
+        counts[self.cells[first:end] - block * size] = self.numbers[first:end]
+        counts = counts.view(units, bins)
         counts[:, 0] += self.tokens[half, concept] - counts.sum(dim=1)
         return counts
 
     def score_thresholds(self, half: int, concept: int, units: Tensor) -> Iterator[list[Tensor]]:
-        """Score `units`, some at a time: F1, precision and recall [sides, some, bins - 1] of
-        detecting the concept on side 0 of each threshold, at or above it, and AUROC [sides, some]
-        of ranking tokens by strength. Signed units also have a side 1: below the threshold, ranking
-        by falling strength.
+        """Score the units with the indices `units`, a part of them at a time: yields F1, precision
+        and recall [sides, part, bins - 1] of detecting the concept by each threshold, and AUROC
+        [sides, part] of ranking tokens by strength. Side 0 detects at or above the threshold.
+        Signed units also have a side 1, which detects below it and ranks by falling strength.
         """
-        everything = self.tokens.shape[1] - 1
-        counts = (self.read(half, c)[units] for c in (concept, everything))
+        all_tokens = self.tokens.shape[1] - 1
+        counts = (self.read(half, c)[units] for c in (concept, all_tokens))
         for parts in zip(*(c.split(SCORED_AT_ONCE) for c in counts), strict=True):
             yield _score_thresholds(*parts, self.signed)
 
 
 def _score_thresholds(of_concept: Tensor, of_all: Tensor, signed: bool) -> list[Tensor]:
-    of_concept, of_all = of_concept.double(), of_all.double()  # [units, bins]
+    """F1, precision, recall and AUROC (see `score_thresholds`), from the counts [units, bins] on
+    the concept's tokens and on all tokens."""
+    of_concept, of_all = of_concept.double(), of_all.double()
     members, tokens = (counts.sum(dim=-1, keepdim=True) for counts in (of_concept, of_all))
     # counts at or above each threshold
     hits, predicted = (
@@ -120,10 +123,11 @@ class FeatureCounts:
     def __init__(self, concepts: int, features: int, device: torch.device | str = "cpu"):
         self.features = features
         self.edges = EDGES.to(device)
+        # as in `StrengthCounts`
         self.tokens = torch.zeros(2, concepts + 1, dtype=torch.int32, device=device)
         self.cells = torch.empty(0, dtype=torch.int64, device=device)
         self.numbers = torch.empty(0, dtype=torch.int32, device=device)
-        self.unmerged: list[Tensor] = []  # cells to be counted
+        self.uncounted: list[Tensor] = []  # cells, one for each token that falls into one
 
     def add(self, strengths: Tensor, is_member: Tensor, half: Tensor, active: Tensor) -> None:
         """Add tokens: strengths [n, active] of the features with the indices `active` [active],
@@ -136,24 +140,24 @@ class FeatureCounts:
             # strengths below all edges go to bin 1: bin 0 is for silent tokens
             values = strengths[token, column]
             bin_index = torch.bucketize(values, self.edges, right=True).clamp(min=1)
-            entry, concept = _pair_with_concepts(is_member[token], half[token])
-            feature = concept * self.features + active[column[entry]]
-            self.unmerged.append(feature * (len(self.edges) + 1) + bin_index[entry])
-            # a merge sorts all cells: waiting for as many new ones makes few merges
-            if sum(map(len, self.unmerged)) > max(MERGED_AT_ONCE, len(self.cells)):
-                self._merge()
+            entry, block = _pair_with_concepts(is_member[token], half[token])
+            row = block * self.features + active[column[entry]]  # of counts [..., bins]
+            self.uncounted.append(row * (len(self.edges) + 1) + bin_index[entry])
+            # counting sorts all cells, so it waits until there are as many new ones as old ones
+            if sum(map(len, self.uncounted)) > max(CELLS_AT_ONCE, len(self.cells)):
+                self._count()
 
-    def _merge(self) -> None:
-        """Add the unmerged cells to the sorted ones and their numbers."""
-        once = [torch.ones_like(cells, dtype=torch.int32) for cells in self.unmerged]
-        cells, numbers = torch.cat([self.cells, *self.unmerged]), torch.cat([self.numbers, *once])
-        self.unmerged.clear()
+    def _count(self) -> None:
+        """Add the uncounted cells to `cells` and `numbers`."""
+        ones = [torch.ones_like(cells, dtype=torch.int32) for cells in self.uncounted]
+        cells, numbers = torch.cat([self.cells, *self.uncounted]), torch.cat([self.numbers, *ones])
+        self.uncounted.clear()
         self.cells, index = cells.unique(return_inverse=True)
         self.numbers = torch.zeros_like(self.cells, dtype=torch.int32).index_add_(0, index, numbers)
 
     def result(self) -> StrengthCounts:
         """The counts of all tokens added so far, on the CPU."""
-        self._merge()
+        self._count()
         counted = self.cells.cpu(), self.numbers.cpu(), self.tokens.cpu()
         thresholds = torch.cat([torch.zeros(1), EDGES[1:]]).expand(self.features, -1)
         return StrengthCounts(*counted, thresholds, signed=False)
@@ -177,11 +181,10 @@ class NeuronCounts:
         neurons, tokens_at_once = torch.arange(d, device=x.device), max(1, STRENGTHS_AT_ONCE // d)
         parts = (tensor.split(tokens_at_once) for tensor in (x, is_member, half))
         for part_x, *tags in zip(*parts, strict=True):
-            bin_index = torch.searchsorted(
-                self.edges, part_x.T.contiguous(), right=True
-            ).T  # [n, d]
-            token, concept = _pair_with_concepts(*tags)
-            _increment(self.counts, (concept[:, None] * d + neurons) * bins + bin_index[token])
+            # [n, d]
+            bin_index = torch.searchsorted(self.edges, part_x.T.contiguous(), right=True).T
+            token, block = _pair_with_concepts(*tags)
+            _increment(self.counts, (block[:, None] * d + neurons) * bins + bin_index[token])
 
     def result(self) -> StrengthCounts:
         """The counts of all tokens added so far, on the CPU."""
@@ -193,7 +196,7 @@ class NeuronCounts:
 
 def _pair_with_concepts(is_member: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
     """Pair each token with each of its concepts, the last of which holds all tokens -> index of the
-    token [pairs], flat index into counts[half, concept] [pairs]."""
+    token [pairs], flat index of the block counts[half, concept] [pairs]."""
     is_member = torch.cat([is_member, torch.ones_like(is_member[:, :1])], dim=1)
     token, concept = is_member.nonzero(as_tuple=True)
     return token, half[token] * is_member.shape[1] + concept
@@ -212,20 +215,21 @@ def find_detector(counts: StrengthCounts, concept: int, units: Tensor | None = N
     parts = [
         (*f1.max(dim=-1), auroc) for f1, _, _, auroc in counts.score_thresholds(0, concept, units)
     ]
-    chosen_f1, edges, aurocs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    # [sides, units]
+    chosen_f1, best_thresholds, aurocs = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
     side, row = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))
-    edge = int(edges[side, row])
+    i = int(best_thresholds[side, row])
     auroc_side, auroc_row = (int(i) for i in torch.unravel_index(aurocs.argmax(), aurocs.shape))
     best = units[[row, auroc_row]]
     ((f1, precision, recall, auroc),) = counts.score_thresholds(1, concept, best)
     return Detector(
         unit=int(best[0]),
         below=side == 1,
-        threshold=counts.thresholds[best[0], edge].item(),
+        threshold=counts.thresholds[best[0], i].item(),
         chosen_f1=chosen_f1[side, row].item(),
-        f1=f1[side, 0, edge].item(),
-        precision=precision[side, 0, edge].item(),
-        recall=recall[side, 0, edge].item(),
+        f1=f1[side, 0, i].item(),
+        precision=precision[side, 0, i].item(),
+        recall=recall[side, 0, i].item(),
         auroc_unit=int(best[1]),
         auroc=auroc[auroc_side, 1].item(),
     )
