@@ -1,4 +1,4 @@
-"""Reading activations in a forward pass that stops at the deepest site, and replacing them."""
+"""Captures activations in a forward pass that stops at the deepest site, or replaces them."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -10,6 +10,8 @@ from torch.profiler import record_function
 from sae_lightning.errors import UserError
 from sae_lightning.llm.placement import find_computing_device, find_row_device
 from sae_lightning.llm.sites import Kind, Site, add_hook, find_decoder_stack, find_site_module
+
+OTHER_BRANCH = {Kind.attn: Kind.mlp, Kind.mlp: Kind.attn}
 
 
 class StopForward(Exception):
@@ -32,7 +34,7 @@ def capture(
     activations: dict[Site, Tensor | None] = dict.fromkeys(sites)
     scales = {site: measure_branch_scale(model, site) for site in sites}
 
-    def read(site: Site, x: Tensor) -> None:
+    def store(site: Site, x: Tensor) -> None:
         if x.numel() != tokens.numel() * x.shape[-1]:
             raise UserError(
                 f"llm.name: {site} of {type(model).__name__} has shape {list(x.shape)}, which is "
@@ -52,7 +54,7 @@ def capture(
 
     with ExitStack() as hooks, suppress(StopForward), record_function("llm"):
         for site in activations:
-            hooks.enter_context(add_hook(model, site, lambda x, site=site: read(site, x)))
+            hooks.enter_context(add_hook(model, site, lambda x, site=site: store(site, x)))
         model.base_model(input_ids=tokens, use_cache=False)
     for site, x in activations.items():
         if x is None:
@@ -77,23 +79,23 @@ def replace_activations(
     x: the activation at `source`, which is `target` or is computed before it. Shapes as in
     `add_hook`, both on the device of `find_row_device`; function(x, y) has the shape of y.
     """
-    read: list[Tensor] = []
+    source_values: list[Tensor] = []  # between the two hooks
     device = find_row_device(model)
     source_scale = measure_branch_scale(model, source)
     target_scale = measure_branch_scale(model, target)
 
     def replace(y: Tensor) -> Tensor:
-        x, moved = read.pop().to(device), y.to(device)
+        x, y_moved = source_values.pop().to(device), y.to(device)
         if target_scale == 1:
-            return function(x, moved).to(y)
-        return (function(x, moved * target_scale) / target_scale).to(y)
+            return function(x, y_moved).to(y)
+        return (function(x, y_moved * target_scale) / target_scale).to(y)
 
     # cloned, because Falcon adds the attention's output to the MLP's in place
     with (
         add_hook(
             model,
             source,
-            lambda x: read.append(x.clone() if source_scale == 1 else x * source_scale),
+            lambda x: source_values.append(x.clone() if source_scale == 1 else x * source_scale),
         ),
         add_hook(model, target, replace),
     ):
@@ -101,7 +103,7 @@ def replace_activations(
 
 
 def measure_branch_scale(model: nn.Module, site: Site) -> float:
-    """The factor by which the block multiplies the output of the module of `site` before adding it
+    """The factor by which the block multiplies the output of the module at `site` before adding it
     to the residual stream: 1 except in Granite and a few others. Measured once per model and site.
 
     UserError if the block does more than scale the output and add it.
@@ -112,13 +114,10 @@ def measure_branch_scale(model: nn.Module, site: Site) -> float:
     return scales[site]
 
 
-OTHER_BRANCH = {Kind.attn: Kind.mlp, Kind.mlp: Kind.attn}
-
-
 @torch.no_grad()
 def _measure_scale(model: nn.Module, site: Site) -> float:
-    """The scale of one branch, measured by running the block with known vectors in place of its
-    input x and the outputs of its branches.
+    """The scale of the branch at `site`, measured by running the block with known vectors in place
+    of its input x and of the outputs of its branches.
 
     x = 0    branch = c    other = 0        the output is scale x c
     x = c    branch = 0    other = 0        the output is c, unless the block does more than add
@@ -131,14 +130,15 @@ def _measure_scale(model: nn.Module, site: Site) -> float:
     width = model.config.get_text_config().hidden_size
     c = torch.linspace(1, 2, width, dtype=model.dtype, device=find_computing_device(model))
     zeros = torch.zeros_like(c)
-    silent = {site: zeros} | ({other: zeros} if other else {})
-    change = _run_block(model, zeros, silent | {site: c}) - _run_block(model, zeros, silent)
-    ratio = change.double() / c.double()
-    scale, rounding = ratio.mean().item(), torch.finfo(c.dtype).eps
+    zero_branches = {site: zeros} | ({other: zeros} if other else {})
+    with_branch = _run_block(model, zeros, zero_branches | {site: c})
+    change = with_branch - _run_block(model, zeros, zero_branches)
+    ratios = change.double() / c.double()
+    scale, rounding = ratios.mean().item(), torch.finfo(c.dtype).eps
     if abs(scale - 1) < rounding:
         scale = 1.0
-    constant = scale > 0 and (ratio - scale).abs().max().item() < 8 * rounding * scale
-    if not constant or (other and not (_run_block(model, c, silent) == c).all()):
+    scales_only = scale > 0 and (ratios - scale).abs().max().item() < 8 * rounding * scale
+    if not scales_only or (other and not (_run_block(model, c, zero_branches) == c).all()):
         block = find_decoder_stack(model)[site.layer]
         raise UserError(
             f"layer.source, layer.target: {type(block).__name__} does not just add its attention "
@@ -153,22 +153,22 @@ def _run_block(model: nn.Module, x: Tensor, branches: dict[Site, Tensor]) -> Ten
     [d] of `branches` as the outputs of these branches."""
     block, outputs = find_decoder_stack(model)[next(iter(branches)).layer], []
 
-    def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def replace_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
             return (_expand_like(x, args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": _expand_like(x, kwargs["hidden_states"])}
 
-    def leave(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+    def keep_output(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         outputs.append(output if isinstance(output, Tensor) else output[0])
         raise StopForward
 
     with ExitStack() as hooks, suppress(StopForward):
-        hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.enter_context(block.register_forward_pre_hook(replace_input, with_kwargs=True))
         for site, value in branches.items():
             hooks.enter_context(
                 add_hook(model, site, lambda y, value=value: _expand_like(value, y))
             )
-        hooks.enter_context(block.register_forward_hook(leave))
+        hooks.enter_context(block.register_forward_hook(keep_output))
         tokens = torch.zeros(1, 2, dtype=torch.long, device=x.device)
         model.base_model(input_ids=tokens, use_cache=False)
     if not outputs:

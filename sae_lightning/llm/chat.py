@@ -47,12 +47,13 @@ class ChatEncoder:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def encode_chat(self, chat: dict[str, Any], separator: int) -> np.ndarray:
-        """Tokens [n] int32 of a conversation {messages, origin}, and the separator after it.
+        """Tokens [n] int32 of a conversation {messages, origin} and the separator after it, as
+        complements where they are not trained on.
 
         UserError: the template fails on it, or does not show what the assistant writes."""
         messages = chat["messages"]
         try:
-            ids, trained = self._encode(messages)
+            ids, is_trained = self._encode(messages)
         except UserError as error:
             raise UserError(f"{chat['origin']}: {error}") from error
         except Exception as error:  # a template is code that comes with the model
@@ -60,16 +61,17 @@ class ChatEncoder:
                 f"{chat['origin']}: the LLM's chat template fails ({str(error).splitlines()[0]}); "
                 "leave this conversation out"
             ) from error
-        ids, trained = np.array([*ids, separator]), np.array([*trained, not self.assistant_only])
-        return np.where(trained, ids, ~ids).astype(np.int32)
+        ids = np.array([*ids, separator])
+        is_trained = np.array([*is_trained, not self.assistant_only])
+        return np.where(is_trained, ids, ~ids).astype(np.int32)
 
     def _encode(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
-        """Token ids, and which of them are trained on."""
+        """Token ids, and for each whether it is trained on."""
         if self.assistant_only and GENERATION.search(self.template):
-            marked = self.tokenizer.apply_chat_template(
+            encoded = self.tokenizer.apply_chat_template(
                 messages, return_dict=True, return_assistant_tokens_mask=True
             )
-            return marked["input_ids"], [bool(mark) for mark in marked["assistant_masks"]]
+            return encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
         text = self._render(messages)
         encoded = self.tokenizer(
             text,
@@ -80,26 +82,27 @@ class ChatEncoder:
         ids = encoded["input_ids"]
         if not self.assistant_only:
             return ids, [True] * len(ids)
-        spans = self._find_answers(messages, text)
+        answers = self._find_answers(messages, text)
         return ids, [
-            any(start < end and first < end and start < last for first, last in spans)
+            any(start < end and begin < end and start < stop for begin, stop in answers)
             for start, end in encoded["offset_mapping"]
         ]
 
     def _find_answers(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
-        """The characters that each message of the assistant adds to those before it."""
-        spans = []
-        for number, message in enumerate(messages):
+        """The range of characters, (begin, stop), that each of the assistant's messages adds to the
+        text of the messages before it."""
+        answers = []
+        for index, message in enumerate(messages):
             if message["role"] == ASSISTANT:
-                before = self._render(messages[:number], add_generation_prompt=True)
-                after = self._render(messages[: number + 1])
+                before = self._render(messages[:index], add_generation_prompt=True)
+                after = self._render(messages[: index + 1])
                 if not (after.startswith(before) and text.startswith(after)):
                     raise UserError(
                         "the LLM's chat template changes a message once others follow, so it does "
                         "not show what the assistant wrote; leave data.assistant_only out"
                     )
-                spans.append((len(before), len(after)))
-        return spans
+                answers.append((len(before), len(after)))
+        return answers
 
     def _render(self, messages: list[dict], **options: Any) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)

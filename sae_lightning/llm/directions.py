@@ -64,8 +64,9 @@ def find_mlp_norm(model: nn.Module, layer: int) -> Norm:
 
 
 @torch.no_grad()
-def _find_norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
-    """The norm whose output `reader` reads, found by running the model on one token."""
+def _find_norm_before(model: nn.Module, reader: nn.Module, reader_name: str) -> Norm:
+    """The norm whose output `reader` reads, found by running the model on one token; UserError if
+    there is none."""
     outputs: list[tuple[Tensor, nn.Module]] = []  # kept alive, so that no two share an address
     inputs: list[Tensor] = []
 
@@ -82,53 +83,55 @@ def _find_norm_before(model: nn.Module, reader: nn.Module, name: str) -> Norm:
         hooks.enter_context(keep_input)
         tokens = torch.zeros(1, 1, dtype=torch.long, device=find_computing_device(model))
         model(input_ids=tokens, use_cache=False)
-    source = next((m for x, m in outputs if x.data_ptr() == inputs[0].data_ptr()), None)
-    norm = source and _measure_norm(source, inputs[0].shape[-1])
+    module = next((m for x, m in outputs if x.data_ptr() == inputs[0].data_ptr()), None)
+    norm = module and _measure_norm(module, inputs[0].shape[-1])
     if norm is None:
         raise UserError(
-            f"direct=true: {type(model).__name__} has no norm before {name}, so the lens "
+            f"direct=true: {type(model).__name__} has no norm before {reader_name}, so the lens "
             "cannot follow directions to it; leave direct=true out"
         )
     return norm._replace(gain=norm.gain.to(find_row_device(model)))
 
 
 def _measure_norm(module: nn.Module, width: int) -> Norm | None:
-    """Gain and centring of a norm, measured on test vectors; None if it is not a norm.
+    """Gain and centring of a norm of `width` elements, measured on test vectors; None if the module
+    is not a norm: if its output depends on the length of its input.
 
     Weights are not read, because families store the gain differently (in Gemma it is 1 + weight).
     """
     norm = copy.deepcopy(module).float()
     device = find_computing_device(norm)
 
-    def output(x: Tensor) -> Tensor:
+    def apply(x: Tensor) -> Tensor:
         return norm(x.to(device)[None, None])[0, 0].float()
 
-    sign = torch.ones(width)
-    sign[1::2] = -1
-    constant = output(torch.zeros(width))
-    once, thrice = output(sign) - constant, output(3 * sign) - constant
-    if not torch.allclose(once, thrice, rtol=1e-3, atol=1e-3 * once.abs().max().item()):
+    signs = torch.ones(width)
+    signs[1::2] = -1
+    bias = apply(torch.zeros(width))
+    y, y_of_triple = apply(signs) - bias, apply(3 * signs) - bias
+    if not torch.allclose(y, y_of_triple, rtol=1e-3, atol=1e-3 * y.abs().max().item()):
         return None
-    flat = output(torch.ones(width)) - constant
-    centres = bool(flat.abs().max() < 1e-3 * once.abs().max())
-    x = (sign - sign.mean() if centres else sign).to(once.device)
-    return Norm(gain=once * x.square().mean().sqrt() / x, centres=centres)
+    y_of_ones = apply(torch.ones(width)) - bias  # 0 if the mean is subtracted
+    centres = bool(y_of_ones.abs().max() < 1e-3 * y.abs().max())
+    x = (signs - signs.mean() if centres else signs).to(y.device)
+    return Norm(gain=y * x.square().mean().sqrt() / x, centres=centres)
 
 
 @torch.no_grad()
-def read_embedding(model: nn.Module, tokens: int) -> Tensor:
-    """Input [tokens, d] of block 0 at position 0 for the first `tokens` ids, float32, scaled or
-    normalised as in the model. Subtracting the mean over ids removes the position embedding."""
+def read_embedding(model: nn.Module, count: int) -> Tensor:
+    """Input [count, d] of block 0 at position 0 for the first `count` token ids, float32, scaled or
+    normalised as in the model, minus its mean over these ids, which removes the position embedding.
+    """
     inputs: list[Tensor] = []
 
-    def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         inputs.append(x[:, 0].float())
         raise StopForward
 
-    with find_decoder_stack(model)[0].register_forward_pre_hook(read, with_kwargs=True):
+    with find_decoder_stack(model)[0].register_forward_pre_hook(keep_input, with_kwargs=True):
         device = find_computing_device(model)
-        for ids in torch.arange(tokens, device=device)[:, None].split(TOKENS_PER_PASS):
+        for ids in torch.arange(count, device=device)[:, None].split(TOKENS_PER_PASS):
             with suppress(StopForward):
                 model.base_model(input_ids=ids, use_cache=False)
     x = torch.cat(inputs).to(find_row_device(model))
@@ -146,27 +149,27 @@ def measure_response(
 ) -> Tensor:
     """Mean change [n, d] of the unembedding's input at the last token of `tokens` [contexts,
     length] when each of `directions` [n, d_target] is added at `target`, scaled to `share` of the
-    norm of the activation there. In each context, calls of `advance` add up to 1 + n: the unchanged
-    LLM, which counts as a direction of zeros, and the directions.
+    norm of the activation there. `advance` is called with the number of directions just done; for
+    each context the calls add up to 1 + n, since the unchanged LLM counts as a direction of zeros.
 
         BOS  It  was  the  best   of     a direction is added at this last token only, and the
          .    .   .    .    .     *      output there is compared with the unchanged LLM's
     """
     device = find_row_device(model)
     unit = nn.functional.normalize(directions.to(device))
-    steps = torch.cat([torch.zeros_like(unit[:1]), share * unit]).split(DIRECTIONS_PER_PASS)
+    additions = torch.cat([torch.zeros_like(unit[:1]), share * unit])
     total = torch.zeros(())
     for context in tokens.to(find_computing_device(model), torch.long):
         cache = _fill_cache(model, context[None, :-1])
-        read = (context if cache is None else context[-1:]).expand(DIRECTIONS_PER_PASS, -1)
+        input_ids = (context if cache is None else context[-1:]).expand(DIRECTIONS_PER_PASS, -1)
         outputs = []
-        for step in steps:
+        for part in additions.split(DIRECTIONS_PER_PASS):
             # copied, because a forward pass writes to its cache
             past = {} if cache is None else {"past_key_values": copy.deepcopy(cache)}
-            with replace_activations(model, target, target, _make_addition(step)):
-                output = run_body(model, read, use_cache=bool(past), **past)
-            outputs.append(output.last_hidden_state[: len(step), -1].float())
-            advance(len(step))
+            with replace_activations(model, target, target, _make_edit(part)):
+                output = run_body(model, input_ids, use_cache=bool(past), **past)
+            outputs.append(output.last_hidden_state[: len(part), -1].float())
+            advance(len(part))
         hidden = torch.cat(outputs).to(device)
         total = total + (hidden[1:] - hidden[0]) / len(tokens)
     return total
@@ -185,15 +188,15 @@ def _fill_cache(model: nn.Module, tokens: Tensor) -> Any:
     return cache
 
 
-def _make_addition(step: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function that returns y + step |y| at the last token of the first len(step) sequences of a
-    batch, and y elsewhere."""
+def _make_edit(additions: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of (x, y) that adds |y| additions[i] to y at the last token of sequence i, for
+    additions [n, d] to the first n sequences of a batch."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
         # OPT's MLP returns [sequences * tokens, d]
         changed = y.float().view(DIRECTIONS_PER_PASS, -1, y.shape[-1])
-        last = changed[: len(step), -1]
-        last += step * last.norm(dim=1, keepdim=True)
+        last = changed[: len(additions), -1]
+        last += additions * last.norm(dim=1, keepdim=True)
         return changed.view_as(y)
 
     return apply

@@ -35,16 +35,15 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
-def encode_prompt(tokenizer: Any, prompt: str, tokens: int, context: int | None) -> Tensor:
-    """Token ids [n] of the prompt after BOS, as in training. UserError if it is empty, has a token
-    without an embedding, or leaves no room for `tokens` more in `context` (None: no limit).
-    """
+def encode_prompt(tokenizer: Any, prompt: str, new_tokens: int, context: int | None) -> Tensor:
+    """Token ids [n] of BOS and the prompt. UserError if the prompt is empty, has a token without an
+    embedding, or leaves no room for `new_tokens` more in `context` (None: no limit)."""
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     if not ids:
         raise UserError("prompt=: empty; give the words that the text begins with")
-    if context and 1 + len(ids) + tokens > context:
+    if context and 1 + len(ids) + new_tokens > context:
         raise UserError(
-            f"prompt: its {len(ids):,} tokens and tokens={tokens} new ones are more than the "
+            f"prompt: its {len(ids):,} tokens and tokens={new_tokens} new ones are more than the "
             f"{context - 1:,} that the LLM can read; shorten the prompt or give fewer tokens"
         )
     check_ids(tokenizer, ids, "prompt")
@@ -60,23 +59,24 @@ def read_context_length(model: nn.Module) -> int | None:
 def generate(
     llm: LLM,
     prompt: Tensor,
-    tokens: int,
+    new_tokens: int,
     sites: SitePair,
     function: Callable[[Tensor, Tensor], Tensor],
     sequences: int,
     sampling: Sampling = GREEDY,
     cache: bool = True,
 ) -> list[Tensor]:
-    """Continue `prompt` [n], which begins with BOS, by up to `tokens` tokens, `sequences` times.
+    """Continue `prompt` [n], which begins with BOS, `sequences` times by up to `new_tokens` tokens.
 
     function(x, y) replaces y, the activation at the target; x is the activation at the source.
-    All are float32 [sequences, tokens, d]: first for the prompt, then for each new token.
+    x, y and the result are float32 [sequences, tokens, d]: first for all tokens of the prompt, then
+    for each new token.
     Sequences share the Gumbel noise g of each step (argmax(log p + g) is a sample of p), so that
-    they differ only by what `function` does. Each ends before the first separator it generates.
+    they differ only by what `function` does. Each is cut before the first separator generated.
     """
     from transformers import GenerationConfig
 
-    end = find_separator_id(llm.tokenizer)
+    end_id = find_separator_id(llm.tokenizer)
     ids = prompt.to(find_computing_device(llm.model)).expand(sequences, -1)
 
     def continue_prompt(use_cache: bool) -> Tensor:
@@ -88,11 +88,11 @@ def generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=GenerationConfig(
-                    max_new_tokens=tokens,
+                    max_new_tokens=new_tokens,
                     do_sample=False,
                     use_cache=use_cache,
-                    eos_token_id=end,
-                    pad_token_id=end,
+                    eos_token_id=end_id,
+                    pad_token_id=end_id,
                 ),
                 logits_processor=_make_processors(sampling),
             )
@@ -101,13 +101,13 @@ def generate(
         generated = continue_prompt(cache)
     except ValueError:  # raised by xLSTM and by hybrids without an attention layer
         generated = continue_prompt(False)
-    return [_cut(sequence, len(prompt), end) for sequence in generated.cpu()]
+    return [_cut_at_end(sequence, len(prompt), end_id) for sequence in generated.cpu()]
 
 
-def _cut(sequence: Tensor, prompt: int, end: int) -> Tensor:
-    """`sequence` up to the first separator after the prompt, exclusive."""
-    ends = (sequence[prompt:] == end).nonzero()
-    return sequence[: prompt + int(ends[0])] if len(ends) else sequence
+def _cut_at_end(sequence: Tensor, prompt_length: int, end_id: int) -> Tensor:
+    """`sequence` up to the first `end_id` after the prompt, exclusive."""
+    ends = (sequence[prompt_length:] == end_id).nonzero()
+    return sequence[: prompt_length + int(ends[0])] if len(ends) else sequence
 
 
 def _apply_after_bos(
@@ -116,13 +116,14 @@ def _apply_after_bos(
     """`function`, applied to all tokens but BOS."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
+        shape = y.shape
         # OPT's MLP returns [sequences * tokens, d]
-        x, whole = x.view(sequences, -1, x.shape[-1]), y.view(sequences, -1, y.shape[-1])
-        changed = function(x.float(), whole.float()).to(y.dtype)
+        x, y = x.view(sequences, -1, x.shape[-1]), y.view(sequences, -1, y.shape[-1])
+        changed = function(x.float(), y.float()).to(y.dtype)
         # a single token is a new one (KV cache): a prompt has at least BOS and one more
-        if whole.shape[1] > 1:
-            changed = torch.cat([whole[:, :1], changed[:, 1:]], dim=1)
-        return changed.view_as(y)
+        if y.shape[1] > 1:
+            changed = torch.cat([y[:, :1], changed[:, 1:]], dim=1)
+        return changed.view(shape)
 
     return apply
 
@@ -152,16 +153,19 @@ def compute_surprisal(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 class Reply(NamedTuple):
-    """The answer of a model, and the token counts of the formatted question and of the answer."""
+    """The answer of a model to a question."""
 
     text: str
+    """The answer."""
     tokens_in: int
+    """Number of tokens of the question, as formatted for the model."""
     tokens_out: int
+    """Number of tokens of the answer."""
 
 
 @torch.no_grad()
-def reply(llm: LLM, question: str, tokens: int) -> Reply:
-    """Answer in at most `tokens` tokens, by greedy decoding, so the same at every call."""
+def reply(llm: LLM, question: str, max_tokens: int) -> Reply:
+    """Answer in at most `max_tokens` tokens, by greedy decoding: the same at every call."""
     tokenizer, context = llm.tokenizer, read_context_length(llm.model)
     if tokenizer.chat_template is None:
         inputs = tokenizer(f"{question}\n\nAnswer:", return_tensors="pt")
@@ -177,14 +181,14 @@ def reply(llm: LLM, question: str, tokens: int) -> Reply:
     ids = inputs["input_ids"].to(find_computing_device(llm.model))
     check_ids(tokenizer, ids[0].cpu().numpy(), f"explainer={llm.name}")
     length = ids.shape[1]
-    if context and length + tokens > context:
+    if context and length + max_tokens > context:
         raise UserError(
             f"explainer={llm.name}: takes {context:,} tokens, and a question of {length:,} with an "
-            f"answer of up to {tokens:,} is longer; ask less at a time, or use another"
+            f"answer of up to {max_tokens:,} is longer; ask less at a time, or use another"
         )
     with mute_libraries():  # transformers warns of the sampling settings of some models
         generated = llm.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
         )
     answer = generated[0, length:]
     text = tokenizer.decode(answer, skip_special_tokens=True)

@@ -100,7 +100,7 @@ class LLMConfig:
         for setting in ("bos", "separator"):
             if getattr(self, setting) == "":
                 raise UserError(f"llm.{setting}=: empty; give a token, or leave it out")
-        if self.revision and (self.name in PACKAGED or _folder(self.name)):
+        if self.revision and (self.name in PACKAGED or _find_local_folder(self.name)):
             raise UserError(
                 f"llm.revision={self.revision}: only a model on the hub has revisions, and "
                 f"{self.name} is on this machine; leave it out"
@@ -148,9 +148,9 @@ def pick_dtype(config: LLMConfig) -> torch.dtype:
     return torch.bfloat16 if has_bf16(pick_device(config).type) else torch.float32
 
 
-def has_bf16(kind: str) -> bool:
-    """Whether this machine's `kind` of device (cpu, cuda, ...) computes in bfloat16 natively."""
-    match kind:
+def has_bf16(device_type: str) -> bool:
+    """Whether this machine's devices of a type (cpu, cuda, ...) compute in bfloat16 natively."""
+    match device_type:
         case "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
         case "cpu":
@@ -165,9 +165,9 @@ def read_llm_shape(config: LLMConfig) -> LLMShape:
         find_gguf_folder(config.name)
         return PACKAGED[config.name].shape
     with phase(f"looking up LLM {config.name}"), mute_libraries():
-        text = read_config(config, _folder(config.name)).get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
-    return LLMShape(text.num_hidden_layers, text.hidden_size, context, text.vocab_size)
+        dims = read_config(config, _find_local_folder(config.name)).get_text_config()
+    context = getattr(dims, "max_position_embeddings", None)
+    return LLMShape(dims.num_hidden_layers, dims.hidden_size, context, dims.vocab_size)
 
 
 def count_llm_parameters(config: LLMConfig, blocks: int | None = None) -> int:
@@ -177,7 +177,9 @@ def count_llm_parameters(config: LLMConfig, blocks: int | None = None) -> int:
     if config.name in PACKAGED:
         return PACKAGED[config.name].parameters_of(blocks)
     with mute_libraries():
-        model = build_without_weights(config, read_config(config, _folder(config.name)), blocks)
+        model = build_without_weights(
+            config, read_config(config, _find_local_folder(config.name)), blocks
+        )
     return sum(p.numel() for p in model.parameters())
 
 
@@ -186,32 +188,33 @@ def check_sites(config: LLMConfig, sites: Collection[Site]) -> None:
     if config.name in PACKAGED:
         return  # packaged LLMs have all sites
     with mute_libraries():
-        model = build_without_weights(config, read_config(config, _folder(config.name)))
+        model = build_without_weights(config, read_config(config, _find_local_folder(config.name)))
     for site in sites:
         find_site_module(model, site)
 
 
 def check_load(config: LLMConfig) -> None:
-    """UserError for an `llm.load` that cannot work here; loads nothing."""
+    """UserError for a quantisation in `llm.load` that cannot work here; loads nothing."""
     if "quantization_config" in config.load and config.name not in PACKAGED:
         with mute_libraries():
-            check_quantiser(config, read_config(config, _folder(config.name)))
+            check_quantiser(config, read_config(config, _find_local_folder(config.name)))
 
 
 def find_hub_name(config: LLMConfig) -> str:
     """The LLM's name on the hub if it is known, else `llm.name`."""
     if config.name in PACKAGED:
         return PACKAGED[config.name].hub
-    folder = _folder(config.name)
+    folder = _find_local_folder(config.name)
     # written by transformers up to version 4
     hub = folder and json.loads(read_regular_file(folder / "config.json")).get("_name_or_path")
     return hub if hub and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", hub) else config.name
 
 
 def load_tokenizer(config: LLMConfig):
-    """The LLM's tokenizer (transformers), without loading the LLM; the same object again, while
-    the settings and a local folder's files are the same, as checks load it before the text."""
-    folder = dequantise(config.name) if config.name in PACKAGED else _folder(config.name)
+    """The LLM's tokenizer (transformers), without loading the LLM. The last one is kept, and
+    returned again while the settings and the files of a local folder are the same: the checks of a
+    run load it before the run does."""
+    folder = dequantise(config.name) if config.name in PACKAGED else _find_local_folder(config.name)
     # without broken links
     files = [file for file in folder.iterdir() if file.exists()] if folder else []
     times = sorted((file.name, file.stat().st_mtime_ns) for file in files)
@@ -231,7 +234,7 @@ def load_llm(config: LLMConfig, blocks: int | None = None, tokenizer: object = N
     `tokenizer`: its tokenizer, if it is loaded already.
     """
     device, dtype = pick_device(config), pick_dtype(config)
-    folder = dequantise(config.name) if config.name in PACKAGED else _folder(config.name)
+    folder = dequantise(config.name) if config.name in PACKAGED else _find_local_folder(config.name)
     try:
         with phase(f"loading LLM {config.name}"), mute_libraries():
             hf_config = read_config(config, folder)
@@ -247,6 +250,7 @@ def load_llm(config: LLMConfig, blocks: int | None = None, tokenizer: object = N
     return LLM(model=model, tokenizer=tokenizer, name=config.name)
 
 
-def _folder(name: str) -> Path | None:
+def _find_local_folder(name: str) -> Path | None:
+    """The local folder that `llm.name` names, or None."""
     path = os.path.expanduser(name)  # pathlib raises for ~nobody and for long names
     return Path(path) if os.path.isdir(path) else None

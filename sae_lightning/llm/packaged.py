@@ -88,47 +88,47 @@ def find_gguf_folder(name: str) -> Path:
 
 def dequantise(name: str) -> Path:
     """The folder with packaged LLM `name` as safetensors; made on the first call (about 20 s)."""
-    source, package = find_gguf_folder(name), PACKAGED[name]
+    gguf_folder, package = find_gguf_folder(name), PACKAGED[name]
     version = importlib.metadata.version(package.distribution)
     cache = platformdirs.user_cache_path("sae_lightning") / f"{package.distribution}-{version}"
     remove_leftovers(cache.parent)
     if not cache.is_dir():
         try:
             with phase("de-quantising the packaged LLM (once)"), mute_libraries():
-                _fill(cache, source, package.file)
+                _fill_cache_folder(cache, gguf_folder, package.file)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"llm.name={name}: the de-quantised model cannot be written to {cache} "
                 f"({find_system_error(error) or error}); free 600 MB there, or set XDG_CACHE_HOME "
                 "to a folder that has them"
             ) from error
-    for leftover in cache.parent.glob(f".{cache.name}-*"):  # of a killed version 0.1.0
+    for leftover in cache.parent.glob(f".{cache.name}-*"):  # by version 0.1.0, killed
         shutil.rmtree(leftover, ignore_errors=True)
     return cache
 
 
-def _fill(cache: Path, source: Path, file: str) -> None:
-    """Write the de-quantised model of `source` to `cache`, atomically."""
+def _fill_cache_folder(cache: Path, gguf_folder: Path, file: str) -> None:
+    """De-quantise the model in `file` of `gguf_folder` into the folder `cache`, atomically."""
     cache.parent.mkdir(parents=True, exist_ok=True)
     with make_private_folder(cache) as folder:
-        partial = folder / cache.name
-        partial.mkdir()
-        _save_dequantised(source, file, str(partial))
+        unfinished = folder / cache.name
+        unfinished.mkdir()
+        _save_dequantised(gguf_folder, file, str(unfinished))
         try:
-            os.replace(partial, cache)
+            os.replace(unfinished, cache)
         except OSError:
             # Another process may have written the same files first.
             if not cache.is_dir():
                 raise
 
 
-def _save_dequantised(source: Path, file: str, folder: str) -> None:
-    """Convert a GGUF file to a folder that from_pretrained reads."""
+def _save_dequantised(gguf_folder: Path, file: str, folder: str) -> None:
+    """Convert a GGUF file to a `folder` that from_pretrained reads."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = {"gguf_file": file, "local_files_only": True}
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf_folder, dtype=torch.float32, **options)
     # A model loaded from GGUF counts as quantised and cannot be saved; a copy can.
     config = loaded.config
     del config.quantization_config
@@ -138,4 +138,4 @@ def _save_dequantised(source: Path, file: str, folder: str) -> None:
     copy.tie_weights()
     # float32: 4-bit weights times their scales are not exact in bfloat16 or float16.
     copy.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, **options).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf_folder, **options).save_pretrained(folder)

@@ -31,7 +31,7 @@ ARGUMENTS = (
     "variant",
 )
 # Arguments of `from_pretrained` -> what to set instead.
-OWN_SETTINGS = {
+SET_INSTEAD = {
     "pretrained_model_name_or_path": "llm.name",
     "config": "llm.name",
     "state_dict": "llm.name",
@@ -47,16 +47,17 @@ OWN_SETTINGS = {
     "load_in_4bit": "llm.load.quantization_config={load_in_4bit:true}",
 }
 TENSOR_PARALLEL = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
-OFFLOADED = ("cpu", "disk")
-_folders = ExitStack()  # folders of offloaded weights, which are needed until the process ends
-atexit.register(_folders.close)
+OFFLOADED = ("cpu", "disk")  # values of a device map that mean offloaded weights
+# folders of offloaded weights, which are needed until the process ends
+_offload_folders = ExitStack()
+atexit.register(_offload_folders.close)
 
 
 def check_arguments_of_load(load: dict[str, Any]) -> None:
     """UserError for an argument that `llm.load` does not pass on to `from_pretrained`."""
     for name in load:
-        if name in OWN_SETTINGS:
-            raise UserError(f"llm.load.{name}: has a setting of its own; use {OWN_SETTINGS[name]}")
+        if name in SET_INSTEAD:
+            raise UserError(f"llm.load.{name}: not passed on; use {SET_INSTEAD[name]}")
         if name in TENSOR_PARALLEL:
             raise UserError(
                 f"llm.load.{name}: tensor parallelism needs several processes that all run the LLM "
@@ -104,7 +105,7 @@ def _make_offload_folder(folder: Path) -> Path:
     """A new private folder in `folder`, where nobody can plant a link in place of a weight file."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    return _folders.enter_context(make_private_folder(folder / "weights"))
+    return _offload_folders.enter_context(make_private_folder(folder / "weights"))
 
 
 def find_computing_device(module: nn.Module) -> torch.device:

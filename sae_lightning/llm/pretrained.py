@@ -52,14 +52,14 @@ def _explain_not_causal(hf_config) -> str | None:
     """Why the model is not a causal LM; None if it is one."""
     if hf_config.is_encoder_decoder:
         return "is an encoder-decoder"
-    masked = any(name.endswith("MaskedLM") for name in hf_config.architectures or [])
+    is_masked = any(name.endswith("MaskedLM") for name in hf_config.architectures or [])
     # AutoModelForCausalLM would load these as "causal" LMs that attend to later tokens.
-    encoder = BIDIRECTIONAL.fullmatch(hf_config.model_type) and not getattr(
+    is_encoder = BIDIRECTIONAL.fullmatch(hf_config.model_type) and not getattr(
         hf_config, "is_decoder", False
     )
-    text = hf_config.get_text_config()  # holds the flags of EmbeddingGemma and PaliGemma
-    ahead = getattr(text, "use_bidirectional_attention", None) in (True, "all")
-    if masked or encoder or ahead or not getattr(text, "is_causal", True):
+    flags = hf_config.get_text_config()  # of EmbeddingGemma and PaliGemma, for example
+    looks_ahead = getattr(flags, "use_bidirectional_attention", None) in (True, "all")
+    if is_masked or is_encoder or looks_ahead or not getattr(flags, "is_causal", True):
         return "reads in both directions"
     if NEEDS_IMAGES.fullmatch(hf_config.model_type):
         return "takes an image with every text"
@@ -130,11 +130,11 @@ def _read_special_tokens(config, folder: Path | None, hf_config, tokenizer) -> l
         configs.append(GenerationConfig.from_pretrained(name, **arguments))
     tokens = []
     for name in ("bos_token_id", "eos_token_id"):
-        values = [getattr(part, name, None) for part in configs]
+        values = [getattr(each, name, None) for each in configs]
         lists = [ids if isinstance(ids, list) else [ids] for ids in values]
         # some configs write -1 for none
-        first = next((i for ids in lists for i in ids if i is not None and i >= 0), None)
-        tokens.append(None if first is None else tokenizer.convert_ids_to_tokens(first))
+        first_id = next((i for ids in lists for i in ids if i is not None and i >= 0), None)
+        tokens.append(None if first_id is None else tokenizer.convert_ids_to_tokens(first_id))
     return tokens
 
 
@@ -159,11 +159,11 @@ def read_model(
     """The causal LM with its weights; if `blocks` is given, only its first `blocks` blocks and no
     LM head."""
     with _one_line_errors(config):
-        kind = _pick_loader(hf_config)
+        model_class = _pick_loader(hf_config)
         if blocks is not None:
             whole = build_without_weights(config, hf_config)
-            kind, hf_config = _make_cut_class(type(whole), blocks), whole.config
-        model, report = kind.from_pretrained(
+            model_class, hf_config = _make_cut_class(type(whole), blocks), whole.config
+        model, report = model_class.from_pretrained(
             **_locate(config, folder),
             config=hf_config,
             dtype=dtype,
@@ -203,12 +203,12 @@ def build_without_weights(config, hf_config, blocks: int | None = None) -> nn.Mo
             hf_config, trust_remote_code=config.trust_remote_code
         )
     if blocks is not None:
-        _cut(model, blocks)
+        _remove_later_blocks(model, blocks)
         _remove_head(model)
     return model
 
 
-def _cut(model: nn.Module, blocks: int) -> None:
+def _remove_later_blocks(model: nn.Module, blocks: int) -> None:
     """Remove all but the first `blocks` blocks.
 
     The config keeps the total number of blocks, because the output of a block may depend on it
@@ -223,16 +223,16 @@ def _remove_head(model: nn.Module) -> None:
     model.set_output_embeddings(nn.Identity())  # a tied embedding stays
 
 
-def _make_cut_class(kind: type[nn.Module], blocks: int) -> type[nn.Module]:
-    """A subclass of `kind` with its first `blocks` blocks, so that only their weights are read."""
+def _make_cut_class(whole_class: type[nn.Module], blocks: int) -> type[nn.Module]:
+    """A subclass with the first `blocks` blocks, so that only their weights are read."""
 
-    class Cut(kind):
+    class Cut(whole_class):
         def __init__(self, config, *args, **kwargs):
             super().__init__(config, *args, **kwargs)
-            _cut(self, blocks)
+            _remove_later_blocks(self, blocks)
 
     # by these names transformers looks up how to rename the weights of older files
-    Cut.__name__, Cut.__module__ = kind.__name__, kind.__module__
+    Cut.__name__, Cut.__module__ = whole_class.__name__, whole_class.__module__
     return Cut
 
 
@@ -261,17 +261,17 @@ def _explain_error(config, error: Exception, part: str) -> str:
     from huggingface_hub import errors as hub
 
     name, text = f"llm.name={config.name}", " ".join(str(error).split())
-    first = re.split(r"(?<=[a-z`'])\. ", text or type(error).__name__)[0][:200].rstrip(".")
-    kinds = {*type(error).__mro__}
+    sentence = re.split(r"(?<=[a-z`'])\. ", text or type(error).__name__)[0][:200].rstrip(".")
+    classes = {*type(error).__mro__}  # of the error and its causes
     while error := error.__cause__ or error.__context__:
-        kinds.update(type(error).__mro__)
-    if hub.GatedRepoError in kinds:
+        classes.update(type(error).__mro__)
+    if hub.GatedRepoError in classes:
         return f"{name}: gated; accept its terms on the hub, then run: hf auth login"
-    if hub.RevisionNotFoundError in kinds:
+    if hub.RevisionNotFoundError in classes:
         return f"llm.revision={config.revision}: {config.name} has no such revision"
-    if kinds & {hub.RepositoryNotFoundError, hub.HFValidationError}:
+    if classes & {hub.RepositoryNotFoundError, hub.HFValidationError}:
         return f"{name}: neither a local folder nor a model on the hub; check the name"
-    if kinds & {hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled}:
+    if classes & {hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled}:
         return (
             f"{name}: not a local folder, not downloaded before, and the hub cannot be reached; "
             "llm=smollm2 data=shakespeare need no network"
@@ -284,17 +284,17 @@ def _explain_error(config, error: Exception, part: str) -> str:
     # names of weights have "attention" in them too
     if re.search("attention implementation|flash ?attention", text, re.IGNORECASE):
         return (
-            f"llm.attn={config.attn.value}: not possible for {config.name} here ({first}); "
+            f"llm.attn={config.attn.value}: not possible for {config.name} here ({sentence}); "
             "use llm.attn=auto"
         )
-    if ImportError in kinds:  # quantised models and custom code need extra packages
+    if ImportError in classes:  # quantised models and custom code need extra packages
         package = re.search(r"(?:pip install (?:-\S+ )*'?|module named ')([\w.-]+)", text)
         remedy = f"run: pip install {package[1]}" if package else "install it"
-        return f"{name}: needs a missing package ({first}); {remedy}, or give another LLM"
+        return f"{name}: needs a missing package ({sentence}); {remedy}, or give another LLM"
     if "offload_folder" in text:
         return f"{name}: weights have to be written to disk; add llm.load.offload_folder=..."
     remedy = "change llm.load or " if config.load and part == "model" else ""
     return (
-        f"{name}: the {part} cannot be loaded ({first}); "
+        f"{name}: the {part} cannot be loaded ({sentence}); "
         f"{remedy}give a causal language model that transformers can read"
     )

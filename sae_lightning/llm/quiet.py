@@ -10,20 +10,20 @@ from tqdm import tqdm
 
 @contextmanager
 def mute_libraries(bars: bool = False) -> Iterator[None]:
-    """Mute the log lines, warnings and, without `bars`, tqdm bars of all libraries, in every
-    thread; `terminal.phase` shows progress instead."""
-    level, draw = logging.root.manager.disable, tqdm.__init__
+    """Mute the log lines, warnings and, unless `bars`, tqdm bars of all libraries, in every thread;
+    `terminal.phase` shows progress instead."""
+    level, init = logging.root.manager.disable, tqdm.__init__
 
-    def draw_nothing(bar, *args, **settings) -> None:
-        draw(bar, *args, **settings | {"disable": True})
+    def init_disabled(bar, *args, **settings) -> None:
+        init(bar, *args, **settings | {"disable": True})
 
     logging.disable(logging.ERROR)
     if not bars:
-        tqdm.__init__ = draw_nothing
+        tqdm.__init__ = init_disabled
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        tqdm.__init__ = draw
+        tqdm.__init__ = init
         logging.disable(level)

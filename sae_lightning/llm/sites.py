@@ -92,7 +92,8 @@ class SitePair(NamedTuple):
         return names
 
     def module_names(self, paths: dict[Site, str]) -> dict[str, str]:
-        """Module paths of both sites in transformers, from `paths`, under SAELens' keys."""
+        """Module paths of both sites in transformers, from `paths` (those that it has), under
+        SAELens' keys; as in `hook_names`, an autoencoder has one."""
         sites = {"hf_hook_name": self.source, "hf_hook_name_out": self.target}
         return {
             key: paths[site]
@@ -118,7 +119,7 @@ class LayerConfig:
     residual stream) or mlp_in (what the MLP reads)."""
 
     target: Kind | None = None
-    """Site that is reconstructed; null is the source. Any other makes the SAE a transcoder."""
+    """What is reconstructed; null is the source. Anything else makes the SAE a transcoder."""
 
     def __post_init__(self):
         if self.index < 0:
@@ -172,8 +173,8 @@ def find_site_module(model: nn.Module, site: Site) -> nn.Module:
     """The module whose output, or for mlp_in whose input, is the activation at `site`."""
     stack = find_decoder_stack(model)
     LayerConfig(index=site.layer, source=site.kind).resolve_sites(len(stack))
-    block, text = stack[site.layer], model.config.get_text_config()
-    streams = max(getattr(text, name, None) or 1 for name in STREAM_COUNTS)
+    block, text_config = stack[site.layer], model.config.get_text_config()
+    streams = max(getattr(text_config, name, None) or 1 for name in STREAM_COUNTS)
     if streams > 1 and site.kind is not Kind.mlp_in:
         raise UserError(
             f"layer.source, layer.target: {type(block).__name__} passes on {streams} residual "
@@ -198,8 +199,8 @@ def find_module_paths(model: nn.Module, sites: Iterable[Site]) -> dict[Site, str
 def add_hook(
     model: nn.Module, site: Site, function: Callable[[Tensor], Tensor | None]
 ) -> RemovableHandle:
-    """Call function(x) in each forward pass, where x is the output of the module of `site` (its
-    input for mlp_in), and replace x by the result unless it is None.
+    """Call function(x) in each forward pass, where x is the output of the module at `site` (its
+    input for mlp_in), and replace x by the result unless that is None.
 
     x: [sequences, context, d_site], or [sequences * context, d_site] at OPT's MLP, in the model's
     dtype.

@@ -1,4 +1,4 @@
-"""Loss of the language model with an activation replaced (cross-entropy and KL).
+"""Loss of the language model with the activation at a site replaced (cross-entropy and KL).
 
     tokens -> body -> last hidden states [sequences, context, d]
                            at kept positions [n, d] -> LM head -> logits [n, vocabulary]
@@ -26,9 +26,9 @@ LOGIT_ROWS = 256  # positions whose logits are computed at a time
 # cache and are six times as fast as 256; a GPU is faster with fewer, larger chunks.
 FLOAT32_ROWS = {"cpu": 32, "other": 128}
 
-Function = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]  # source -> what replaces the target
 Edit = Callable[[Tensor, Tensor], Tensor]  # source, target -> what replaces the target
-Advance = Callable[[int], None]
+Advance = Callable[[int], None]  # called with the number of sequences just done
 
 
 class SpliceBaseline(NamedTuple):
@@ -59,8 +59,8 @@ class SpliceScores(NamedTuple):
     kl: float
     """Mean KL(clean || spliced) of the next-token distributions."""
     ce_error: float | None = None
-    """Cross-entropy with function(source) replaced by its mean, but its error, target -
-    function(source), left in place: what the error alone predicts. None if not measured."""
+    """Cross-entropy with function(source) replaced by its mean while its error, target -
+    function(source), is kept: what the error alone predicts. None if not measured."""
 
 
 def score_baseline(
@@ -100,12 +100,12 @@ def score_splices(
     """Cross-entropy and KL of the model with each function of `source` in place of `target`.
 
     tokens, keep (bool): [sequences, context]; functions: float32 [n, d_in] -> [n, d_out];
-    baseline: of the same tokens and keep; batch: sequences per forward pass; advance is called
-    with the number of sequences just done. The clean model runs once for all functions. The batches
-    are shared out over `ranks`, which all call the functions equally often, as these may
-    communicate. Only positions in `keep` are replaced, in the ablations too: an SAE never sees BOS
-    and other special tokens. The scores are means over the predictions of kept tokens. `means`: the
-    mean output [d_out] of each function, to measure `ce_error` too (one more pass for each).
+    baseline: of the same tokens and keep; batch: sequences per forward pass. The clean model runs
+    once for all functions. The batches are shared out over `ranks`, which all call the functions
+    equally often, as these may communicate. Only positions in `keep` are replaced, in the ablations
+    too: an SAE never sees BOS and other special tokens. The scores are means over the predictions
+    of kept tokens. `means`: the mean output [d_out] of each function, to measure `ce_error` too
+    (one more pass for each).
     """
     edits = [partial(_ignore_target, function) for function in functions]
     edits += [partial(_keep_error, *pair) for pair in zip(functions, means, strict=False)]
@@ -154,7 +154,7 @@ def _measure_means(
     if predictions == 0:
         raise ValueError("keep marks no token after the first position: nothing to score")
     batches = list(zip(tokens.split(batch), keep.split(batch), strict=True))
-    chunk_sums: list[list[list[float]]] = []  # of each of this rank's batches
+    chunk_sums: list[list[list[float]]] = []  # `_sum_chunks` of each of this rank's batches
     for start in range(0, len(batches), ranks.size):
         round_batches = batches[start : start + ranks.size]
         # In the last round, ranks without a batch repeat one: edits may communicate.
@@ -166,8 +166,8 @@ def _measure_means(
     for i in range(len(batches)):  # in the order of a single rank, for the same rounding
         for chunk in by_rank[i % ranks.size][i // ranks.size]:
             sums = [total + x for total, x in zip(sums, chunk, strict=True)]
-    clean, *edited = (total / predictions for total in sums)
-    return clean, edited[: len(edits)], edited[len(edits) :]
+    clean, *with_edits = (total / predictions for total in sums)
+    return clean, with_edits[: len(edits)], with_edits[len(edits) :]
 
 
 def _sum_chunks(
@@ -191,14 +191,14 @@ def _sum_chunks(
         with replace_activations(model, source, target, splice_kept(kept, edit)):
             hidden.append(run_body(model, ids).last_hidden_state[sequence, position])
     chunks = []
-    for ids_part, clean_hidden, *edited_hidden in zip(
+    for chunk_ids, clean_hidden, *edited_hidden in zip(
         *(x.split(LOGIT_ROWS) for x in (target_ids, *hidden)), strict=True
     ):
         clean = compute_logits(model, output, clean_hidden)
-        ce, kl = [_cross_entropy(clean, ids_part)], []
-        for part in edited_hidden:
-            spliced = compute_logits(model, output, part)
-            ce.append(_cross_entropy(spliced, ids_part))
+        ce, kl = [_sum_cross_entropy(clean, chunk_ids)], []
+        for chunk_hidden in edited_hidden:
+            spliced = compute_logits(model, output, chunk_hidden)
+            ce.append(_sum_cross_entropy(spliced, chunk_ids))
             if with_kl:
                 kl.append(compute_kl(clean, spliced).cpu().double().sum().item())
         chunks.append(ce + kl)
@@ -230,6 +230,7 @@ def compute_logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
 
     # OPT calls the decoder directly
     bodies = {_find_body(model), find_text_decoder(model)} - {model}
+    # a module's own `forward` is one that accelerate has put in place of its class's
     forwards = [(module, vars(module).pop("forward", None)) for module in bodies]
     try:
         for module in bodies:
@@ -261,15 +262,15 @@ def splice_kept(kept: Tensor, edit: Edit) -> Edit:
     return apply
 
 
-def _split(x: Tensor) -> Sequence[Tensor]:
+def _split_rows(x: Tensor) -> Sequence[Tensor]:
     return x.split(FLOAT32_ROWS["cpu" if x.device.type == "cpu" else "other"])
 
 
-def _cross_entropy(logits: Tensor, target_ids: Tensor) -> float:
+def _sum_cross_entropy(logits: Tensor, target_ids: Tensor) -> float:
     """Sum of -log p(next token) for logits [n, vocabulary] and next tokens [n]."""
     parts = [
         nn.functional.cross_entropy(x.float(), ids, reduction="none")
-        for x, ids in zip(_split(logits), _split(target_ids), strict=True)
+        for x, ids in zip(_split_rows(logits), _split_rows(target_ids), strict=True)
     ]
     return torch.cat(parts).cpu().double().sum().item()
 
@@ -277,7 +278,7 @@ def _cross_entropy(logits: Tensor, target_ids: Tensor) -> float:
 def compute_kl(clean: Tensor, other: Tensor) -> Tensor:
     """KL(clean || other) [n] for logits [n, vocabulary]."""
     parts = []
-    for x, y in zip(_split(clean), _split(other), strict=True):
+    for x, y in zip(_split_rows(clean), _split_rows(other), strict=True):
         p, q = x.float().log_softmax(-1), y.float().log_softmax(-1)
         parts.append((p.exp() * (p - q)).sum(-1))
     return torch.cat(parts)

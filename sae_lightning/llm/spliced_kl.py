@@ -1,4 +1,4 @@
-"""KL of the LLM's predictions with a reconstruction in place, with a gradient for the SAE.
+"""KL of the LLM's predictions without and with an SAE in place, with a gradient for the SAE.
 
     tokens -> blocks -> source ----------------> target -> blocks -> hidden -> logits     clean
                            \\                      |                               | KL
@@ -28,15 +28,14 @@ class CleanRun(NamedTuple):
     tokens: Tensor
     """[sequences, context]"""
     keep: Tensor
-    """[sequences, context] bool; tokens that an SAE may replace."""
+    """[sequences, context] bool: tokens whose activations an SAE replaces"""
     output: Any
-    """Of `run_body`."""
+    """The output of `run_body`."""
 
 
 @torch.no_grad()
 def run_clean(model: nn.Module, tokens: Tensor, keep: Tensor) -> CleanRun:
-    """Run the LLM without its head on tokens [sequences, context]; `keep`: where SAEs replace
-    activations."""
+    """Run the LLM without its head on tokens [sequences, context]; `keep` as in `CleanRun`."""
     tokens = tokens.to(find_computing_device(model), torch.long)
     return CleanRun(tokens, keep, run_body(model, tokens))
 
@@ -55,11 +54,11 @@ def measure_spliced_kl(
     function: float32 [n, d_in] -> [n, d_out]. On several `ranks`, which all call this with the same
     runs, value and gradient are means over the ranks, so that they agree bit for bit.
     """
-    total = max(1, sum(int(run.keep[:, 1:].sum()) for run in runs))
+    predictions = max(1, sum(int(run.keep[:, 1:].sum()) for run in runs))
     parts = [_differentiate(model, run, source, target, function) for run in runs]
-    kl = ranks.sum(sum(kl for kl, _, _ in parts) / total) / ranks.size
+    kl = ranks.sum(sum(kl for kl, _, _ in parts) / predictions) / ranks.size
     for _, reconstruction, gradient in parts:
-        gradient = ranks.sum(gradient / total) / ranks.size
+        gradient = ranks.sum(gradient / predictions) / ranks.size
         # adds 0, with that gradient
         kl = kl + ((reconstruction - reconstruction.detach()) * gradient).sum()
     return kl
@@ -74,27 +73,27 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed KL [] of a run's predictions, the reconstruction [n, d_out] and the KL's gradient
     [n, d_out] with respect to it."""
-    spliced: list[Tensor] = []
+    stored: list[Tensor] = []
 
     def reconstruct(x: Tensor, _: Tensor) -> Tensor:
         reconstruction = function(x)
         leaf = reconstruction.detach().requires_grad_()
-        spliced.extend((reconstruction, leaf))
+        stored.extend((reconstruction, leaf))
         return leaf.to(x.device)
 
-    clean = run.output.last_hidden_state
-    sequence, position = (x.to(clean.device) for x in run.keep[:, 1:].nonzero(as_tuple=True))
+    clean_hidden = run.output.last_hidden_state
+    device = clean_hidden.device
+    sequence, position = (x.to(device) for x in run.keep[:, 1:].nonzero(as_tuple=True))
     kept = run.keep.to(find_row_device(model))
     with replace_activations(model, source, target, splice_kept(kept, reconstruct)):
         hidden = run_body(model, run.tokens).last_hidden_state[sequence, position]
-    reconstruction, leaf = spliced
-    inner, total = hidden.detach().requires_grad_(), torch.zeros((), device=leaf.device)
-    clean = clean[sequence, position]
-    for first, other in zip(clean.split(LOGIT_ROWS), inner.split(LOGIT_ROWS), strict=True):
-        kl = compute_kl(
-            compute_logits(model, run.output, first), compute_logits(model, run.output, other)
-        ).sum()
+    reconstruction, leaf = stored
+    hidden_leaf, total = hidden.detach().requires_grad_(), torch.zeros((), device=leaf.device)
+    chunks = (x.split(LOGIT_ROWS) for x in (clean_hidden[sequence, position], hidden_leaf))
+    for clean_chunk, spliced_chunk in zip(*chunks, strict=True):
+        clean_logits = compute_logits(model, run.output, clean_chunk)
+        kl = compute_kl(clean_logits, compute_logits(model, run.output, spliced_chunk)).sum()
         kl.backward()
         total += kl.detach().to(leaf.device)
-    (gradient,) = torch.autograd.grad(hidden, leaf, inner.grad)
+    (gradient,) = torch.autograd.grad(hidden, leaf, hidden_leaf.grad)
     return total, reconstruction, gradient

@@ -18,15 +18,16 @@ def find_special_ids(tokenizer) -> list[int]:
 
 def find_bos_id(tokenizer) -> int:
     """Id of the token that starts every sequence: BOS, or EOS in a model without BOS."""
-    return _first_id(tokenizer, "llm.bos", tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return _pick_id(tokenizer, "llm.bos", tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def find_separator_id(tokenizer) -> int:
     """Id of the token between two documents: EOS, or BOS in a model without EOS."""
-    return _first_id(tokenizer, "llm.separator", tokenizer.eos_token_id, tokenizer.bos_token_id)
+    return _pick_id(tokenizer, "llm.separator", tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
-def _first_id(tokenizer, setting: str, *ids: int | None) -> int:
+def _pick_id(tokenizer, setting: str, *ids: int | None) -> int:
+    """The first of `ids` that is not None; UserError, which names `setting`, if there is none."""
     for token in ids:
         if token is not None:
             check_ids(tokenizer, [token], setting, f"set {setting} to a token that has a row")
@@ -61,14 +62,14 @@ def _read_embedding_rows(tokenizer) -> int | None:
 def read_vocabulary(llm: LLM) -> list[str]:
     """Text of every token id of the model, with its leading space.
 
-    Bytes that form no whole character are written as <0xE2>, padding rows of the embedding as
-    <unused 50000>.
+    A piece is a token as the vocabulary writes it, such as Ġcat for " cat". Bytes that form no
+    whole character are written as <0xE2>, padding rows of the embedding as <unused 50000>.
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     tokenizer, size = llm.tokenizer, llm.model.get_output_embeddings().weight.shape[0]
     pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-    literal = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    literal = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}  # text as written
     learned = [piece for piece in pieces if piece is not None and piece not in literal]
     # the character that byte-level BPE (GPT-2, Radford et al. 2019) writes for a byte -> the byte
     alphabet = {character: byte for byte, character in bytes_to_unicode().items()}

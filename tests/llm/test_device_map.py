@@ -182,7 +182,7 @@ def test_a_run_may_be_resumed_where_the_llm_is_spread_otherwise_but_not_quantise
 @pytest.mark.parametrize(
     ("name", "line"),
     {
-        "dtype": r"llm\.load\.dtype: has a setting of its own; use llm\.dtype",
+        "dtype": r"llm\.load\.dtype: not passed on; use llm\.dtype",
         "torch_dtype": r".* use llm\.dtype",
         "attn_implementation": r".* use llm\.attn",
         "trust_remote_code": r".* use llm\.trust_remote_code",

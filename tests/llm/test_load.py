@@ -306,7 +306,7 @@ def test_the_cached_packaged_model_is_the_packaged_model(tmp_path, monkeypatch):
 
     # Nothing but the finished folder is left, and nothing is de-quantised a second time.
     assert [p.name[:8] for p in (tmp_path / "sae_lightning").iterdir()] == ["llm-smol"]
-    monkeypatch.setattr(packaged, "_fill", None)
+    monkeypatch.setattr(packaged, "_fill_cache_folder", None)
     again = load_llm(config)
     for name, weight in again.model.state_dict().items():
         assert torch.equal(weight, llm.model.state_dict()[name])

@@ -26,7 +26,7 @@ def write(source: Path, file: str, folder: str) -> None:
 
 def test_the_second_call_finds_what_the_first_one_wrote(cache, monkeypatch):
     assert packaged.dequantise("smollm2") == cache
-    monkeypatch.setattr(packaged, "_fill", None)
+    monkeypatch.setattr(packaged, "_fill_cache_folder", None)
     assert (packaged.dequantise("smollm2") / "config.json").read_text() == "mine"
 
 
