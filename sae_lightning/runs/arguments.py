@@ -42,7 +42,8 @@ PATH_SETTINGS = (
     "hydra.run.dir",
     "hydra.sweep.dir",
 )
-SINGLE_PATHS = ("resume", "run", "control", "file")  # never a list of several
+# Without -m, a comma in these is part of the path.
+SINGLE_PATHS = ("resume", "run", "control", "file")
 # Hydra's syntax: quotes, interpolations, escapes.
 HYDRA_SYNTAX = re.compile(r"""^['"]|\$\{|\\[()\[\]{}:=, ]""")
 # One value of a comma-separated list, quoted or not.
@@ -55,8 +56,8 @@ EMPTY_VALUES = ("", "''", '""')
 
 def check_arguments(arguments: list[str]) -> list[str]:
     """The arguments with flags first, because Hydra accepts none after a setting. UserError for
-    unknown flags, repeated settings, empty paths, and sweeper settings that only presets can
-    set."""
+    unknown flags, repeated settings, empty paths, missing values, and sweeper settings that only
+    presets can set."""
     parsed, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(
@@ -68,27 +69,30 @@ def check_arguments(arguments: list[str]) -> list[str]:
         raise UserError(
             "-m: --cfg and --info describe one SAE; leave -m out, and give one value per setting"
         )
-    settings, first = parsed.overrides, {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
+    by_name: dict[str, str] = {}
+    for override in parsed.overrides:
+        name, equals, value = override.partition("=")
         name = name.lstrip("+")
-        if equals and name in first:
-            raise UserError(f"{first[name]} {setting}: {name} is given twice; leave one out")
-        first[name] = setting
+        if equals and name in by_name:
+            raise UserError(f"{by_name[name]} {override}: {name} is given twice; leave one out")
+        by_name[name] = override
         if equals and name in (*PATH_SETTINGS, "hydra.sweep.subdir") and value in EMPTY_VALUES:
             raise UserError(
-                f"{setting}: empty (a shell variable that is not set?); give a path or leave it out"
+                f"{override}: empty (a shell variable that is not set?); give a path or leave it "
+                "out"
             )
         if value.strip("'\"") == "???":  # omegaconf's mark of a missing value
-            raise UserError(f"{setting}: ??? stands for a value that is not given; give one")
+            raise UserError(f"{override}: ??? stands for a value that is not given; give one")
         if match := re.match(r"hydra\.sweeper\.(params|search_space)\b", name):
-            train = name_program("train.py")
+            program = name_program("train.py")
             # omegaconf cannot set a key below null
             raise UserError(
-                f"{setting}: {match[0]} is for presets; write a sweep as {train} -m setting=1,2, "
-                f"a search as {train} -m hydra/sweeper=optuna 'setting=interval(1,2)'"
+                f"{override}: {match[0]} is for presets; write a sweep as {program} -m "
+                f"setting=1,2, a search as {program} -m hydra/sweeper=optuna "
+                "'setting=interval(1,2)'"
             )
-    return [argument for argument in arguments if argument not in settings] + settings
+    flags = [argument for argument in arguments if argument not in parsed.overrides]
+    return flags + parsed.overrides
 
 
 def refuse_sweep(arguments: list[str]) -> None:
@@ -128,11 +132,11 @@ def find_text_settings() -> dict[str, bool]:
     may_be_null = {}
     while schemas:
         prefix, schema = schemas.pop()
-        for name, kind in get_type_hints(schema).items():
-            if is_dataclass(kind):
-                schemas.append((f"{prefix}{name}.", kind))
-            elif kind in (str, str | None):
-                may_be_null[prefix + name] = kind is not str
+        for name, hint in get_type_hints(schema).items():
+            if is_dataclass(hint):
+                schemas.append((f"{prefix}{name}.", hint))
+            elif hint in (str, str | None):
+                may_be_null[prefix + name] = hint is not str
     return may_be_null
 
 
@@ -149,11 +153,12 @@ def join_sweep_values(texts: Iterable[str]) -> str:
 
 
 def sweep_settings_of_swept_groups(arguments: list[str]) -> list[str]:
-    """The arguments with the settings of a swept group written as sweeps over one value, choice(x).
+    """The arguments with `=x` written as `=choice(x)`, a sweep over one value, for each setting of
+    a group that is swept.
 
     Hydra first composes a config without the swept arguments. In `-m model=topk,batch_topk
-    model.k=32` it would refuse `model.k`, because the default model has no `k`. Sweeping `model`
-    sweeps `loss`, too.
+    model.k=32` it would refuse `model.k`, because the default model has no `k`. A sweep of `model`
+    is also one of `loss`.
     """
     if not is_multirun(arguments):
         return arguments
@@ -176,8 +181,8 @@ def sweep_settings_of_swept_groups(arguments: list[str]) -> list[str]:
 def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
     """UserError for a sweep with no jobs, too many jobs, or values that crash Hydra's sweepers."""
     for name in ("max_batch_size", "n_trials", "n_jobs"):
-        if (number := sweeper.get(name)) is not None and number < 1:
-            raise UserError(f"hydra.sweeper.{name}={number}: give 1 or more, or leave it out")
+        if (count := sweeper.get(name)) is not None and count < 1:
+            raise UserError(f"hydra.sweeper.{name}={count}: give 1 or more, or leave it out")
     names = [override.key_or_group for override in overrides]
     is_search = not sweeper._target_.endswith(".BasicSweeper")
     for override in overrides:
@@ -186,8 +191,8 @@ def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
             raise UserError(f"{line}: {override.key_or_group} is given twice; leave one out")
         if isinstance(value, IntervalSweep | RangeSweep):
             stop = value.stop if isinstance(value, RangeSweep) else value.end
-            bound = 0 if "log" in value.tags else -math.inf
-            if is_search and not bound < value.start < stop < math.inf:
+            lower_limit = 0 if "log" in value.tags else -math.inf
+            if is_search and not lower_limit < value.start < stop < math.inf:
                 above = " above 0" if "log" in value.tags else ""
                 raise UserError(f"{line}: give two finite numbers{above}, the smaller one first")
             if not is_search and isinstance(value, IntervalSweep):
@@ -211,8 +216,7 @@ def count_values(override: Override) -> int:
     value = override.value()
     if not isinstance(value, RangeSweep):
         return sum(1 for _ in override.sweep_iterator())
-    numbers = value.start, value.stop, value.step
-    if all(map(math.isfinite, numbers)) and value.step:
+    if all(map(math.isfinite, (value.start, value.stop, value.step))) and value.step:
         steps = (value.stop - value.start) / value.step
         if math.isfinite(steps):
             return max(0, math.ceil(steps))
@@ -225,6 +229,7 @@ def is_multirun(arguments: list[str]) -> bool:
 
 
 def _quote_text(argument: str, sweep: bool, text_settings: dict[str, bool]) -> str:
+    """Quote one argument, as `quote_texts` says; `text_settings`: see `find_text_settings`."""
     name, equals, value = argument.partition("=")
     setting = name.lstrip("+")
     is_path = setting in PATH_SETTINGS
@@ -236,9 +241,9 @@ def _quote_text(argument: str, sweep: bool, text_settings: dict[str, bool]) -> s
     if not is_path and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"{setting}: the text is not UTF-8; use a terminal with a UTF-8 locale")
     if (is_path or sweep) and HYDRA_SYNTAX.search(value) or (sweep and re.match(r"\w+\(", value)):
-        return argument
+        return argument  # the user has written it for Hydra
     if is_path and "," in value and not sweep and setting not in SINGLE_PATHS:
-        return argument  # Hydra sees several values, and the error says that they need -m
+        return argument  # Hydra will report that several values need -m
     expand = os.path.expanduser if is_path else str
     values = SWEEP_VALUE.findall(value) if sweep else [("", value)]
     return f"{name}=" + ",".join(

@@ -29,8 +29,8 @@ from sae_lightning.training.settings import (
 
 
 def resolve_auto(job: Job) -> Job:
-    """`job` with `auto` replaced by this machine's dtype, attention and precision, so that resuming
-    on another machine does not silently change the run."""
+    """`job` with `auto` (of threads: null) replaced by this machine's dtype, attention, precision
+    and threads, so that resuming on another machine does not silently change the run."""
     trainer = job.config.trainer
     precision = trainer.precision
     if precision is Precision.auto:
@@ -48,7 +48,7 @@ def resolve_auto(job: Job) -> Job:
 
 
 def _pick_device_type(trainer: TrainerConfig) -> str:
-    """The kind of device on which SAEs train: cpu, cuda, mps."""
+    """The type of device on which SAEs train: cpu, cuda or mps."""
     device = torch.accelerator.current_accelerator()
     return "cpu" if trainer.accelerator is Accelerator.cpu or device is None else device.type
 
@@ -63,7 +63,7 @@ class CheckedJob(NamedTuple):
     """Updates done before the run was stopped; 0 for a new run."""
     llm: LLMShape
     checkpoint_bytes: int
-    """Disk space that the checkpoints still need."""
+    """Disk space in bytes that the job's checkpoints still need."""
 
 
 def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
@@ -88,27 +88,28 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
     config.data_source.check_before_loading(llm, jobs[0].resumed)
     sites = [config.data_source.find_sites(job.config.layer, llm) for job in jobs]
     config.data_source.check_data(distinct_sites(sites), config.trainer.batch)
-    checked_streams: set = set()  # heads of a pass share a stream file
+    checked_streams: set = set()  # of runs that shared a pass, so that each file is checked once
     steps_done = [
         _read_steps_done(job, pair, llm, checked_streams) if job.resumed else 0
         for job, pair in zip(jobs, sites, strict=True)
     ]
-    notes = [
+    warnings = [
         check_start(job.config, pair, llm)
         for job, pair, done in zip(jobs, sites, steps_done, strict=True)
         if job.config.model.start and not done
     ]
-    for note in dict.fromkeys(filter(None, notes)):
-        console.print(make_visible(note))
-    # jobs share the shuffle pool, which is on disk twice while a checkpoint is replaced
-    pool = 2 * 4 * llm.width * config.data.pool * len(distinct_sites(sites)) // len(jobs)
+    for warning in dict.fromkeys(filter(None, warnings)):
+        console.print(make_visible(warning))
+    # of the shuffle pool, which the jobs share; it is on disk twice while a checkpoint is replaced
+    pool_bytes = 2 * 4 * llm.width * config.data.pool * len(distinct_sites(sites)) // len(jobs)
     return [
-        CheckedJob(job, pair, done, llm, _count_checkpoint_bytes(job, pair, llm) + pool)
+        CheckedJob(job, pair, done, llm, _count_checkpoint_bytes(job, pair, llm) + pool_bytes)
         for job, pair, done in zip(jobs, sites, steps_done, strict=True)
     ]
 
 
 def _check_folder(job: Job) -> None:
+    """Make the job's folder; UserError if it is not writable or holds another run."""
     job.folder.mkdir(parents=True, exist_ok=True)
     if not os.access(job.folder, os.W_OK):
         raise UserError(f"{job.folder} cannot be written to: choose another with {FOLDER_HINT}")
@@ -120,6 +121,8 @@ def _check_folder(job: Job) -> None:
 
 
 def _check_shared(job: Job, first: Job) -> None:
+    """UserError if a job of a pass differs from the first one in settings that they share, though
+    these do not change its results."""
     if job.config.data != first.config.data:
         raise UserError(
             "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "
@@ -143,7 +146,7 @@ def _check_loss_tokens(job: Job) -> None:
 
 
 def _check_kl(job: Job) -> None:
-    """UserError if there is no LLM, or not the whole LLM, to measure `loss.kl`."""
+    """UserError if `loss.kl` is set but there is no LLM, or not the whole LLM, to measure it."""
     config = job.config
     if config.loss.kl and not config.data_source.has_llm:
         raise UserError(
@@ -158,10 +161,10 @@ def _check_kl(job: Job) -> None:
 
 
 def _check_seeds(job: Job) -> None:
-    """UserError for typed seeds with which the SAE's first weights would be the synthetic concepts
-    themselves."""
-    seed, typed = job.config.model.seed, any("seed=" in override for override in job.overrides)
-    if getattr(job.config.data, "seed", None) == seed and typed and not job.resumed:
+    """UserError if a seed is typed that makes the SAE's first weights the synthetic concepts
+    themselves: `data.seed` and `model.seed` are equal."""
+    seed, is_typed = job.config.model.seed, any("seed=" in override for override in job.overrides)
+    if getattr(job.config.data, "seed", None) == seed and is_typed and not job.resumed:
         raise UserError(
             f"data.seed={seed}: an SAE with model.seed={seed} would start at the very "
             "concepts that it has to find; give another seed"
@@ -171,13 +174,13 @@ def _check_seeds(job: Job) -> None:
 def _count_checkpoint_bytes(job: Job, sites: SitePair, llm: LLMShape) -> int:
     """Bytes still needed for the weights, Adam's two moments and the exported weights, all of
     which are on disk twice while they are replaced, and for the SAEs of `trainer.keep_every`."""
-    weights = 4 * count_parameters(job.config.model, *map(llm.width_at, sites))
-    needed = 2 * (3 * weights + weights) + job.config.trainer.kept_saes * weights
+    weight_bytes = 4 * count_parameters(job.config.model, *map(llm.width_at, sites))
+    needed = 2 * (3 * weight_bytes + weight_bytes) + job.config.trainer.kept_saes * weight_bytes
     if job.config.model.start:  # decoder rows in half precision, in the checkpoint
         needed += 2 * 2 * job.config.model.features * llm.width_at(sites.target)
     saes = [*job.folder.glob("sae/*"), *job.folder.glob("sae-*/*")]
-    written = [locate_checkpoint(job.folder), *saes]
-    return needed - sum(file.stat().st_size for file in written if file.is_file())
+    existing = [locate_checkpoint(job.folder), *saes]
+    return needed - sum(file.stat().st_size for file in existing if file.is_file())
 
 
 def check_disk_space(jobs: list[CheckedJob]) -> None:

@@ -59,10 +59,12 @@ PROCESS_START = time.time()
 
 @contextmanager
 def report_errors(folder: Path | None = None, multirun: bool = False) -> Iterator[None]:
-    """Print expected errors as one line and exit with code 1; bugs keep their traceback.
+    """Print the errors of the block that a user can correct as one line, and exit with code 1; bugs
+    keep their traceback.
 
     With SAE_LIGHTNING_DEBUG=1 every error keeps its traceback. `folder`, which Hydra made for the
-    run, is removed if still empty. In a `multirun` the error is only printed: other jobs go on.
+    run, is removed if still empty. In a `multirun` the error is only printed, with the folder's
+    name: other jobs go on.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # undo train.py's SIG_DFL
     # otherwise Hydra prints its own shortened traceback and exits before the error gets here
@@ -139,7 +141,8 @@ def remove_unused_folder(folder: Path) -> None:
 
 
 def explain_error(error: BaseException, overrides: list[str]) -> str | None:
-    """One line about an error that the user can correct; None for a bug."""
+    """One line about an error that the user can correct; None for a bug. `overrides`: the
+    arguments that were typed, for the message."""
     for cause in list_causes(error, contexts=False):
         if line := describe_system_error(cause):
             return line
@@ -193,15 +196,16 @@ def _list_presets_of(group: str) -> list[str]:
 
 
 def _describe_number_for_group(overrides: list[str]) -> str:
+    """Explain a number in place of a preset, as in `layer=9`."""
     for override in overrides:
         group, _, value = override.partition("=")
         if group and _list_presets_of(group) and not value.isidentifier():
-            hint = MAIN_SETTINGS.get(group) or (
+            setting = MAIN_SETTINGS.get(group) or (
                 group == "loss" and _find_sparsity_coefficient(overrides)
             )
             return (
                 f"{override}: `{group}` chooses a preset ({', '.join(_list_presets_of(group))})"
-                + (f"; for a value write {group}.{hint}={value}" if hint else "")
+                + (f"; for a value write {group}.{setting}={value}" if setting else "")
             )
     return "every argument has the form setting=value, such as loss.l1=1e-3"
 
@@ -214,6 +218,7 @@ def _find_sparsity_coefficient(overrides: list[str]) -> str | None:
 
 
 def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str:
+    """Say which model, data or task has the setting, or which settings have similar names."""
     name = str(error.full_key)
     parent, _, key = name.rpartition(".")
     schema = error.object_type
@@ -230,13 +235,13 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
         "": tasks if schema in tasks.values() else {},
     }
     table = tables.get(parent, {})
-    owners = [name for name, schema in table.items() if key in schema.__dataclass_fields__]
+    owners = [option for option, fields in table.items() if key in fields.__dataclass_fields__]
     if owners:
-        kind = {"data": "data", "": "task"}.get(parent, "model")
-        add = f", or add data={owners[0]}" if kind == "data" and len(owners) == 1 else ""
-        choices = ", ".join(f"{kind}={owner}" for owner in owners[:-1])
-        choices += f"{' and ' * (len(owners) > 1)}{kind}={owners[-1]}"
-        return f"{name} has no meaning for this {kind}, only for {choices}: leave it out{add}"
+        group = {"data": "data", "": "task"}.get(parent, "model")
+        add = f", or add data={owners[0]}" if group == "data" and len(owners) == 1 else ""
+        choices = ", ".join(f"{group}={owner}" for owner in owners[:-1])
+        choices += f"{' and ' * (len(owners) > 1)}{group}={owners[-1]}"
+        return f"{name} has no meaning for this {group}, only for {choices}: leave it out{add}"
     matches = (o for o in overrides if re.match(rf"[+~]*{re.escape(name)}[.=]", o))
     if line := translate_setting(next(matches, name)):
         return line
@@ -250,8 +255,9 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
 
 
 def _describe_bad_value(error: OmegaConfBaseException, overrides: list[str]) -> str:
+    """Say what is wrong with a value of the wrong type."""
     name, reason = str(error.full_key), str(error).splitlines()[0]
-    typed = next((o for o in overrides if o.lstrip("+").startswith(f"{name}=")), name)
+    override = next((o for o in overrides if o.lstrip("+").startswith(f"{name}=")), name)
     if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
         reason = "give a whole number in digits, such as 1000000 or 1_000_000"
     if "Set[str]" in reason:  # from Hydra's classes for sweeps
@@ -262,7 +268,7 @@ def _describe_bad_value(error: OmegaConfBaseException, overrides: list[str]) -> 
         reason = "a list is not possible here"
     if "not Optional" in reason:
         reason = "null is not possible here"
-    return f"{typed.lstrip('+')}: {reason[0].lower()}{reason[1:].removesuffix('.')}"
+    return f"{override.lstrip('+')}: {reason[0].lower()}{reason[1:].removesuffix('.')}"
 
 
 def _describe_hydra_error(text: str) -> str:

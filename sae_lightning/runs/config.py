@@ -45,7 +45,7 @@ DATA_PRESETS = {
     "activations": "activations",
 }
 STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
-# Settings of the trainer that change the speed and, of a split SAE, the rounding.
+# Settings of the trainer that do not change what is trained (but for a split SAE's rounding).
 DEVICE_SETTINGS = ("devices", "nodes", "split", "patience")
 # Prefixes of the overrides that may be given with `resume`.
 RESUME_OVERRIDES = (
@@ -107,8 +107,8 @@ class Config:
         for setting, seed in (("seed", self.seed), ("model.seed", self.model.seed)):
             if not 0 <= seed < 2**63:
                 raise UserError(f"{setting}={seed}: give 0 or a positive integer below 2**63")
-        row = SOURCES.get(self.data.kind)
-        if row is None or type(self.data) is not row.settings:
+        source_class = SOURCES.get(self.data.kind)
+        if source_class is None or type(self.data) is not source_class.settings:
             raise UserError(
                 f"data.kind={self.data.kind}: these are not its settings; choose data=..., which "
                 "brings them"
@@ -250,8 +250,8 @@ def to_dataclass(cfg: DictConfig) -> Any:
     except MissingMandatoryValue as error:
         name = error.full_key
         docs = read_docstrings(error.object_type) if is_dataclass(error.object_type) else {}
-        about = f" ({docs[error.key].removesuffix('.')})" if error.key in docs else ""
-        raise UserError(f"{name} is not set: give {name}=...{about}") from error
+        meaning = f" ({docs[error.key].removesuffix('.')})" if error.key in docs else ""
+        raise UserError(f"{name} is not set: give {name}=...{meaning}") from error
     except AttributeError as error:  # `+model.featurs=3`: with +, Hydra adds any key
         translation = translate_setting(str(error).split("'")[-2])  # has no attribute 'featurs'
         hint = f"{error}: leave out the +, or correct the setting's name"
@@ -259,12 +259,13 @@ def to_dataclass(cfg: DictConfig) -> Any:
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value  # GPUs in llm.load.max_memory are numbers
+            flat[f"{prefix}{key}"] = value  # an int in llm.load.max_memory: the number of a GPU
     return flat
 
 

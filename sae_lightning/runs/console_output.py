@@ -18,7 +18,8 @@ from sae_lightning.training.module import SAEModule
 
 
 def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
-    """Print what will be trained, on which `inputs`, and where the results go."""
+    """Print what will be trained, on which data (`inputs`: label -> text), and where the results
+    go."""
     jobs, llm, steps_done = planned.jobs, planned.llm, planned.steps_done
     trainer = jobs[0].config.trainer
     parameters = sum(
@@ -26,21 +27,21 @@ def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
         for job, pair in zip(jobs, planned.sites, strict=True)
     )
     models = [job.config.model for job in jobs]
-    kinds = dict.fromkeys(f"{model.name}, {model.features:,} features" for model in models)
+    sizes = dict.fromkeys(f"{model.name}, {model.features:,} features" for model in models)
     rows = {
         **inputs,
         **jobs[0].config.data_source.describe_sites(planned.sites, llm),
         "SAE": (f"{len(jobs)} of " if len(jobs) > 1 else "")
-        + f"{'; '.join(kinds)}, {parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
+        + f"{'; '.join(sizes)}, {parameters / 1e6:.1f} M parameters, {trainer.precision.name}",
         "training": f"{trainer.steps * trainer.batch:,} tokens in {trainer.steps:,} updates of "
         f"{trainer.batch:,}",
         "results": str(shorten_path(jobs[0].folder if len(jobs) == 1 else jobs[0].folder.parent)),
     }
     if len(planned.shares) > 1:
-        split, whole = len(planned.split), len(jobs) - len(planned.split)
-        counts = [f"{split} of the SAEs split by features"] * bool(split)
-        counts += [f"{whole} of them whole, each on one device"] * bool(whole)
-        rows["devices"] = f"{len(planned.shares)}, {', '.join(counts)}"
+        split_count, whole_count = len(planned.split), len(jobs) - len(planned.split)
+        parts = [f"{split_count} of the SAEs split by features"] * bool(split_count)
+        parts += [f"{whole_count} of them whole, each on one device"] * bool(whole_count)
+        rows["devices"] = f"{len(planned.shares)}, {', '.join(parts)}"
     if starts := dict.fromkeys(model.start for model in models if model.start):
         rows["starting from"] = ", ".join(str(shorten_path(Path(start))) for start in starts)
     if steps_done:
@@ -79,6 +80,7 @@ def print_results(job: Job, metrics: dict) -> None:
 
 
 def _format_kl_effect(before: dict[str, float], after: dict[str, float]) -> str:
+    """What fine-tuning with `loss.kl` has changed, from held-out metrics before and after it."""
     ce, kl = (f"{before[name]:.4f} -> {after[name]:.4f}" for name in ("ce_spliced", "kl"))
     closed = measure_gap_closed(before, after)
     gap = "" if closed is None else f" ({closed:.0%} of the gap closed)"
@@ -90,8 +92,8 @@ def format_speed(job: Job, speed: dict[str, float]) -> str:
     shares = ""
     if "llm_share" in speed:
         llm = f"LLM {speed['llm_share']:.0%}, " if speed["llm_share"] else ""
-        pool = f"{job.config.data_source.noun} and pool {speed['data_share']:.0%}"
-        shares = f" ({llm}{pool}, SAE {speed['sae_share']:.0%} of the time)"
+        data = f"{job.config.data_source.noun} and pool {speed['data_share']:.0%}"
+        shares = f" ({llm}{data}, SAE {speed['sae_share']:.0%} of the time)"
     return (
         f"{speed['tokens_per_second']:,.0f} tokens/s{shares}, "
         f"{speed['tokens_per_second_in_all']:,.0f} with evaluation and checkpoints"

@@ -43,7 +43,7 @@ def count_ranks(config: Config) -> int:
     ranks that a launcher has started."""
     trainer, llm = config.trainer, config.llm
     count = None if trainer.devices == "auto" else trainer.devices
-    # the LLM is on a device of its own, or on several
+    # the settings name the device of the LLM, such as cuda:1, or spread it over several
     llm_is_placed = ":" in llm.device or is_spread(llm.load)
     gpus = torch.cuda.device_count() if _uses_gpus(config) else 0
     if launched := find_launched_rank():
@@ -60,12 +60,12 @@ def count_ranks(config: Config) -> int:
         )
     elif count is None:
         return 1 if llm_is_placed or trainer.accelerator is Accelerator.cpu else max(1, gpus)
-    local = count_local_ranks(config, count)
-    own_gpu = launched and gpus == 1  # a launcher may make one GPU visible to each rank
-    if 0 < gpus < local and not own_gpu:
+    local_ranks = count_local_ranks(config, count)
+    one_gpu_each = launched and gpus == 1  # a launcher may make one GPU visible to each rank
+    if 0 < gpus < local_ranks and not one_gpu_each:
         raise UserError(
-            f"trainer.devices={trainer.devices}: {local} processes would share the {gpus} GPUs "
-            f"that are visible here; use at most {gpus}"
+            f"trainer.devices={trainer.devices}: {local_ranks} processes would share the {gpus} "
+            f"GPUs that are visible here; use at most {gpus}"
         )
     if count > 1 and llm_is_placed:
         raise UserError(
@@ -82,7 +82,7 @@ def _uses_gpus(config: Config) -> bool:
 
 
 def count_local_ranks(config: Config, ranks: int | None = None) -> int:
-    """Number of the ranks that are on this machine."""
+    """Number of ranks on this machine, of `ranks` in all (None: of those of `config`)."""
     return find_local_size() or (ranks or count_ranks(config)) // config.trainer.nodes
 
 
@@ -94,7 +94,8 @@ def count_threads(config: Config) -> int:
 
 
 class Followers:
-    """Rank 0's handle on the other ranks: the processes it started, the passes it sent."""
+    """Rank 0's handle on the other ranks, its followers: the processes that it has started, and
+    the passes that it has sent."""
 
     def __init__(self) -> None:
         self.command = [sys.executable, "-m", "sae_lightning.runs.devices"]
@@ -105,9 +106,9 @@ class Followers:
 
     def start(self, size: int) -> LaunchedRank:
         """Start ranks 1 to `size` - 1 on this machine; returns rank 0, this process."""
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            port = unused.getsockname()[1]
+        with socket.socket() as probe:  # finds a free port
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
@@ -120,7 +121,7 @@ class Followers:
         return LaunchedRank(0, size, 0, "127.0.0.1", port)
 
     def check(self) -> None:
-        """RankLost if one of them has ended."""
+        """RankLost if one of the processes has ended."""
         for rank, process in enumerate(self.processes, 1):
             if process.poll() is not None:
                 raise RankLost(f"rank {rank} ended with exit code {process.returncode}")
@@ -130,14 +131,14 @@ class Followers:
         self.passes_sent += 1
         jobs = planned.jobs if planned else []
         plugins = sorted({name for job in jobs for name in job.config.plugins})
-        # what plugins define is in the pass: they are imported before it is unpickled
+        # a pickle in a pickle: ranks first import the plugins, which may define classes of the pass
         message = plugins, planned and pickle.dumps(planned)
         world().store_message(f"pass/{self.passes_sent}", pickle.dumps(message))
 
     def end(self) -> None:
         """End all ranks but this one, once they have trained what they were sent."""
         if world().size > 1:
-            with suppress(RuntimeError):  # some may be lost
+            with suppress(RuntimeError):  # some ranks may be lost
                 self.send_pass(None)
                 deadline = monotonic() + END_SECONDS
                 while monotonic() < deadline and world().store.add("ended", 0) < world().size - 1:
@@ -182,8 +183,8 @@ def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
 
 
 def release_followers() -> None:
-    """End the ranks that a launcher has started, if they still wait for a first pass because there
-    was nothing to train, or an error."""
+    """End the ranks that a launcher has started, if they still wait for a first pass: there was
+    nothing to train, or an error has come first."""
     if not followers.connected:
         followers.connected = True
         with suppress(RankLost, RuntimeError):

@@ -22,8 +22,8 @@ from sae_lightning.sae.controls import Control
 
 
 def expand_jobs(jobs: Sequence[Job]) -> list[list[Job]]:
-    """For each job, itself and the runs that `sweep.seeds` and `sweep.controls` add to it. If two
-    jobs add the same run, it is one job in both lists."""
+    """For each job, a group: the job and the runs that `sweep.seeds` and `sweep.controls` add to
+    it. If two jobs add the same run, both groups hold the same object."""
     unique = {_make_key(job.config): job for job in jobs}
     return [
         [job, *(unique.setdefault(_make_key(run.config), run) for run in _make_added_runs(job))]
@@ -32,7 +32,7 @@ def expand_jobs(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def list_controls(config: Config) -> list[Control]:
-    """The controls that pass the checks of the SAE's config; UserError if none does."""
+    """The controls that the SAE of `config` can have; UserError if there are none."""
     allowed, reason = [], ""
     for control in Control:
         try:
@@ -46,30 +46,31 @@ def list_controls(config: Config) -> list[Control]:
 
 
 def describe_expansion(groups: Sequence[Sequence[Job]]) -> str:
-    """One line that counts the runs which `expand_jobs` has added; empty if there are none."""
-    jobs = {group[0].folder for group in groups}
+    """One line that counts the runs in the `groups` of `expand_jobs`; empty if none was added."""
+    typed = {group[0].folder for group in groups}
     runs = {run.folder: run for group in groups for run in group}
-    if len(runs) == len(jobs):
+    if len(runs) == len(typed):
         return ""
     controls = sum(run.config.model.control is not None for run in runs.values())
     saes = f"{len(runs) - controls} SAEs with all seeds"
-    return f"{len(jobs)} jobs become {len(runs)} runs: {saes}, {controls} controls"
+    return f"{len(typed)} jobs become {len(runs)} runs: {saes}, {controls} controls"
 
 
 def average_objective(
     group: Sequence[Job], results: Mapping[Path, dict[str, float] | None]
 ) -> float | None:
-    """Mean objective over the seeds of a job; None if one of them has failed.
+    """Mean objective of a job over its seeds; None if the run of one of them has failed.
 
-    `group`: the job and its added runs, of which controls do not count; `results`: run folder ->
-    held-out metrics.
+    `group`: the job and its added runs, of which its controls do not count; `results`: run folder
+    -> held-out metrics.
     """
     config = group[0].config
-    same_control = [run for run in group if run.config.model.control is config.model.control]
-    seeds = [results[folder] for folder in dict.fromkeys(run.folder for run in same_control)]
-    if None in seeds:
+    seeds = [run for run in group if run.config.model.control is config.model.control]
+    metrics_of_seeds = [results[folder] for folder in dict.fromkeys(run.folder for run in seeds)]
+    if None in metrics_of_seeds:
         return None
-    return sum(compute_objective(metrics, config.sweep) for metrics in seeds) / len(seeds)
+    objectives = [compute_objective(metrics, config.sweep) for metrics in metrics_of_seeds]
+    return sum(objectives) / len(objectives)
 
 
 def _make_added_runs(job: Job) -> Iterator[Job]:
@@ -78,13 +79,13 @@ def _make_added_runs(job: Job) -> Iterator[Job]:
         return
     config = job.config
     for seed in range(config.model.seed, config.model.seed + config.sweep.seeds):
-        trained = job
+        seeded = job
         if seed != config.model.seed:
-            trained = _copy_job(job, "seed", seed)
-            yield trained
+            seeded = _copy_job(job, "seed", seed)
+            yield seeded
         if config.sweep.controls and config.model.control is None:
             for control in list_controls(config):
-                yield _copy_job(trained, "control", control)
+                yield _copy_job(seeded, "control", control)
 
 
 def _copy_job(job: Job, setting: str, value: Control | int) -> Job:

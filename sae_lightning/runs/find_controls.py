@@ -10,24 +10,24 @@ from sae_lightning.sae.controls import Control
 
 
 def find_controls(folder: Path) -> dict[Control, Path]:
-    """Control -> its finished run folder, for the SAE of the run in `folder`: one of each kind,
-    among the runs beside it (those of its sweep), with the same seeds if there is one."""
+    """Control -> run folder, for the SAE of the run in `folder`: a finished run of each control
+    among the runs beside it (those of its sweep), preferably one with the same seeds."""
     config = read_job(folder, trusted=True).config  # no LLM is loaded
-    settings, controls = config.to_flat_dict(), {}
+    settings, folders = config.to_flat_dict(), {}
     experiment = identify_experiment(settings)
     for file in sorted(folder.absolute().parent.glob(f"*/{CONFIG_FILE}")):
         try:
             other = read_job(file.parent, trusted=True).config
         except UserError:  # one damaged run must not hide the others
             continue
-        kind, others = other.model.control, other.to_flat_dict()
-        if kind is None or read_metrics(file.parent) is None:
+        control, other_settings = other.model.control, other.to_flat_dict()
+        if control is None or read_metrics(file.parent) is None:
             continue
         # with another data.seed, synthetic data has other concepts
-        same_data = others.get("data.seed") == settings.get("data.seed")
-        if not same_data or identify_experiment(others) != experiment:
+        same_data = other_settings.get("data.seed") == settings.get("data.seed")
+        if not same_data or identify_experiment(other_settings) != experiment:
             continue
         same_seeds = (other.seed, other.model.seed) == (config.seed, config.model.seed)
-        if same_seeds or kind not in controls:
-            controls[kind] = file.parent
-    return controls
+        if same_seeds or control not in folders:
+            folders[control] = file.parent
+    return folders

@@ -37,7 +37,7 @@ DENSITY_FILE = "density.safetensors"  # the share of held-out tokens on which ea
 
 def read_metrics(folder: Path) -> dict | None:
     """The content of `metrics.json`; None if the run did not finish or the file is damaged."""
-    with suppress(UserError):  # if damaged, the last checkpoint can be scored again
+    with suppress(UserError):  # resuming the run from its last checkpoint writes the file again
         return _read_metrics(folder)
     return None
 
@@ -89,12 +89,12 @@ def begin_run(job: Job) -> None:
 
 
 def forget_empty_run(job: Job) -> bool:
-    """Delete the settings of a new plain run that wrote nothing else; returns whether it did."""
-    no_results = {file.name for file in job.folder.glob("*")} <= {CONFIG_FILE, LOCK_FILE}
-    forget = no_results and not (job.resumed or job.multirun)
-    if forget:
-        (job.folder / CONFIG_FILE).unlink(missing_ok=True)
-    return forget
+    """Delete the settings of a new plain run if it wrote nothing else; returns whether it did."""
+    is_empty = {file.name for file in job.folder.glob("*")} <= {CONFIG_FILE, LOCK_FILE}
+    if not is_empty or job.resumed or job.multirun:
+        return False
+    (job.folder / CONFIG_FILE).unlink(missing_ok=True)
+    return True
 
 
 def record_failure(job: Job, reason: str) -> None:
@@ -124,6 +124,7 @@ def read_sweep_runs(folder: Path) -> list[SweepRun]:
 
 
 def _read_sweep_run(folder: Path) -> SweepRun:
+    """A run of a sweep; one whose files cannot be read is marked as damaged."""
     try:
         job = read_job(folder, trusted=True)  # no LLM is loaded
     except UserError as error:
@@ -139,7 +140,7 @@ def _read_sweep_run(folder: Path) -> SweepRun:
 
 
 def _read_metrics(folder: Path) -> dict | None:
-    """UserError if the file lacks what `run.score_and_save` writes."""
+    """The content of `metrics.json`; None if there is no file, UserError if it is damaged."""
     path = folder / METRICS_FILE
     content = read_json(path)
     if content is None:
@@ -167,7 +168,7 @@ def _read_number(value: object) -> float:
 
 
 def _read_failure(folder: Path) -> dict | None:
-    """UserError if the file does not hold a reason."""
+    """The content of `failure.json`; None if there is no file, UserError if it is damaged."""
     path = locate_failure(folder)
     content = read_json(path)
     if content is None:
@@ -205,6 +206,7 @@ def claim_folders(folders: list[Path]) -> Iterator[None]:
                 ) from None
             saes = [folder / "sae", *folder.glob("sae-*")]
             subfolders = [*saes, locate_checkpoint(folder).parent]
+            # a folder that the user names may be a link, but not one in it
             for path in [*subfolders, *([folder] if folder.parent in folders else [])]:
                 refuse_link(path)
             for path in (folder, *subfolders):

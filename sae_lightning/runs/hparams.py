@@ -19,16 +19,17 @@ HPARAM_SETTINGS = (
 
 
 def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
-    """Each job's columns: first the swept settings or, for a single run, its overrides."""
+    """The content of the tab for each job; first the swept settings or, for a single run, its
+    overrides."""
     overrides = [split_overrides(job.overrides) for job in jobs]
     # `job.swept` is empty in resumed jobs and lacks added seeds and controls: compare the jobs, too
-    varied = find_swept(overrides)
+    differing = find_swept(overrides)
     swept = []
     for job, typed in zip(jobs, overrides, strict=True):
-        known = [*dict.fromkeys([*(name for name in job.swept if name in typed), *varied])]
-        # if a job of a sweep is resumed alone, its folder's name has them
-        parts = [part.partition("=")[0] for part in job.folder.name.split(",")]
-        swept.append(known or [name for name in typed if name in parts] or [*typed])
+        names = [*dict.fromkeys([*(name for name in job.swept if name in typed), *differing])]
+        # if a job of a sweep is resumed alone, its folder is named after the swept settings
+        in_folder_name = [part.partition("=")[0] for part in job.folder.name.split(",")]
+        swept.append(names or [name for name in typed if name in in_folder_name] or [*typed])
     settings = [_select_settings(*row) for row in zip(jobs, overrides, swept, strict=True)]
     columns: dict = {}
     for values in settings:
@@ -41,16 +42,17 @@ def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
 
 def _select_settings(job: Job, overrides: dict[str, str], swept: Collection[str]) -> dict:
     """The job's columns: setting -> value, including swept presets such as `model=relu`."""
-    return {name: overrides[name] for name in swept if name in overrides} | {
+    presets = {name: overrides[name] for name in swept if name in overrides}
+    return presets | {
         name: value if isinstance(value, bool | int | float) else str(value)
         for name, value in job.config.to_flat_dict().items()
-        if name.startswith(HPARAM_SETTINGS)
-        and (name, value) != ("model.start", None)
-        or name in swept
+        if name in swept
+        or (name.startswith(HPARAM_SETTINGS) and (name, value) != ("model.start", None))
     }
 
 
 def _list_headline_metrics(job: Job) -> list[str]:
+    """The metrics that the tab shows: those of every run, and the main one of the kind of data."""
     source = job.config.data_source
     metrics, _ = source.list_metrics(job.config.eval.loss_tokens)
     return [*HEADLINE, *(f"held_out/{name}" for name in {source.headline} & metrics)]

@@ -44,19 +44,19 @@ class Job:
     multirun: bool = False
     """Whether the job is one of several: if it fails, the others go on."""
     sweep_folder: Path | None = None
-    """Folder of the sweep that the job belongs to; None if it is started or resumed on its own."""
+    """Folder of the sweep that the job belongs to; None if it is started or resumed alone."""
     swept: Sequence[str] = ()
-    """Names of the settings that vary in its multirun; in a plain run, of all typed settings."""
+    """See `read_swept_settings`."""
     hparams: "HParams | None" = None
     """Content of TensorBoard's HParams tab, set once all jobs of the command are known."""
 
     @property
     def trust_overrides(self) -> dict[str, str]:
-        """The settings that every command on this run must repeat, because its folder alone may not
-        allow code to run: code that comes with the LLM, and plugins."""
-        trusted = {TRUST_SETTING: "true"} if self.config.llm.trust_remote_code else {}
+        """The settings that every command on this run must repeat: they allow code of the LLM or of
+        plugins to run, and a run folder alone may not allow that."""
+        for_llm = {TRUST_SETTING: "true"} if self.config.llm.trust_remote_code else {}
         names = ",".join(self.config.plugins)
-        return trusted | ({"plugins": f"[{names}]"} if names else {})
+        return for_llm | ({"plugins": f"[{names}]"} if names else {})
 
     @property
     def label(self) -> str:
@@ -73,20 +73,21 @@ def read_overrides(hydra: DictConfig) -> list[str]:
 
 def read_swept_settings(hydra: DictConfig) -> list[str]:
     """Names of the typed settings that vary in a multirun, after which its folders are named; in a
-    plain run, all typed settings."""
+    plain run, of all typed settings."""
     constant = hydra.job.config.override_dirname.exclude_keys
     return [name for name in split_overrides(read_overrides(hydra)) if name not in constant]
 
 
 def format_resume_command(jobs: Sequence[Job]) -> str:
-    """The command that resumes the jobs of a pass: by their sweep or, without one, one by one."""
+    """The command that resumes the jobs of a pass: it names their sweep or, without one, the folder
+    of each job."""
     sweep = jobs[0].sweep_folder
     folders = [sweep] if sweep else [job.folder for job in jobs]
-    names = [str(shorten_path(folder)) for folder in folders]
+    paths = [str(shorten_path(folder)) for folder in folders]
     settings = jobs[0].trust_overrides | list_destinations(jobs[0].config.logger)
     if not sweep and len(jobs) == 1:
-        return format_command("train.py", resume=names[0], **settings)
-    return format_command("train.py", "-m", resume=join_sweep_values(names), **settings)
+        return format_command("train.py", resume=paths[0], **settings)
+    return format_command("train.py", "-m", resume=join_sweep_values(paths), **settings)
 
 
 def pick_run_folder(existing: str | None) -> str:
@@ -153,11 +154,11 @@ def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) 
 
 def _change_job(job: Job, cfg: DictConfig, overrides: list[str]) -> Job:
     """A resumed job with the settings of the composed config that were typed with `resume`."""
-    for setting in (o.partition("=")[0] for o in overrides if o.startswith(RESUME_OVERRIDES)):
-        group, _, name = setting.partition(".")
+    for full_name in (o.partition("=")[0] for o in overrides if o.startswith(RESUME_OVERRIDES)):
+        group, _, name = full_name.partition(".")
         value = getattr(to_dataclass(cfg[group]), name)
         changed = replace(getattr(job.config, group), **{name: value})
-        job.config = replace(job.config, **{group: changed})  # which checks it
+        job.config = replace(job.config, **{group: changed})  # checks the setting
     loggers = to_dataclass(cfg.logger)
     job.config.logger = change_loggers(job.config.logger, loggers, overrides, job.folder)
     return job
@@ -217,12 +218,12 @@ def read_job(folder: Path, trusted: bool = False) -> Job:
 
 
 @cache
-def _make_schema(data: str, model: str) -> DictConfig:
+def _make_schema(data_kind: str, architecture: str) -> DictConfig:
     """The schema of a run's config for a kind of data and an architecture, cached for sweeps of
     many runs."""
-    schema = OmegaConf.structured(Config)
-    schema.data = SOURCES[data].settings
-    schema.model, schema.loss = ARCHITECTURES[model].config, ARCHITECTURES[model].loss
+    schema, row = OmegaConf.structured(Config), ARCHITECTURES[architecture]
+    schema.data = SOURCES[data_kind].settings
+    schema.model, schema.loss = row.config, row.loss
     return schema
 
 
@@ -250,7 +251,7 @@ def format_config(job: Job) -> str:
 
 
 def _infer_data_kind(data: dict) -> str:
-    """Infer the kind of data, which old runs did not save, from a setting unique to it."""
+    """Infer the kind of data, which old runs did not save, from a setting that only it has."""
     for kind, setting in {"synthetic": "concepts", "local": "path", "hub": "name"}.items():
         if setting in data:
             return kind

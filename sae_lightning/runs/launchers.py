@@ -44,10 +44,10 @@ def find_launched_rank() -> LaunchedRank | None:
 
 
 def find_local_size() -> int | None:
-    """Number of ranks that the launcher has started on this machine, if it says so."""
+    """Number of ranks that the launcher has started on this machine; None if it does not say."""
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 8(x2),4
-    local = os.environ.get("LOCAL_WORLD_SIZE") or re.match(r"\d*", tasks)[0]
-    return int(local) if local and find_launched_rank() else None
+    size = os.environ.get("LOCAL_WORLD_SIZE") or re.match(r"\d*", tasks)[0]
+    return int(size) if size and find_launched_rank() else None
 
 
 def _read_address(launcher: str) -> tuple:

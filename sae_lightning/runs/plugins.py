@@ -27,13 +27,15 @@ SETTING = "plugins"
 
 def load_plugins(arguments: list[str], tasks: dict[str, type] | None = None) -> list[str]:
     """Import the plugins that are typed or installed, and register all schemas with Hydra; returns
-    the arguments with `plugins` as Hydra takes it. `tasks`: TASKS, for analyze.py."""
-    typed = {a: _read_names(a) for a in arguments if a.lstrip("+").startswith(f"{SETTING}=")}
-    import_plugins([name for names in typed.values() for name in names], tasks)
-    flags, _ = get_args_parser().parse_known_intermixed_args(arguments)
-    register_schemas(tasks, flags.config_dir)
-    quoted = {a: ",".join(map(quote_if_needed, names)) for a, names in typed.items()}
-    return [f"{SETTING}=[{quoted[a]}]" if a in typed else a for a in arguments]
+    the arguments with `plugins=[...]` in Hydra's syntax. `tasks`: TASKS, for analyze.py."""
+    names = {a: _read_names(a) for a in arguments if a.lstrip("+").startswith(f"{SETTING}=")}
+    import_plugins([name for typed_names in names.values() for name in typed_names], tasks)
+    parsed, _ = get_args_parser().parse_known_intermixed_args(arguments)
+    register_schemas(tasks, parsed.config_dir)
+    return [
+        f"{SETTING}=[{','.join(map(quote_if_needed, names[a]))}]" if a in names else a
+        for a in arguments
+    ]
 
 
 def import_plugins(names: Iterable[str], tasks: dict[str, type] | None = None) -> None:
@@ -56,7 +58,7 @@ def import_plugins(names: Iterable[str], tasks: dict[str, type] | None = None) -
 
 
 def _read_names(argument: str) -> list[str]:
-    """Modules, and files as absolute paths, of plugins=[a,b] or plugins=a."""
+    """The modules in plugins=[a,b] or plugins=a, and its .py files as absolute paths."""
     value = argument.partition("=")[2].strip().removeprefix("[").removesuffix("]")
     names = [name.strip(" '\"") for name in value.split(",") if name.strip()]
     expand = os.path.expanduser
@@ -73,7 +75,8 @@ def _make_importable(folder: str) -> None:
 
 
 def _import_one(label: str, module: str, tables: Mapping[str, dict[str, Any]]) -> None:
-    """Import a plugin; `label` begins the messages of its errors."""
+    """Import a plugin; UserError, which begins with `label`, if it fails or replaces a row of one
+    of the `tables`."""
     before = {kind: dict(table) for kind, table in tables.items()}
     try:
         importlib.import_module(module)

@@ -34,6 +34,7 @@ def register_schemas(
             store.store(group=f"schema/{group}", name=name, node=schema)
             store.repo.get(group, {}).pop(f"{name}.yaml", None)  # of an earlier call
             has_preset = any((folder / group / f"{name}.yaml").is_file() for folder in folders)
+            # the presets of our own kinds of data have other names
             if not has_preset and (group != "data" or name not in DATA_PRESETS.values()):
                 values = {"model": {"name": name, "seed": "${seed}"}, "data": {"kind": name}}
                 node = OmegaConf.merge(schema, values.get(group, {}))

@@ -13,8 +13,8 @@ from sae_lightning.scoring.metrics import Quality
 COMMON_METRICS = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
 # Benchmarks (task=benchmark) whose score a search can maximise: run on each SAE once it is trained.
 BENCHMARK_OBJECTIVES = frozenset({"absorption", "probing"})
-# Penalty per factor of e by which L0 exceeds sweep.l0 (an excess of 1 % costs 0.1). It must
-# outweigh what a metric gains: kl, the steepest, falls by 0.2 from L0 20 to 50 (SmolLM2, block 9).
+# Penalty for an L0 that is e times sweep.l0 (an excess of 1 % costs 0.1). It must outweigh what a
+# metric gains from a larger L0: kl, the steepest, falls by 0.2 from L0 20 to 50 (SmolLM2, block 9).
 EXCESS_L0_PENALTY = 10.0
 
 
@@ -60,8 +60,8 @@ def compute_objective(metrics: dict[str, float], sweep: SweepConfig) -> float:
     """The number to maximise: m - EXCESS_L0_PENALTY * max(0, log(L0 / sweep.l0)).
 
     m is the metric, negated if `sweep.objective` begins with a minus; without `sweep.l0` nothing is
-    subtracted. Metrics improve with L0, so a search settles at or just below `sweep.l0`. A NaN
-    metric gives -inf: samplers refuse NaN, and such a run must not win.
+    subtracted. Metrics improve with L0, so a search settles at or just below `sweep.l0`. If the
+    metric is NaN, the objective is -inf: samplers refuse NaN, and the run must not win.
     """
     default = "ce_recovered" if "ce_recovered" in metrics else "explained_variance"
     name = sweep.objective or default
@@ -78,7 +78,8 @@ def compute_objective(metrics: dict[str, float], sweep: SweepConfig) -> float:
 
 
 def describe_search_error(error: BaseException) -> str | None:
-    """One line about an error in Optuna or its sweeper, but not in our code, which that calls."""
+    """One line about an error that Optuna or its sweeper raised; None for an error raised in our
+    code, which the sweeper calls."""
     if str(error) == "No trials are completed yet.":
         return "no trial of the search succeeded, see above"
     modules = ["", *(f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__))]

@@ -31,12 +31,12 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
     in common). `stable.json` caches the shares of each pair of SAEs.
     """
     table = SweepTable([*runs])
-    finished = [
+    finished = [  # run folders, in groups that differ only in seeds
         [table.runs[i].folder for i in group if table.is_finished[i]]
         for group in MeansTable(table).members
     ]
-    hashes = {run: _hash_files(run) for group in finished if len(group) > 1 for run in group}
-    groups = [[run for run in group if hashes.get(run)] for group in finished]
+    hashes = {path: _hash_files(path) for group in finished if len(group) > 1 for path in group}
+    groups = [[path for path in group if hashes.get(path)] for group in finished]
     seeds = {run.folder: run.settings.get("data.seed") for run in runs}
     pairs = [(a, b) for group in groups for a, b in combinations(group, 2) if seeds[a] == seeds[b]]
     cached = _read_shares(folder / STABLE_FILE) if pairs else {}
@@ -50,26 +50,26 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
         write_json(folder / STABLE_FILE, {keys[pair]: cached[keys[pair]] for pair in pairs})
     shares: dict[Path, list[float]] = {}
     for pair in pairs:
-        for run, share in zip(pair, cached[keys[pair]], strict=True):
-            shares.setdefault(run, []).append(share)
-    means = {run: sum(values) / len(values) for run, values in shares.items()}
+        for path, share in zip(pair, cached[keys[pair]], strict=True):
+            shares.setdefault(path, []).append(share)
+    means = {path: sum(values) / len(values) for path, values in shares.items()}
     return [run._replace(stable=means.get(run.folder)) for run in runs]
 
 
-def _hash_files(run: Path) -> str | None:
-    """Hash of what `_read_live_rows` reads; None if a file is missing."""
-    files = [run / "sae" / WEIGHTS, run / DENSITY_FILE]
+def _hash_files(folder: Path) -> str | None:
+    """Hash of the files that `_read_live_rows` reads in a run folder; None if one is missing."""
+    files = [folder / "sae" / WEIGHTS, folder / DENSITY_FILE]
     if not all(file.is_file() for file in files):
         return None
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def _read_live_rows(run: Path) -> Tensor:
+def _read_live_rows(folder: Path) -> Tensor:
     """Decoder rows [live features, d_out] of the features that fire on held-out data."""
     try:
-        return load_sae(run).W_dec[load_file(run / DENSITY_FILE)["density"] > 0]
+        return load_sae(folder).W_dec[load_file(folder / DENSITY_FILE)["density"] > 0]
     except (SafetensorError, KeyError, IndexError) as error:
-        raise UserError(f"{run / DENSITY_FILE} is damaged") from error
+        raise UserError(f"{folder / DENSITY_FILE} is damaged") from error
 
 
 def _measure_shares(a: Tensor, b: Tensor) -> tuple[float, float]:

@@ -34,17 +34,17 @@ from sae_lightning.stream.local_files import make_absolute
 
 # Settings of the network that every format records.
 RECORDED = ("features", "k", "groups", "skip")
-# Decoder norms that differ less count as equal: published weights are rounded.
+# Decoder norms up to this ratio count as equal: published weights are rounded.
 MAX_NORM_RATIO = 1.01
 
 
 class Start(NamedTuple):
-    """A saved SAE to start from, as far as the run's settings depend on it."""
+    """A saved SAE to start from: what the run's settings depend on."""
 
     address: str
     config: SAEConfig
     widths: tuple[int, int]
-    """d_in, d_out."""
+    """d_in and d_out."""
     is_ours: bool
     """Whether a run of this project saved it, so that all settings of the network are known."""
     metadata: dict[str, Any]
@@ -64,6 +64,7 @@ def locate_start(address: str) -> str:
 
 @cache
 def _open_start(address: str) -> Start:
+    """`find_start`, for an address that is valid in every working folder."""
     try:
         sae = load_sae(address)
     except UserError as error:
@@ -82,28 +83,28 @@ def _open_start(address: str) -> Start:
 
 
 def forget_starts() -> None:
-    """Empty the cache of opened SAEs, which training may have changed."""
+    """Empty the cache of opened SAEs, whose files training may change."""
     _open_start.cache_clear()
 
 
 def choose_architecture(arguments: list[str]) -> list[str]:
-    """The arguments with `model=<architecture of model.start>` if no `model` is among them, so that
-    the settings and the objective of that architecture can be given. UserError if the
-    SAEs to start from have different architectures."""
+    """The arguments with `model=<architecture of model.start>` if they have `model.start` but no
+    `model`, so that the settings and the objective of that architecture can be given. UserError if
+    the SAEs to start from have different architectures."""
     names = [argument.lstrip("+").partition("=")[0] for argument in arguments]
     if "model.start" not in names or {"model", "resume"} & {*names}:
         return arguments
     forget_starts()  # of an earlier command of this process
-    kinds = {}
+    first_addresses: dict[str, str] = {}  # by architecture
     for address in _list_values(arguments[names.index("model.start")]):
-        kinds.setdefault(find_start(address).config.name, address)
-    if len(kinds) > 1:
-        addresses = " and ".join(f"{address} ({kind})" for kind, address in kinds.items())
+        first_addresses.setdefault(find_start(address).config.name, address)
+    if len(first_addresses) > 1:
+        addresses = " and ".join(f"{address} ({name})" for name, address in first_addresses.items())
         raise UserError(
             f"model.start: {addresses} have different architectures, and a command has one: give a "
             "command for each"
         )
-    return [*arguments, *(f"model={kind}" for kind in kinds)]
+    return [*arguments, *(f"model={name}" for name in first_addresses)]
 
 
 def _list_values(argument: str) -> list[str]:
@@ -116,9 +117,8 @@ def _list_values(argument: str) -> list[str]:
 
 
 def apply_start(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
-    """A composed config with the settings that are not in `overrides` from the SAE in
-    `model.start`, before they are checked against each other. UserError if `overrides` contradict
-    the SAE."""
+    """A composed config in which the SAE in `model.start` sets what `overrides` do not: the LLM,
+    the site and the network. UserError if `overrides` contradict the SAE."""
     start, typed = find_start(cfg.model.start), split_overrides(overrides)
     if cfg.model.name != start.config.name:
         raise UserError(
@@ -126,8 +126,8 @@ def apply_start(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
             "SAE; leave model=... out, or choose another start"
         )
     cfg = deepcopy(cfg)
-    source = SOURCES.get(cfg.data.kind)
-    if source and source.has_llm:
+    source_class = SOURCES.get(cfg.data.kind)
+    if source_class and source_class.has_llm:
         if start.metadata.get("llm.name") == NO_LLM:
             raise UserError(
                 f"model.start={start.address} was trained on no LLM's activations: give the data "
@@ -142,19 +142,22 @@ def apply_start(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
 def _choose_layer(
     start: Start, layer: DictConfig, typed: Collection[str]
 ) -> LayerConfig | DictConfig:
+    """The `layer` settings of the start; those of the config if the start's are unknown. UserError
+    if a typed one is not the start's, or both are unknown."""
     try:
-        of_start = read_layer(start.metadata, start.address)
+        start_layer = read_layer(start.metadata, start.address)
     except UserError:
         if "layer.index" in typed:
             return layer
         raise
-    of_start.target = None if of_start.target == of_start.source else of_start.target
+    if start_layer.target == start_layer.source:
+        start_layer.target = None
     names = [name for name in ("source", "target") if {"layer", f"layer.{name}"} & {*typed}]
     names += ["index"] * ("layer.index" in typed)
     for name in names:
         typed_value, value = (
             config.target or config.source if name == "target" else getattr(config, name)
-            for config in (layer, of_start)
+            for config in (layer, start_layer)
         )
         if typed_value != value:
             typed_value, value = (getattr(v, "value", v) for v in (typed_value, value))
@@ -162,38 +165,39 @@ def _choose_layer(
                 f"layer.{name}={typed_value}: model.start={start.address} was trained at "
                 f"layer.{name}={value}; leave it out, or choose another start"
             )
-    return of_start
+    return start_layer
 
 
 def _choose_model(start: Start, model: DictConfig, typed: Collection[str]) -> dict[str, Any]:
+    """The `model` settings that the start sets; UserError if a typed one contradicts it."""
     names = [f.name for f in fields(start.config) if f.name not in ("name", "seed", "start")]
     recorded = [name for name in names if start.is_ours or name in RECORDED]
-    taken = {n: getattr(start.config, n) for n in recorded if f"model.{n}" not in typed}
-    features = taken.get("features", model.features)
+    chosen = {n: getattr(start.config, n) for n in recorded if f"model.{n}" not in typed}
+    features = chosen.get("features", model.features)
     if features < start.config.features:
         raise UserError(
             f"model.features={features}: model.start={start.address} has "
             f"{start.config.features:,} features; give as many or more, or leave it out"
         )
-    if "groups" in taken:  # new features join the last one
-        taken["groups"] = [size / features for size in start.config.sizes()[:-1]]
-    if taken.get("skip", model.skip) != start.config.skip:
+    if "groups" in chosen:  # new features join the last group
+        chosen["groups"] = [size / features for size in start.config.sizes()[:-1]]
+    if chosen.get("skip", model.skip) != start.config.skip:
         article = "a" if start.config.skip else "no"
         raise UserError(
             f"model.skip={str(model.skip).lower()}: model.start={start.address} has {article} skip "
             "connection; leave it out, or choose another start"
         )
-    compete = ARCHITECTURES[start.config.name].network.features_compete
-    free = compete and start.norm_ratio > MAX_NORM_RATIO
-    if free and taken.get("fixed_norm", model.fixed_norm):
+    features_compete = ARCHITECTURES[start.config.name].network.features_compete
+    needs_free_norms = features_compete and start.norm_ratio > MAX_NORM_RATIO
+    if needs_free_norms and chosen.get("fixed_norm", model.fixed_norm):
         if "model.fixed_norm" in typed:
             raise UserError(
                 f"model.fixed_norm=true: the decoder rows of model.start={start.address} differ in "
                 f"norm by a factor of {start.norm_ratio:.3g}, and equal norms would change which "
                 "features are the strongest; leave it out"
             )
-        taken["fixed_norm"] = False
-    return taken
+        chosen["fixed_norm"] = False
+    return chosen
 
 
 def check_start(config: Config, sites: SitePair, shape: LLMShape) -> str | None:
@@ -202,13 +206,13 @@ def check_start(config: Config, sites: SitePair, shape: LLMShape) -> str | None:
     start = find_start(config.model.start)
     widths = tuple(map(shape.width_at, sites))
     if widths != start.widths:
-        of_start, of_sites = (
+        start_widths, site_widths = (
             " -> ".join(map(str, dict.fromkeys(pair))) for pair in (start.widths, widths)
         )
         where = f"llm.name={config.llm.name}" if config.data_source.has_llm else "data"
         raise UserError(
-            f"model.start={start.address} is for activations of {of_start} dimensions, and those "
-            f"of {where} have {of_sites}; choose another start, or what it was trained on"
+            f"model.start={start.address} is for activations of {start_widths} dimensions, and "
+            f"those of {where} have {site_widths}; choose another start, or what it was trained on"
         )
     if not config.data_source.has_llm or not {"llm.name", "model_name"} & start.metadata.keys():
         return None

@@ -70,10 +70,10 @@ class Sweep(Callback):
         # typed overrides beat those of a preset, and the last one wins if a setting is repeated
         overrides = list({o.key_or_group: o for o in parse(params) + typed_overrides}.values())
         _refuse_several_seeds(config, overrides)
-        excluded = ",".join(f"'{o.key_or_group}'" for o in overrides if not _has_several_values(o))
+        constant = ",".join(f"'{o.key_or_group}'" for o in overrides if not _has_several_values(o))
         with read_write(config):  # each job is composed with this
             config.hydra.overrides.hydra.append(
-                f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"
+                f"hydra.job.config.override_dirname.exclude_keys=[{constant}]"
             )
         if config.resume and is_sweep(Path(config.resume)):
             self.resuming = True
@@ -86,12 +86,12 @@ class Sweep(Callback):
                 "write model.seed=0,1,2 and model.control=null,pca",
             )
         if not sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
-            return  # another sweeper chooses its jobs one after another
+            return  # a search, which chooses its jobs one after another
         if launcher.endswith(".OnePassLauncher") and sweeper.max_batch_size is None:
             return  # this launcher checks all jobs itself, more thoroughly
-        for number, of_job in enumerate(BasicSweeper.split_arguments(overrides, None)[0]):
-            with _exit_on_errors(of_job):
-                _check_job(loader.load_sweep_config(config, of_job), number, of_job)
+        for number, job_overrides in enumerate(BasicSweeper.split_arguments(overrides, None)[0]):
+            with _exit_on_errors(job_overrides):
+                _check_job(loader.load_sweep_config(config, job_overrides), number, job_overrides)
 
     def _remember_record(self, folder: Path) -> None:
         """Keep an earlier sweep's record in memory: Hydra is about to overwrite it in `folder`."""
@@ -100,16 +100,17 @@ class Sweep(Callback):
                 f"hydra.sweep.dir={folder}: holds a run; a sweep needs a folder of its own"
             )
         self.record_file, self.record = folder / HYDRA_RECORD, None
-        self.runs = sorted(folder.glob(f"*/{CONFIG_FILE}"))
+        self.config_files = sorted(folder.glob(f"*/{CONFIG_FILE}"))  # of the runs so far
         with suppress(OSError, ValueError):
             self.record = read_regular_file(self.record_file)
             self._restore_record()  # as a new file, in case it was a hard link
         atexit.register(self._restore_record)
 
     def _restore_record(self) -> None:
-        """Restore the record, unless a run has been added to the folder."""
+        """Restore the record (remove Hydra's if there was none), unless a run has been added to the
+        folder."""
         folder = self.record_file.parent
-        if sorted(folder.glob(f"*/{CONFIG_FILE}")) != self.runs:
+        if sorted(folder.glob(f"*/{CONFIG_FILE}")) != self.config_files:
             return
         if self.record is None:
             self.record_file.unlink(missing_ok=True)
@@ -125,12 +126,12 @@ class Sweep(Callback):
             overrides = [text for name, text in entries if name == "hydra.overrides.task"]
             parsed = OverridesParser.create(loader).parse_overrides(overrides)
             jobs = math.prod(count_values(override) for override in parsed)
-            missing = jobs - len(self.runs)
+            missing = jobs - len(self.config_files)
             missing_jobs = f"{missing} of the {jobs} jobs"  # ValueError: too many digits
         except UserError:
             raise
         except (ValueError, ArithmeticError, RecursionError, YAMLError, HydraException):
-            return  # a record of something else, or damaged
+            return  # the record is damaged, or not Hydra's
         if missing > 0 and overrides:
             folder = quote_setting("hydra.sweep.dir", shorten_path(self.record_file.parent))
             console.print(
@@ -152,8 +153,8 @@ class Sweep(Callback):
         try:
             write_report(folder, add_stable_features(folder, runs))
         except Exception as error:  # the runs are saved, and failed ones must still be reported
-            again = format_command("analyze.py", task="sweep", run=shorten_path(folder))
-            line = make_visible(f"the report could not be written ({error}); again: {again}")
+            command = format_command("analyze.py", task="sweep", run=shorten_path(folder))
+            line = make_visible(f"the report could not be written ({error}); again: {command}")
             sys.stderr.write(line + "\n")
         failed = sum(run.metrics is None for run in runs)
         if failed:
@@ -173,28 +174,28 @@ def _exit_on_errors(overrides: Iterable[str]) -> Iterator[None]:
         sys.exit(format_error(message))
 
 
-def _refuse_expansion(config: DictConfig, remedy: str) -> None:
-    """UserError if `sweep.seeds` or `sweep.controls` would have no effect."""
+def _refuse_expansion(config: DictConfig, reason: str) -> None:
+    """UserError with this reason if `sweep.seeds` or `sweep.controls` ask for more runs."""
     seeds, controls = config.sweep.seeds, config.sweep.controls
     if seeds > 1 or controls:
-        name = f"sweep.seeds={seeds}" if seeds > 1 else "sweep.controls=true"
-        raise UserError(f"{name}: {remedy}")
+        setting = f"sweep.seeds={seeds}" if seeds > 1 else "sweep.controls=true"
+        raise UserError(f"{setting}: {reason}")
 
 
 def _refuse_several_seeds(config: DictConfig, overrides: Iterable[Override]) -> None:
     """UserError if seeds are swept and `sweep.seeds` would add others to each of them."""
     swept = [o for o in overrides if _has_several_values(o)]
-    seeds = [o.input_line for o in swept if o.key_or_group in ("seed", "model.seed")]
-    if seeds and config.sweep.seeds > 1:
+    lines = [o.input_line for o in swept if o.key_or_group in ("seed", "model.seed")]
+    if lines and config.sweep.seeds > 1:
         raise UserError(
             f"sweep.seeds={config.sweep.seeds}: it trains each SAE with several seeds, and "
-            f"{seeds[0]} with others: leave one of them out"
+            f"{lines[0]} with others: leave one of them out"
         )
 
 
 def _make_new_folder(config: DictConfig, kind: str) -> None:
-    """Make the folder of a new run or sweep, under another name if another process has just
-    made that folder. A folder that the user names is left alone."""
+    """Make the folder of a new run or sweep (`kind`: `run` or `sweep`), under another name if
+    another process has just made that folder. A folder that the user names is left alone."""
     hydra_output = config.hydra[kind]
     if f"${{{kind}_folder:" not in OmegaConf.to_container(hydra_output, resolve=False)["dir"]:
         return
@@ -225,6 +226,7 @@ def _has_several_values(override: Override) -> bool:
 
 
 def _check_job(cfg: DictConfig, number: int, overrides: list[str]) -> None:
+    """UserError if a job's composed config is wrong."""
     with read_write(cfg), open_dict(cfg):
         cfg.hydra.job.num = number
         HydraConfig.instance().set_config(cfg)  # for ${hydra:job.num}

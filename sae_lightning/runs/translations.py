@@ -55,8 +55,8 @@ TRANSLATIONS = {
 
 
 def translate_setting(argument: str) -> str | None:
-    """One line on what to write instead of another tool's setting; None for an unknown name, and in
-    analyze.py, which has few of these settings."""
+    """One line on what to write instead of another tool's setting; None if the name is unknown, and
+    always in analyze.py, which has few of these settings."""
     if "task" in ConfigStore.instance().repo:
         return None
     name = argument.lstrip("-+~").partition("=")[0]

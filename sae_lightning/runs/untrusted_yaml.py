@@ -21,8 +21,8 @@ OVERRIDES_KEY = "overrides"  # the overrides that were typed: text that is never
 
 
 def read_settings(file: Path) -> Any:
-    """Read a run's `config.yaml` as a plain dict; UserError for an interpolation outside the
-    overrides."""
+    """Read a run's `config.yaml` as a plain dict; UserError for what `parse_scalars` refuses, and
+    for an interpolation outside the overrides."""
     text = read_regular_file(file)
     for name, value in parse_scalars(file, text):
         # quote only the match: the file may be a link to secrets
@@ -32,8 +32,8 @@ def read_settings(file: Path) -> Any:
 
 
 def refuse_plugins(file: Path, names: Any) -> None:
-    """UserError if the settings in `file` name a plugin that this process has not imported, because
-    its user has not typed it: the folder may be a stranger's."""
+    """UserError if the settings in `file` name a plugin that this process has not imported: the
+    folder may be a stranger's, and who runs this command has not typed `plugins`."""
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError("plugins is not a list of names")
     for name in names:
@@ -61,16 +61,16 @@ def parse_scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
             raise _make_refusal(file, name, "an anchor or alias (& or *)")
         if getattr(event, "tag", None):
             raise _make_refusal(file, name, f"the tag {event.tag!r:.60}")
-        before_key = bool(keys) and keys[-1] is None
+        is_key = bool(keys) and keys[-1] is None
         if isinstance(event, yaml.CollectionStartEvent):
-            if before_key:
+            if is_key:
                 raise _make_refusal(file, name, "a key that is not a word")
             if len(keys) == MAX_YAML_DEPTH:
                 raise _make_refusal(
                     file, name, f"more than {MAX_YAML_DEPTH} nested groups or lists"
                 )
             keys.append(None if isinstance(event, yaml.MappingStartEvent) else False)
-        elif isinstance(event, yaml.ScalarEvent) and before_key:
+        elif isinstance(event, yaml.ScalarEvent) and is_key:
             keys[-1] = event.value
             if event.value == "<<":
                 raise _make_refusal(file, name, "a merge key (<<)")
@@ -81,12 +81,13 @@ def parse_scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
             else:
                 keys.pop()
             if keys and keys[-1] is not False:
-                keys[-1] = None  # its value is complete
+                keys[-1] = None  # the value of the key is complete
 
 
-def _make_refusal(file: Path, name: str, what: str) -> UserError:
+def _make_refusal(file: Path, name: str, syntax: str) -> UserError:
+    """The error for YAML syntax that no run writes, in the setting `name`."""
     name = name if name.isprintable() else repr(name)
     return UserError(
-        f"{file}: {name or 'the top level'} holds {what}, which no run writes, so the file is not "
-        "read; write the value itself there"
+        f"{file}: {name or 'the top level'} holds {syntax}, which no run writes, so the file is "
+        "not read; write the value itself there"
     )
