@@ -31,7 +31,7 @@ from sae_lightning.training.settings import locate_checkpoint, locate_stream
 
 
 class HeadCheckpoints(CheckpointIO):
-    """Splits Lightning's checkpoint into one for each head, and joins them again.
+    """Splits Lightning's checkpoint into a part for each head, and joins the parts again.
 
     The stream file is written first; then all heads' files are complete on disk before the first is
     renamed into place. Whenever a run is killed, each head has its old checkpoint or its new one,
@@ -45,18 +45,18 @@ class HeadCheckpoints(CheckpointIO):
         """Write a checkpoint for each head that has not failed; `path` is not used."""
         stream = _get_loader_states(checkpoint).pop()
         step = checkpoint["global_step"]
-        training = {n: head for n, head in enumerate(self.heads) if head.failure is None}
+        training = {i: head for i, head in enumerate(self.heads) if head.failure is None}
         paths = [locate_stream(head.folder, step) for head in training.values() if head.writes]
-        crc = _write_stream(stream, paths) if paths else None
-        with ExitStack() as files:
-            for number, head in training.items():
-                part = _extract_head(checkpoint, number)
+        checksum = _write_stream(stream, paths) if paths else None
+        with ExitStack() as renames:  # at its end, all files are renamed into place
+            for index, head in training.items():
+                part = _extract_head(checkpoint, index)
                 file = Path()
                 if head.writes:
-                    file = files.enter_context(write_atomically(locate_checkpoint(head.folder)))
-                part = _convert_split_tensors(part, head, partial(_assemble, head, file.parent))
+                    file = renames.enter_context(write_atomically(locate_checkpoint(head.folder)))
+                part = _convert_split_tensors(part, head, partial(_gather, head, file.parent))
                 if head.writes:
-                    _save(part | {"settings": head.settings, "stream": crc}, file)
+                    _save(part | {"settings": head.settings, "stream": checksum}, file)
             world().wait()  # until all heads' files are complete, on every rank
         for path in paths:
             _remove_old_streams(path)
@@ -87,19 +87,20 @@ class HeadCheckpoints(CheckpointIO):
 
 @contextmanager
 def assemble_whole(head: Head, tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """A head's weights with all features, gathered from its ranks; None in place of each split one
-    on a rank that does not write. They are mmaps of files that exist until the block ends."""
-    alone = head.sae.split.ranks.size == 1
-    files = make_private_folder(head.folder / "whole") if head.writes and not alone else None
-    with files or nullcontext(Path()) as folder:
+    """A head's weights with all features, gathered from its ranks, until the block ends; None in
+    place of each split one on a rank that does not write."""
+    is_split = head.sae.split.ranks.size > 1
+    mmaps = make_private_folder(head.folder / "whole") if head.writes and is_split else None
+    with mmaps or nullcontext(Path()) as folder:
         dims = head.sae.split_dims
         yield {
-            name: _assemble(head, folder, x, dims[name], name) if name in dims else x
+            name: _gather(head, folder, x, dims[name], name) if name in dims else x
             for name, x in tensors.items()
         }
 
 
-def _assemble(head: Head, folder: Path, x: Tensor, dim: int, name: str) -> Tensor | None:
+def _gather(head: Head, folder: Path, x: Tensor, dim: int, name: str) -> Tensor | None:
+    """`Split.gather_on_first` of a tensor of a head, with the file `name` in `folder`."""
     return head.sae.split.gather_on_first(x, dim, folder / name)
 
 
@@ -128,15 +129,15 @@ def _convert_split_tensors(
         for name, x in part["state_dict"].items()
     }
     (adam,) = part["optimizer_states"]
-    names = [f"heads.0.sae.{name}" for names in head.group_parameters() for name in names]
+    names = [f"heads.0.sae.{name}" for group in head.group_parameters() for name in group]
     state = {
-        number: {
-            key: convert(x, dims[names[number]], f"{names[number]}.{key}")
-            if x.ndim and names[number] in dims
+        index: {
+            key: convert(x, dims[names[index]], f"{names[index]}.{key}")
+            if x.ndim and names[index] in dims
             else x
             for key, x in values.items()
         }
-        for number, values in adam["state"].items()
+        for index, values in adam["state"].items()
     }
     return part | {"state_dict": weights, "optimizer_states": [adam | {"state": state}]}
 
@@ -182,17 +183,17 @@ def _save(content: dict[str, Any], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _extract_head(checkpoint: dict[str, Any], number: int) -> dict[str, Any]:
-    """The checkpoint of head `number`, as if it had trained alone."""
-    prefix = f"heads.{number}."
+def _extract_head(checkpoint: dict[str, Any], index: int) -> dict[str, Any]:
+    """The checkpoint of the head with this index, as if it had trained alone."""
+    prefix = f"heads.{index}."
     weights = {
         f"heads.0.{name.removeprefix(prefix)}": value
         for name, value in checkpoint["state_dict"].items()
         if name.startswith(prefix)
     }
     (adam,) = checkpoint["optimizer_states"]
-    groups = [group for group in adam["param_groups"] if group["head"] == number]
-    adam = _renumber(adam | {"param_groups": groups}, -groups[0]["params"][0], head=0)
+    groups = [group for group in adam["param_groups"] if group["head"] == index]
+    adam = _renumber(adam | {"param_groups": groups}, -groups[0]["params"][0], head_index=0)
     return checkpoint | {"state_dict": weights, "optimizer_states": [adam]}
 
 
@@ -200,24 +201,24 @@ def _join_heads(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """The checkpoint of a run with the heads of `parts`, in their order."""
     weights: dict[str, Any] = {}
     adam: dict[str, Any] = {"state": {}, "param_groups": []}
-    count = 0
-    for number, part in enumerate(parts):
+    count = 0  # of parameters so far
+    for index, part in enumerate(parts):
         for name, value in part["state_dict"].items():
-            weights[re.sub(r"^heads\.0\.", f"heads.{number}.", name)] = value
-        renumbered = _renumber(*part["optimizer_states"], count, number)
+            weights[re.sub(r"^heads\.0\.", f"heads.{index}.", name)] = value
+        renumbered = _renumber(*part["optimizer_states"], count, index)
         count += sum(len(group["params"]) for group in renumbered["param_groups"])
         adam["state"] |= renumbered["state"]
         adam["param_groups"] += renumbered["param_groups"]
     return parts[0] | {"state_dict": weights, "optimizer_states": [adam]}
 
 
-def _renumber(adam: dict[str, Any], shift: int, head: int) -> dict[str, Any]:
-    """Adam's state with parameter numbers shifted by `shift`, and groups assigned to `head`."""
-    numbers = [n for group in adam["param_groups"] for n in group["params"]]
+def _renumber(adam: dict[str, Any], shift: int, head_index: int) -> dict[str, Any]:
+    """Adam's state with the indices of parameters shifted, and its groups assigned to a head."""
+    indices = [i for group in adam["param_groups"] for i in group["params"]]
     return {
-        "state": {n + shift: adam["state"][n] for n in numbers if n in adam["state"]},
+        "state": {i + shift: adam["state"][i] for i in indices if i in adam["state"]},
         "param_groups": [
-            group | {"head": head, "params": [n + shift for n in group["params"]]}
+            group | {"head": head_index, "params": [i + shift for i in group["params"]]}
             for group in adam["param_groups"]
         ],
     }

@@ -20,6 +20,7 @@ from sae_lightning.sae.controls import Control, permute_dimensions
 from sae_lightning.sae.matrix import Matrix
 from sae_lightning.sae.products import break_even_density
 from sae_lightning.sae.sparse import pick_working_dtype
+from sae_lightning.training.logging import HeadLog
 from sae_lightning.training.settings import CallbacksConfig, OptimConfig, Products
 
 SMALLEST_KL = 1e-8  # added to the KL before dividing by it
@@ -44,6 +45,13 @@ class Head(nn.Module):
     """An SAE in training: its objective, its source and target sites, and its state. Every tensor
     that evolves is a buffer, so that resuming and moving to a device need no extra code."""
 
+    settings: dict[str, Any]
+    """Settings of the run that must not change on resuming, by dotted name."""
+    metadata: dict[str, Any]
+    """Metadata of the saved SAE, under SAELens' keys and ours."""
+    log: HeadLog
+    """Where the head's curves are written."""
+
     def __init__(
         self,
         sae: SAE,
@@ -60,25 +68,31 @@ class Head(nn.Module):
         products: Products = Products.auto,
     ):
         super().__init__()
-        self.start: str | None = None  # address of the SAE to start from; None once it is resumed
+        self.sae, self.loss, self.optim, self.callbacks = sae, loss, optim, callbacks
+        self.name, self.folder, self.source, self.target = name, folder, source, target
+        self.dead_window, self.products = dead_window, products
+        self.start: str | None = None  # address of the SAE to start from; None if resumed
         self.start_metrics: dict[str, float] = {}  # held-out metrics of that SAE
         self.tuned_from: int | None = None  # the first update with `loss.kl`
         self.before_kl: dict[str, float] = {}  # held-out metrics before that update
         self.adam_steps = 0  # updates in Adam's state when training starts
         self.fates: dict[str, int] = {}  # number of features by fate, see `count_fates`
-        self.sae, self.loss, self.optim, self.callbacks = sae, loss, optim, callbacks
-        self.name, self.folder, self.source, self.target = name, folder, source, target
-        self.dead_window, self.products = dead_window, products
         self.last_step: StepResult | None = None
-        self.training_metrics: dict[str, float] = {}
+        self.training_metrics: dict[str, float] = {}  # the last points of the training curves
+        # of the last evaluation
         self.held_out_metrics: dict[str, float] = {}
-        self.density_counts: dict[str, int] = {}
-        self.density: Tensor | None = None  # [features] on held-out data
+        self.density: Tensor | None = None  # share of tokens on which each feature fires [features]
+        self.density_counts: dict[str, int] = {}  # see `count_by_density`
+
         self.failure: str | None = None  # why the head is frozen
         self.writes = True  # whether this rank writes its files
-        self.leader: int | None = None  # of a control: number of the head whose L0 it follows
+        self.leader: int | None = None  # of a control: index of the head whose L0 it follows
         self.active_density = 1.0  # density of sparse products at the last update
+        self._register_state(seed)
 
+    def _register_state(self, seed: int) -> None:
+        """Register the tensors that evolve in training as buffers."""
+        sae = self.sae
         features, d_out = sae.W_dec.shape
         self.register_buffer("in_mean", torch.zeros(sae.W_enc.shape[0]))
         self.register_buffer("in_scale", torch.ones(()))
@@ -93,11 +107,12 @@ class Head(nn.Module):
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
         self.register_buffer("grad_norm", torch.zeros(()))
         if sae.config.start:
-            # decoder directions at the start, 0 for features that the start lacks; which fired then
+            # at the start: decoder directions (0 for features that the SAE there lacks), and
+            # whether a feature fired
             self.register_buffer("start_rows", torch.zeros(features, d_out, dtype=torch.float16))
             self.register_buffer("start_fired", torch.zeros(features, dtype=torch.uint8))
         # of a control: the last known L0 of the trained SAE; -1 means none yet
-        can_follow = sae.config.control is not None and loss.fixes_coefficient
+        can_follow = sae.config.control is not None and self.loss.fixes_coefficient
         self.register_buffer("l0_target", torch.tensor(-1.0) if can_follow else None)
         if sae.config.control is Control.soft_frozen_decoder:
             # not in checkpoints: the seed makes them again
@@ -121,8 +136,8 @@ class Head(nn.Module):
         return self.products is Products.auto and self.active_density < limit
 
     def forward(self, batch: dict[Site, Tensor], tuned: bool = False) -> Tensor:
-        """Training loss [] of a batch {site: [batch, d_site]} of raw activations; in a `tuned`
-        update, `tune` computes the other term."""
+        """Training loss [] of a batch {site: [batch, d_site]} of raw activations; in an update with
+        `loss.kl` (`tuned`), without the KL, which `tune` computes."""
         x, target = self.normalise(batch)
         if self.sae.config.control is Control.shuffled_activations:
             x = target = self._shuffle(x)
@@ -148,10 +163,12 @@ class Head(nn.Module):
         return loss
 
     def tune(self, llm: nn.Module, runs: Sequence[CleanRun]) -> Tensor:
-        """The term of `loss.kl` [], on `runs` of the LLM; call it after `forward`, which computes
-        the other terms: kl / (1 + kl) x mse / KL x KL, where mse / KL gets no gradient.
+        """The term of the loss [] that `loss.kl` = kl adds, measured on `runs` of the LLM:
 
-        The SAE runs as it does in evaluation: in float32, a BatchTopK SAE with its threshold."""
+        kl / (1 + kl) x mse / KL x KL, where mse / KL gets no gradient
+
+        Call it after `forward`. The SAE runs as it does in evaluation: in float32, a BatchTopK SAE
+        with its threshold."""
         sites, ranks = (self.source, self.target), self.sae.split.ranks
         kl = measure_spliced_kl(llm, runs, *sites, lambda x: self.run_raw(x).reconstruction, ranks)
         step, weight = self.last_step, self.loss.kl
@@ -202,7 +219,7 @@ class Head(nn.Module):
         return Output(output.reconstruction * self.out_scale + self.out_mean, output.features)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """State for checkpoints that is not a tensor."""
+        """State for checkpoints that is not a tensor; `set_extra_state` restores it."""
         # "occupied": the saved name of active_density
         state = {"training_metrics": self.training_metrics, "occupied": self.active_density}
         if self.sae.config.start:
@@ -225,10 +242,10 @@ class Head(nn.Module):
         self.before_kl = state.get("before_kl", {})
 
     def group_parameters(self) -> tuple[list[str], list[str]]:
-        """Names of the SAE's weights and of its biases, in the order of Adam's two groups, without
-        those that a control freezes."""
-        biases, trained = list(self.sae.biases), self.sae.named_parameters()
-        return [n for n, p in trained if n not in biases and p.requires_grad], biases
+        """Names of the SAE's weights, without one that a control freezes, and of its biases: the
+        parameters of Adam's two groups, in order."""
+        biases, parameters = list(self.sae.biases), self.sae.named_parameters()
+        return [n for n, p in parameters if n not in biases and p.requires_grad], biases
 
     def fold_weights(self) -> dict[str, Tensor]:
         """Fold the normalisation into the SAE's weights, so that they take raw activations."""

@@ -38,7 +38,7 @@ def check_checkpoint(
     `checked_streams` collects the stream files with verified CRCs, since heads may share one."""
     with FakeTensorMode():  # gives shapes and dtypes without allocating memory
         head = make_head()
-        groups = SAEModule([head], batch=1, steps=steps).configure_optimizers().state_dict()
+        adam = SAEModule([head], batch=1, steps=steps).configure_optimizers().state_dict()
     path, step = locate_checkpoint(head.folder), saved["global_step"]
     with _report_damage(path, f"{path} is truncated or not a checkpoint"):
         _expect_progress(saved, step, steps)
@@ -55,7 +55,7 @@ def check_checkpoint(
                 for key, value in extra[name].items():
                     expect(value, int if type(value) is int else float, f"{name}.{key}")
         adam_steps = step + extra.get("adam_steps", 0)
-        _expect_adam(saved["optimizer_states"][0], groups["param_groups"], head, adam_steps)
+        _expect_adam(saved["optimizer_states"][0], adam["param_groups"], head, adam_steps)
     head.set_extra_state(extra)
     stream = locate_stream(head.folder, step)
     if not stream.is_file():
@@ -92,17 +92,17 @@ def _report_damage(path: Path, problem: str) -> Iterator[None]:
 
 def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
     """Check the progress that Lightning reads: the updates done, and its loops' counters."""
-    done, served = ("ready", "completed"), ("ready", "started", "processed")
+    done, seen = ("ready", "completed"), ("ready", "started", "processed")
     adam = {"step": _list_counters(*done), "zero_grad": _list_counters(*done, "started")}
     loops = {
         "state_dict": {"combined_loader": []},
-        "epoch_progress": _list_counters(*done, *served),
+        "epoch_progress": _list_counters(*done, *seen),
         "epoch_loop.state_dict": dict,
-        "epoch_loop.batch_progress": _list_counters(*served, count=step) | {"is_last_batch": bool},
+        "epoch_loop.batch_progress": _list_counters(*seen, count=step) | {"is_last_batch": bool},
         "epoch_loop.scheduler_progress": _list_counters(*done),
         "epoch_loop.automatic_optimization.optim_progress": {"optimizer": adam},
         "epoch_loop.manual_optimization.optim_step_progress": _list_counters(*done, count=step),
-        "epoch_loop.val_loop.batch_progress": _list_counters(*done, *served)
+        "epoch_loop.val_loop.batch_progress": _list_counters(*done, *seen)
         | {"is_last_batch": bool},
     }
     expected = {
@@ -126,6 +126,7 @@ def _list_counters(*names: str, count: Any = ANY_COUNT) -> dict[str, dict[str, A
 
 
 def _expect_weights(saved: dict[str, Any], head: Head) -> None:
+    """Check that the saved weights and buffers are those of the head, in its shapes, and finite."""
     expected = {f"heads.0.{name}": x for name, x in head.state_dict().items()}
     expected["heads.0._extra_state"] = dict
     expect(saved, expected, "weights")
@@ -136,23 +137,24 @@ def _expect_weights(saved: dict[str, Any], head: Head) -> None:
 
 
 def _expect_adam(saved: dict[str, Any], groups: list[dict], head: Head, step: int) -> None:
-    """Check both moments of every parameter, and the parameter groups against the settings."""
+    """Check both moments of every parameter, the updates that they hold (`step`), and the saved
+    parameter groups against those of the settings."""
     fixed = ("params", "peak_lr", "head", "rate", "betas", "eps")
     expect(saved, {"state": dict, "param_groups": list}, "Adam")
     expect(len(saved["param_groups"]), len(groups), "Adam's groups")
-    for number, (group, expected) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        expect(group, {"lr": float} | {name: expected[name] for name in fixed}, f"Adam.{number}")
-    named = dict(head.sae.named_parameters())
-    parameters = [named[name] for names in head.group_parameters() for name in names]
-    step_like = torch.empty(())
-    states = [{"step": step_like, "exp_avg": x, "exp_avg_sq": x} for x in parameters]
+    for index, (group, expected) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+        expect(group, {"lr": float} | {name: expected[name] for name in fixed}, f"Adam.{index}")
+    by_name = dict(head.sae.named_parameters())
+    parameters = [by_name[name] for names in head.group_parameters() for name in names]
+    scalar = torch.empty(())
+    states = [{"step": scalar, "exp_avg": x, "exp_avg_sq": x} for x in parameters]
     expect(saved["state"], dict(enumerate(states)), "Adam")
-    for number, x in enumerate(parameters):
-        state = saved["state"][number]
-        expect(state["step"].item(), float(step), f"Adam.{number}.step")
+    for index, x in enumerate(parameters):
+        state = saved["state"][index]
+        expect(state["step"].item(), float(step), f"Adam.{index}.step")
         for name in ("exp_avg", "exp_avg_sq"):
             # Adam pairs the elements of a parameter and its moments by memory order
-            label = f"Adam.{number}.{name}"
+            label = f"Adam.{index}.{name}"
             expect(state[name].is_contiguous(), x.is_contiguous(), f"{label}.is_contiguous()")
             _expect_finite(state[name], label)
 

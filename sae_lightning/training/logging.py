@@ -29,8 +29,8 @@ TensorBoard shows this group first, because it sorts names with capitals before 
 EVENT_FORMAT = "brain.Event:2"
 FLUSH_SECONDS = 120
 # The histogram bins of TensorBoard's own writer.
-_positive = [*takewhile(lambda edge: edge < 1e20, accumulate(repeat(1.1), mul, initial=1e-12))]
-BIN_EDGES = [*(-edge for edge in reversed(_positive)), 0, *_positive]
+_edges_above_0 = [*takewhile(lambda edge: edge < 1e20, accumulate(repeat(1.1), mul, initial=1e-12))]
+BIN_EDGES = [*(-edge for edge in reversed(_edges_above_0)), 0, *_edges_above_0]
 
 
 class EventFile:
@@ -42,9 +42,9 @@ class EventFile:
 
     def __init__(self, folder: Path, purge: int | None):
         """TensorBoard hides the points of earlier files from step `purge` on; None hides none."""
-        seconds, micro = divmod(time.time_ns() // 1000, 1_000_000)
+        seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
         self.folder, self.flush_at = folder, time.monotonic() + FLUSH_SECONDS
-        self.path = folder / f"events.out.tfevents.{seconds:010}.{micro:06}"
+        self.path = folder / f"events.out.tfevents.{seconds:010}.{microseconds:06}"
         with convert_write_errors(self.path):
             self.folder_stat = folder.stat()
             self.records = RecordWriter(open(self.path, "xb"))  # noqa: SIM115  open while we train
@@ -80,7 +80,7 @@ class HParams(NamedTuple):
     settings: dict
     """Settings of the run, by name."""
     columns: dict
-    """Settings of all runs of the command, each with the value of one run."""
+    """Settings of all runs of the command, each with its value in one of them."""
     swept: Collection[str] = ()
     """Names of the settings that are shown first."""
     headline: Sequence[str] = HEADLINE
@@ -101,7 +101,7 @@ class LoggedRun(NamedTuple):
 
 
 class ExtraLogger:
-    """A logger that gets a head's curves, too, with the tags of its event file."""
+    """A logger beside TensorBoard: gets a head's curves under the same tags."""
 
     def add_scalars(self, values: dict[str, float], tokens: int) -> None:
         """Add one point to each named curve at `tokens` training tokens."""
@@ -128,7 +128,8 @@ class HeadLog:
     others: Sequence[ExtraLogger] = ()
 
     def __init__(self, folder: Path, hparams: HParams, resumed_at: int | None):
-        """A run resumed at `resumed_at` tokens replaces later points; None for a new run."""
+        """`resumed_at`: the tokens after which a resumed run replaces earlier points; None for a
+        new run."""
         held_out = [tag for tag in hparams.headline if tag.startswith("held_out/")]
         self.glance_tags = {
             name: f"{GLANCE}/{number} {name.partition('/')[2]}"
@@ -185,8 +186,8 @@ class SilentLog(HeadLog):
 
 
 def _make_summaries(hparams: HParams) -> list[Summary]:
-    """Summaries that fill the HParams tab. TensorBoard takes the columns from any one run, so each
-    run lists all runs' columns."""
+    """Summaries that fill the HParams tab. TensorBoard takes the columns from a single run, which
+    may be any, so each run lists the columns of all."""
     experiment, *_ = summarize_hparams(hparams.columns, dict.fromkeys(hparams.headline, 0.0))
     data = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(data.content)

@@ -50,11 +50,12 @@ class SAEModule(L.LightningModule):
         self.heads_in_pass = heads_in_pass or len(heads)
         self.resampling = resampling or [head.callbacks.resample for head in heads]
         self.last_batch: dict[Site, Tensor] = {}
-        self.received_signal: signal.Signals | None = None  # the signal that this rank got
-        self.stopped_by: signal.Signals | None = None  # the same on all ranks
-        self.latest_metrics: list[dict[str, float]] = []  # of the heads of all ranks
+        self.received_signal: signal.Signals | None = None  # by this rank
+        self.stopped_by: signal.Signals | None = None  # on all ranks, the signal that rank 0 got
+        # the last points of the training curves, for the heads of all ranks
+        self.latest_metrics: list[dict[str, float]] = []
         self.tokens_per_second = 0.0
-        self.speed: dict[str, float] = {}
+        self.speed: dict[str, float] = {}  # see `Throughput`
 
     @property
     def tokens_seen(self) -> int:
@@ -85,11 +86,13 @@ class SAEModule(L.LightningModule):
     def _add_kl(self, head: Head, clean: dict[int, list[CleanRun]]) -> None:
         """Add the gradient of a head's `loss.kl`. `clean` caches this update's runs of the LLM
         without an SAE for heads with the same `tuned_from`, which use the same text."""
-        before, first = perf_counter(), head.tuned_from
-        if first not in clean:
-            clean[first] = self.tuning_text.run_update(first, self.global_step, self.batch)
-        self.manual_backward(head.tune(self.tuning_text.llm.model, clean[first]))
-        self.tuning_seconds += perf_counter() - before
+        started, first_update = perf_counter(), head.tuned_from
+        if first_update not in clean:
+            clean[first_update] = self.tuning_text.run_update(
+                first_update, self.global_step, self.batch
+            )
+        self.manual_backward(head.tune(self.tuning_text.llm.model, clean[first_update]))
+        self.tuning_seconds += perf_counter() - started
 
     def fail(self, head: Head) -> None:
         """Freeze a head whose loss or gradient is not finite and write the reason to its folder;
@@ -112,7 +115,7 @@ class SAEModule(L.LightningModule):
         """One Adam for all heads, because Adam is elementwise. Each head has two parameter groups:
         weights, and biases and thresholds, which have their own learning rate."""
         groups = []
-        for number, head in enumerate(self.heads):
+        for index, head in enumerate(self.heads):
             optim = head.optim
             factor = optim.bias_lr or head.sae.W_enc.shape[0] ** 0.5
             parameters = dict(head.sae.named_parameters())
@@ -128,7 +131,7 @@ class SAEModule(L.LightningModule):
                         "params": group,
                         "lr": rate,
                         "peak_lr": rate,
-                        "head": number,
+                        "head": index,
                         "rate": name,
                         "betas": (optim.beta1, optim.beta2),
                         "eps": optim.eps,
@@ -138,7 +141,7 @@ class SAEModule(L.LightningModule):
 
 
 def _find_culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
-    """Find what is not finite in a head's update, and suggest a remedy."""
+    """Find what is not finite in a head's update; returns it, and the remedy to suggest."""
     for site in (head.source, head.target):
         if not batch[site].isfinite().all():
             return f"the LLM's activation at {site}", "llm.dtype=float32"

@@ -31,7 +31,8 @@ class RemoteLogger(ExtraLogger):
     """Sends a head's curves to Weights & Biases or MLflow from a thread of its own.
 
     After an error it prints one line and sends nothing more. `notes` is a set that the heads of a
-    pass share: the kinds of logger that could not be started, and the pages already printed.
+    pass share: the kinds of logger that could not be started, the servers that could not be
+    reached, and the pages already printed.
     """
 
     kind: str
@@ -41,7 +42,7 @@ class RemoteLogger(ExtraLogger):
         self.run, self.config, self.notes = run, config, notes
         self.id_path = run.folder / f"{self.kind}.json"
         self.queue: SimpleQueue = SimpleQueue()
-        self.failed, self.sent = False, 0
+        self.failed, self.sent = False, 0  # actions so far
         self.logger: WandbLogger | MLFlowLogger | None = None
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
@@ -84,6 +85,7 @@ class RemoteLogger(ExtraLogger):
             self.failed = True
 
     def _report(self, reason: str) -> None:
+        """Print why nothing more is sent, and what to do."""
         self.failed = True
         remedy = self._describe_remedy() if self.logger else ""
         self._print(f"{reason}; TensorBoard's curves of {self.run.name} are complete{remedy}")
@@ -93,6 +95,7 @@ class RemoteLogger(ExtraLogger):
         sys.stderr.write(make_visible(f"logger={self.kind}: {text}") + "\n")
 
     def _describe_remedy(self) -> str:
+        """The end of the line that `_report` prints; empty if nothing can be done."""
         return ""
 
     def _read_id(self) -> str | None:
@@ -127,12 +130,12 @@ class WandbCurves(RemoteLogger):
         import wandb
 
         refuse_link(self.run.folder / "wandb")
-        run_id, unreachable = self._read_id() or secrets.token_hex(4), "Weights & Biases"
+        run_id, server = self._read_id() or secrets.token_hex(4), "Weights & Biases"
         try:
-            wandb_run = self._make_run(run_id, self.config.offline or unreachable in self.notes)
+            wandb_run = self._make_run(run_id, self.config.offline or server in self.notes)
         except wandb.errors.CommError as error:
-            self.notes.add(unreachable)
-            run_id = secrets.token_hex(4)  # the first one stays in use
+            self.notes.add(server)
+            run_id = secrets.token_hex(4)  # the failed attempt keeps the first one in use
             wandb_run = self._make_run(run_id, offline=True)
             self._print(f"{error}; curves are kept on disk: {_format_upload(wandb_run)}")
         write_json(self.id_path, {"run": run_id})
@@ -151,7 +154,7 @@ class WandbCurves(RemoteLogger):
         import wandb
 
         run, config = self.run, self.config
-        # not WandbLogger's own call, which takes a second run in this process for the first
+        # WandbLogger's own call would return this process's first run instead of a second one
         return wandb.init(
             id=run_id,
             project=config.project,
@@ -190,6 +193,7 @@ class WandbCurves(RemoteLogger):
 
 
 def _format_upload(wandb_run: Any) -> str:
+    """The command that uploads a run from disk."""
     return f"wandb sync {shlex.quote(str(Path(wandb_run.dir).parent))}"
 
 

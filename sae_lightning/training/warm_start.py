@@ -21,7 +21,7 @@ from sae_lightning.stream.states import ANY_COUNT, expect
 from sae_lightning.training.head import Head
 from sae_lightning.training.settings import locate_checkpoint
 
-STAYED_COSINE = 0.9  # of a feature's decoder row with that at the start: above it, it has stayed
+STAYED_COSINE = 0.9  # see `count_fates`
 # Settings in which a run must agree with the one it starts from for Adam's moments to fit.
 ADAM_SETTINGS = (
     "llm.name",
@@ -41,9 +41,10 @@ def start_head(head: Head, optimizer: Optimizer) -> str:
     """Give a new head, whose normalisation has been measured, the weights of the SAE that it starts
     from; returns one line about what was taken over.
 
-    The SAE takes raw activations; its weights are converted to the head's units, its features come
-    first, and those that it lacks keep their random start. If it lies in a run's folder and the
-    settings agree, Adam's moments are taken over, too, with the normalisation that they belong to.
+    The SAE takes raw activations, so its weights are converted to the head's units. Its features
+    come first; those that only the head has keep their random start. If the SAE lies in a run's
+    folder and the settings agree, Adam's moments are taken over, too, with the normalisation that
+    they belong to.
     """
     start, checkpoint = load_sae(head.start), _open_checkpoint(head.start)
     differing = checkpoint and _find_differing_setting(head, checkpoint["settings"])
@@ -83,11 +84,11 @@ def _take_weights(head: Head, start: SAE, keep_norms: bool) -> None:
     random_weights = sae.weights()
     for name, dim in sae.split_dims.items():
         if name in weights:
-            part = sae.split.slice(weights[name], dim)
+            of_this_rank = sae.split.slice(weights[name], dim)
             weights[name] = random_weights[name].to("cpu", copy=True)
-            weights[name].narrow(dim, 0, part.shape[dim]).copy_(part)
-            if name == "threshold" and sae.features_compete:  # they share one threshold
-                weights[name].fill_(part[0])
+            weights[name].narrow(dim, 0, of_this_rank.shape[dim]).copy_(of_this_rank)
+            if name == "threshold" and sae.features_compete:  # one threshold for all features
+                weights[name].fill_(of_this_rank[0])
     sae.load_weights(weights)
 
 
@@ -95,9 +96,9 @@ def _find_factors(head: Head, start: SAE, W_dec: Tensor) -> Tensor:
     """Find the factors [features] by which the start's features become stronger and their decoder
     rows shorter, given these rows W_dec [features, d_out] in the head's units.
 
-    With fixed norms, rows get the norm `decoder_norm`. Otherwise the factors of our own SAEs are 1.
-    Rows of another tool's SAE get the norm 1 or, if features compete, a mean norm of 1 by a common
-    factor.
+    With fixed norms, rows get the norm `decoder_norm`. Otherwise the factors are 1 for our own
+    SAEs. The rows of another tool's SAE get the norm 1; if features compete, which needs a common
+    factor, a mean norm of 1.
     """
     config, norms = head.sae.config, W_dec.norm(dim=1)
     live = norms > SMALLEST_NORM
@@ -111,9 +112,9 @@ def _find_factors(head: Head, start: SAE, W_dec: Tensor) -> Tensor:
     return torch.where(live, norms, mean)
 
 
-def _open_checkpoint(start: str) -> dict[str, Any] | None:
-    """The checkpoint of the run whose last SAE is `start`, mmapped; None if there is none."""
-    folder = Path(start)
+def _open_checkpoint(address: str) -> dict[str, Any] | None:
+    """The checkpoint of the run whose last SAE is at `address`, mmapped; None if there is none."""
+    folder = Path(address)
     path = locate_checkpoint(folder.parent if folder.name == "sae" else folder)
     if not path.is_file():
         return None
@@ -123,28 +124,30 @@ def _open_checkpoint(start: str) -> dict[str, Any] | None:
     except Exception as error:  # a damaged file may raise anything
         if is_out_of_memory(error):
             raise
-        raise _refuse_checkpoint(start, error) from error
+        raise _refuse_checkpoint(address, error) from error
     return saved
 
 
-def _refuse_checkpoint(start: str, error: Exception) -> UserError:
+def _refuse_checkpoint(address: str, error: Exception) -> UserError:
+    """The UserError for a damaged checkpoint of the SAE at `address`."""
     reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
     return UserError(
-        f"model.start={start}: its checkpoint is damaged ({reason}); give {start}/sae, copied to "
-        "another folder, to start from the weights alone"
+        f"model.start={address}: its checkpoint is damaged ({reason}); give {address}/sae, copied "
+        "to another folder, to start from the weights alone"
     )
 
 
 def _find_differing_setting(head: Head, settings: dict[str, Any]) -> str | None:
-    """Find the first setting that differs from the checkpoint, so that its moments do not fit.
-    Without an LLM, the units of activations are those of the data."""
-    of_head, names = head.settings, ADAM_SETTINGS
-    if of_head.get("llm.name") == NO_LLM:
-        names += tuple(name for name in of_head | settings if name.startswith("data."))
-    return next((name for name in names if of_head.get(name) != settings.get(name)), None)
+    """Find the first setting in which head and checkpoint (`settings`) differ, so that its moments
+    do not fit; None if there is none. Without an LLM, the data determine the activations."""
+    names = ADAM_SETTINGS
+    if head.settings.get("llm.name") == NO_LLM:
+        names += tuple(name for name in head.settings | settings if name.startswith("data."))
+    return next((name for name in names if head.settings.get(name) != settings.get(name)), None)
 
 
 def _take_normalisation(head: Head, saved: dict[str, Tensor]) -> None:
+    """Copy the means and scales of a checkpoint's weights and buffers."""
     for name in NORMALISATION:
         buffer, value = getattr(head, name), saved[f"heads.0.{name}"]
         expect(value, buffer.cpu(), name)
@@ -155,11 +158,11 @@ def _take_moments(head: Head, start: SAE, adam: dict[str, Any], optimizer: Optim
     """Copy Adam's moments of the start's features; those of new features are 0."""
     sae = head.sae
     parameters, start_parameters = dict(sae.named_parameters()), dict(start.named_parameters())
-    names = [name for names in head.group_parameters() for name in names]
-    for number, name in enumerate(names):
-        state, parameter = adam["state"][number], parameters[name]
-        like = start_parameters[name].detach()
-        expect(state, {"step": torch.empty(()), "exp_avg": like, "exp_avg_sq": like}, name)
+    names = [name for group in head.group_parameters() for name in group]
+    for index, name in enumerate(names):
+        state, parameter = adam["state"][index], parameters[name]
+        form = start_parameters[name].detach()  # shape and dtype of its moments
+        expect(state, {"step": torch.empty(()), "exp_avg": form, "exp_avg_sq": form}, name)
         head.adam_steps = int(state["step"])
         expect(head.adam_steps, ANY_COUNT, "Adam's step")
         optimizer.state[parameter] = {"step": state["step"].to(parameter.device, copy=True)}
@@ -167,8 +170,8 @@ def _take_moments(head: Head, start: SAE, adam: dict[str, Any], optimizer: Optim
             moment = torch.zeros_like(parameter)
             if name in sae.split_dims:
                 dim = sae.split_dims[name]
-                part = sae.split.slice(state[key], dim)
-                moment.narrow(dim, 0, part.shape[dim]).copy_(part)
+                of_this_rank = sae.split.slice(state[key], dim)
+                moment.narrow(dim, 0, of_this_rank.shape[dim]).copy_(of_this_rank)
             else:
                 moment.copy_(state[key])
             optimizer.state[parameter][key] = moment
@@ -176,12 +179,15 @@ def _take_moments(head: Head, start: SAE, adam: dict[str, Any], optimizer: Optim
 
 @torch.no_grad()
 def count_fates(head: Head, fires: Tensor) -> dict[str, int]:
-    """Count what became of the features since the warm start, from those that fired on held-out
-    data then (`head.start_fired`) and those that fire there now (`fires` [features] bool, of all
-    ranks). A feature that the start lacks counts as not fired. Each feature has one fate:
+    """Count the features by what became of them since the warm start: whether they fired on
+    held-out data at the start (`head.start_fired`; never if the start lacks the feature), and fire
+    there now (`fires` [features] bool, of all ranks):
 
-        fired then and fires now: stayed, if its decoder row has kept a cosine above 0.9; else moved
-        fired then only: died;  fires now only: born;  neither: silent
+        fired, fires            stayed, if the cosine of its decoder rows then and now exceeds
+                                STAYED_COSINE; otherwise moved
+        fired, does not fire    died
+        never fired, fires      born
+        neither                 silent
     """
     split = head.sae.split
     rows, start_rows = normalize(head.sae.W_dec), normalize(head.start_rows.float())

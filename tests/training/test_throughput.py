@@ -44,7 +44,7 @@ def trained(monkeypatch, waits):
         module.training_heads = [SimpleNamespace(log=log)]
         wait = lambda: waits.append(trainer.global_step)  # noqa: E731
         monkeypatch.setattr(torch.accelerator, "synchronize", wait)
-        callback = Throughput(5, pauses=(300, 10_000))
+        callback = Throughput(5, pause_every=(300, 10_000))
         callback.on_fit_start(trainer, module)
         clock.now += 7  # Lightning's own preparations
         for step in range(STEPS):

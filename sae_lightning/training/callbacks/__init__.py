@@ -52,7 +52,7 @@ def make_callbacks(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]
         KeepControl(),
         ClipGradient(),
         TargetL0(),
-        Throughput(trainer.log_every, pauses=[every for every in pauses if every]),
+        Throughput(trainer.log_every, pause_every=[every for every in pauses if every]),
         Curves(trainer.log_every),
         Resample(),
         Evaluate(eval.every),

@@ -58,9 +58,9 @@ class Curves(L.Callback):
         for group in trainer.optimizers[0].param_groups:
             rates.setdefault(group["head"], {})[f"optim/{group['rate']}"] = group["lr"]
         data = {"distinct_sequences": stream.distinct_sequences, "epoch": stream.epoch}
-        for number, head in enumerate(module.heads):
+        for index, head in enumerate(module.heads):
             if head.failure is None:
-                head.training_metrics = measure_training_scalars(head) | rates[number]
+                head.training_metrics = measure_training_scalars(head) | rates[index]
                 head.training_metrics |= {f"data/{name}": value for name, value in data.items()}
                 head.log.add_scalars(head.training_metrics, module.tokens_seen)
         gather_latest(module)

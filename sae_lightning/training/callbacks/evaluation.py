@@ -19,10 +19,10 @@ def evaluate_heads(heads: Sequence[Head], held_out: HeldOutData, tokens: int) ->
     split over them."""
     held_out.prepare({head.target for head in heads})
 
-    def get_key(head: Head) -> tuple:
+    def make_key(head: Head) -> tuple:  # False comes first: heads that are split
         return head.sae.split.ranks.size == 1, head.source, head.target
 
-    for (_, source, target), same_sites in groupby(sorted(heads, key=get_key), key=get_key):
+    for (_, source, target), same_sites in groupby(sorted(heads, key=make_key), key=make_key):
         group = list(same_sites)
         functions = [head.reconstruct_raw for head in group]
         weights = [head.fold_weights for head in group]
@@ -34,6 +34,7 @@ def evaluate_heads(heads: Sequence[Head], held_out: HeldOutData, tokens: int) ->
 
 
 def _record_scores(head: Head, card: Scorecard, tokens: int) -> None:
+    """Keep a head's scores in the head and write them to its log."""
     head.held_out_metrics = card.scalars()
     head.density = card.quality.density
     head.density_counts = count_by_density(card.quality.density)
@@ -43,8 +44,8 @@ def _record_scores(head: Head, card: Scorecard, tokens: int) -> None:
         fires = card.quality.density > 0
         if tokens == 0:
             head.start_metrics = head.held_out_metrics
-            of_start = head.start_rows.any(dim=1)  # not the features that the head adds to it
-            head.start_fired.copy_(head.sae.split.slice(fires.to(of_start.device)) & of_start)
+            in_start = head.start_rows.any(dim=1)  # not the features that only the head has
+            head.start_fired.copy_(head.sae.split.slice(fires.to(in_start.device)) & in_start)
         head.fates = count_fates(head, fires)
         head.log.add_scalars({f"start/{name}": n for name, n in head.fates.items()}, tokens)
     head.log.add_density(card.quality.density, tokens)
@@ -53,15 +54,16 @@ def _record_scores(head: Head, card: Scorecard, tokens: int) -> None:
 
 
 class Evaluate(L.Callback):
-    """Evaluates SAEs that training starts from, then every `every` training tokens, and each SAE
-    before its fine-tuning with `loss.kl`; `runs/run.py` evaluates once more at the end."""
+    """Evaluates warm-started SAEs before the first update, all SAEs every `every` training tokens,
+    and each SAE before its fine-tuning with `loss.kl`; `runs/run.py` evaluates once more at the
+    end."""
 
     def __init__(self, every: int):
         self.every = every
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Evaluate the heads of a new run that start from a saved SAE or begin with `loss.kl`; if
-        there are any, all ranks take part."""
+        """Evaluate the heads of a new run that start from a saved SAE or begin with `loss.kl`; all
+        ranks take part if any rank has such a head."""
         if trainer.global_step == 0 and (module.starts_warm or 0 in module.tuning_starts):
             heads = [head for head in module.heads if head.start or head.tuned_from == 0]
             self._evaluate(heads, trainer, module)

@@ -21,8 +21,8 @@ def estimate_normalization(x: Tensor, mode: Normalization) -> tuple[Tensor, Tens
         return mean.float(), torch.ones(())
     if mode is Normalization.standardize:
         mean = x.double().mean(dim=0)
-    square = torch.stack([(part.double() - mean).square().sum() for part in x.split(4096)]).sum()
-    scale = (square / x.numel()).sqrt()
+    squares = [(part.double() - mean).square().sum() for part in x.split(4096)]
+    scale = (torch.stack(squares).sum() / x.numel()).sqrt()
     if not 0 < scale.item() < float("inf"):
         raise UserError(
             f"the activations cannot be normalised: their spread over the first {len(x)} tokens "

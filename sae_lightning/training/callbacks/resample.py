@@ -14,7 +14,8 @@ from sae_lightning.training.settings import ResampleConfig
 
 @torch.no_grad()
 def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int:
-    """Restart the dead features of `head`; returns how many there were on all ranks.
+    """Restart the dead features of `head`, unless all are dead; returns the number restarted on all
+    ranks.
 
     For each, a token is drawn with probability proportional to the square of its loss. The encoder
     column takes the direction of the token's normalised input (`x` [n, d_in]) and 0.2 times the
@@ -30,11 +31,12 @@ def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int
     generator = torch.Generator()
     generator.set_state(head.generator_state.cpu())
     weights = loss.cpu().double().square()
-    drawn = torch.multinomial(weights, count, count > len(x), generator=generator)
+    tokens = torch.multinomial(weights, count, count > len(x), generator=generator)
     head.generator_state.copy_(generator.get_state())
 
+    # of this rank
     alive, dead = ~head.dead, head.dead.nonzero().squeeze(1)
-    drawn = drawn.to(x.device)[split.slice(all_dead.cumsum(0) - 1)[dead]]
+    drawn = tokens.to(x.device)[split.slice(all_dead.cumsum(0) - 1)[dead]]
     decoder_norm = _average(sae.W_dec[alive].norm(dim=1), split.ranks)
     encoder_norm = _average(sae.W_enc[:, alive].norm(dim=0), split.ranks)
     columns, rows = normalize(x[drawn]) * 0.2 * encoder_norm, normalize(target[drawn])

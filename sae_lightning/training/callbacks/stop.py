@@ -21,8 +21,8 @@ class StopOnSignal(L.Callback):
     """
 
     def __init__(self):
-        self.updating = False
-        self.remaining = math.inf  # heads that still train, on all ranks
+        self.updating = False  # whether the first update has begun
+        self.remaining = math.inf  # number of heads that still train, on all ranks
         self.printed: set[str] = set()  # lines about failed heads
         self.handlers: dict = {}
 
@@ -37,7 +37,8 @@ class StopOnSignal(L.Callback):
             console.print("stopping after this update, then saving (Ctrl-C again: stop at once)")
 
         if threading.current_thread() is threading.main_thread():
-            handler = stop if world().is_first else signal.SIG_IGN  # Lightning has replaced it
+            # other ranks have ignored signals from their start, until Lightning set its handlers
+            handler = stop if world().is_first else signal.SIG_IGN
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, handler)
 

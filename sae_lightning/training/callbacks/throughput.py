@@ -27,7 +27,7 @@ class Elapsed(NamedTuple):
 class Throughput(L.Callback):
     """Logs tokens per second since the last log point and, with LLM and SAEs on a CPU, the shares
     of time in the LLM, the rest of the stream (text, tokens, pool) and the SAEs. `module.speed` has
-    the same numbers since this process started, for `metrics.json`.
+    the same numbers for the time since this process started, for `metrics.json`.
 
     CPU           stream SAEs | others | stream SAEs | others | ...      counted: all but others
     accelerator   stream SAEs others stream SAEs | evaluation | ...      counted: all but evaluation
@@ -38,11 +38,11 @@ class Throughput(L.Callback):
     evaluations and checkpoints, and the shares are not measured (use a profiler).
     """
 
-    def __init__(self, log_every: int, pauses: Collection[int]):
-        """`log_every`: in updates; `pauses`: numbers of tokens after which training pauses, for
-        evaluations and for checkpoints."""
-        self.log_every, self.pauses = log_every, pauses
-        self.idle = 0.0
+    def __init__(self, log_every: int, pause_every: Collection[int]):
+        """`log_every`: updates between two log points; `pause_every`: tokens between two pauses of
+        training, one number for evaluations and others for checkpoints."""
+        self.log_every, self.pause_every = log_every, pause_every
+        self.idle = 0.0  # seconds in pauses so far
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the clock, at the update where this process starts."""
@@ -56,17 +56,17 @@ class Throughput(L.Callback):
             self.paused = None
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Stop the clock, and log if it is time."""
+        """Begin a pause if other callbacks may take time now; log if this is a log point."""
         step, devices = trainer.global_step, {module.device, trainer.datamodule.stream.device}
         on_cpu = all(device.type == "cpu" for device in devices)
-        log = step % self.log_every == 0 or step >= module.steps
-        pause = on_cpu or step in module.tuning_starts
-        pause |= any(is_due(step, module.batch, every) for every in self.pauses)
-        if not on_cpu and (log or pause):
+        is_log_point = step % self.log_every == 0 or step >= module.steps
+        pauses = on_cpu or step in module.tuning_starts
+        pauses |= any(is_due(step, module.batch, every) for every in self.pause_every)
+        if not on_cpu and (is_log_point or pauses):
             torch.accelerator.synchronize()
         now = self._read_clock(trainer)
-        self.paused = now if pause else None
-        if not log:
+        self.paused = now if pauses else None
+        if not is_log_point:
             return
         recent = _compute_speed(self.last, now, module.batch, shares=on_cpu)
         self.last = now
@@ -77,6 +77,7 @@ class Throughput(L.Callback):
             head.log.add_scalars(scalars, module.tokens_seen)
 
     def _read_clock(self, trainer: L.Trainer) -> Elapsed:
+        """Updates so far, and training time without pauses."""
         stream, seconds = trainer.datamodule.stream, perf_counter() - self.idle
         tuning = trainer.lightning_module.tuning_seconds
         return Elapsed(
