@@ -21,26 +21,29 @@ from sae_lightning.sae import SAE
 
 def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
     """Read one transcoder of a set; config.yaml beside it names the sites and the LLM, and says
-    whether it is a TopK (which in circuit-tracer keeps negative features, too)."""
-    cfg, layer = files.settings, re.search(r"layer_(\d+)", files.weights_file.name)
+    whether the transcoder is a TopK (in which circuit-tracer keeps negative features, too)."""
+    cfg, block = files.settings, re.search(r"layer_(\d+)", files.weights_file.name)
     check_readable(
-        files.source, "model_kind", cfg.get("model_kind", "transcoder_set"), ["transcoder_set"]
+        files.settings_file,
+        "model_kind",
+        cfg.get("model_kind", "transcoder_set"),
+        ["transcoder_set"],
     )
     tensors = dict(files.tensors)
     k = tensors.pop("k", None)
     weights = rename_tensors(CIRCUIT_TRACER, tensors)
-    kind = "jumprelu" if "threshold" in weights else "relu"
+    architecture = "jumprelu" if "threshold" in weights else "relu"
     metadata = {"model_name": cfg.get("model_name")}
     for side, key in (("input", "hook_name"), ("output", "hook_name_out")):
-        if layer and (hook := cfg.get(f"feature_{side}_hook")):
-            metadata[key] = f"blocks.{layer[1]}.{hook}"
-    settings = {"name": kind, "skip": "W_skip" in weights}
+        if block and (hook := cfg.get(f"feature_{side}_hook")):
+            metadata[key] = f"blocks.{block[1]}.{hook}"
+    settings = {"name": architecture, "skip": "W_skip" in weights}
     if cfg.get("activation") == "topk" or k is not None:
         settings |= {"name": "topk", "k": cfg["k"] if k is None else int(k)}
     return StoredSAE(settings, weights, drop_nulls(metadata))
 
 
-def write_circuit_tracer(sae: SAE, kind: str, origin: Origin) -> Written:
+def write_circuit_tracer(sae: SAE, key: str, origin: Origin) -> Written:
     """Make the settings of config.yaml, the same for every block. Versions of circuit-tracer before
     April 2026 ignore `activation` and read a TopK as a ReLU."""
     sites, model = origin.require_sites(), origin.metadata.get("model_name")
@@ -52,7 +55,7 @@ def write_circuit_tracer(sae: SAE, kind: str, origin: Origin) -> Written:
         "feature_input_hook": HOOK_NAMES[sites.source.kind],
         "feature_output_hook": HOOK_NAMES[sites.target.kind],
         "scan": f"{model.split('/')[-1]}-transcoders",
-    } | ({"activation": "topk", "k": sae.config.k} if kind == "topk" else {}), {}
+    } | ({"activation": "topk", "k": sae.config.k} if key == "topk" else {}), {}
 
 
 TRACER_NAMES = PLAIN | {"W_enc": "W_enc.T", "W_skip": "W_skip.T"}

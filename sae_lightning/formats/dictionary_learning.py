@@ -34,8 +34,10 @@ SUBMODULES = {
 def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
     """Read a folder of dictionary_learning; its weights take raw activations."""
     cfg, tensors = files.settings, files.tensors
-    trainer = drop_nulls(cfg["trainer"])
-    check_readable(files.source, "dict_class", trainer["dict_class"], DICTIONARY_LEARNING.layouts)
+    trainer = drop_nulls(cfg["trainer"])  # settings of training
+    check_readable(
+        files.settings_file, "dict_class", trainer["dict_class"], DICTIONARY_LEARNING.layouts
+    )
     layout = DICTIONARY_LEARNING.layouts[trainer["dict_class"]]
     settings = {"name": layout.architecture}
     if layout.architecture in ("topk", "batch_topk", "matryoshka"):
@@ -46,9 +48,9 @@ def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
     weights = rename_tensors(DICTIONARY_LEARNING, tensors)
     if layout.architecture == "topk":
         weights.pop("threshold", None)  # unused: each token has exactly k features
-    hook, path = trainer.get("submodule_name"), str(files.source.absolute())
-    sites = "|".join(SUBMODULES.values())
-    if hook is None and (match := re.search(rf"({sites})_layer_\d+", path)):
+    hook, path = trainer.get("submodule_name"), str(files.settings_file.absolute())
+    submodules = "|".join(SUBMODULES.values())
+    if hook is None and (match := re.search(rf"({submodules})_layer_\d+", path)):
         hook = match[0]
     if hook is None and "layer" in trainer:
         hook = f"resid_post_layer_{trainer['layer']}"
@@ -57,11 +59,11 @@ def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
     return StoredSAE(settings, weights, drop_nulls(metadata) | trainer, layout.centred)
 
 
-def write_dictionary_learning(sae: SAE, kind: str, origin: Origin) -> Written:
+def write_dictionary_learning(sae: SAE, key: str, origin: Origin) -> Written:
     """Make the settings of config.json, and tensors for k, the threshold and group sizes."""
     config, tensors = sae.config, {}
     trainer = {
-        "dict_class": kind,
+        "dict_class": key,
         "activation_dim": len(sae.W_enc),
         "dict_size": config.features,
         "lm_name": origin.metadata.get("model_name"),
@@ -72,12 +74,12 @@ def write_dictionary_learning(sae: SAE, kind: str, origin: Origin) -> Written:
     if hasattr(config, "k"):
         trainer["k"] = config.k
         tensors["k"] = torch.tensor(config.k, dtype=torch.int32)
-        tensors["threshold"] = torch.tensor(-1.0)  # of a TopK: never set
+        tensors["threshold"] = torch.tensor(-1.0)  # a TopK has none
     if hasattr(sae, "threshold") and hasattr(config, "k"):
         tensors["threshold"] = sae.threshold[0].clone()
         if (sae.threshold != tensors["threshold"]).any():
             raise UserError(
-                f"format=dictionary_learning stores one threshold in a {kind}, and the features of "
+                f"format=dictionary_learning stores one threshold in a {key}, and the features of "
                 "this SAE have different ones"
             )
     if hasattr(config, "sizes"):

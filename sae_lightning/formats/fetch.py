@@ -19,7 +19,7 @@ from sae_lightning.terminal import console, phase
 HUB = "hub:"
 MAIN = "main"  # the default revision
 COMMIT = re.compile("[0-9a-f]{40}")
-RUN_CONFIG = "config.yaml"  # is published with an SAE that a run trained
+RUN_CONFIG = "config.yaml"  # of a run, published with its SAE
 ANSWER_TIMEOUT = 10.0  # seconds for a first answer, before a cached copy is used
 ATTEMPTS = 3
 MB = 1e6
@@ -110,7 +110,7 @@ def _find_commit(parsed: HubAddress) -> str | None:
 
 
 def _retry(call: Callable, *arguments: Any, **settings: Any) -> Any:
-    """Call a method of the client that does not retry by itself; after status 429 (too many
+    """Call a method of huggingface_hub that does not retry by itself; after status 429 (too many
     requests), wait for as long as the hub asks and call it again."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -126,7 +126,7 @@ def _retry(call: Callable, *arguments: Any, **settings: Any) -> Any:
 
 
 def _choose_on_hub(address: str, parsed: HubAddress, commit: str) -> str:
-    """Choose the first of the address's paths that exists; UserError if none does."""
+    """The path of the address; of several, the first that exists. UserError if none does."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -145,31 +145,32 @@ def _choose_on_hub(address: str, parsed: HubAddress, commit: str) -> str:
 
 
 def _list_sizes(parsed: HubAddress, path: str, commit: str) -> dict[str, int]:
-    """List path -> bytes of the files in the folder `path` (of a file: in its folder), and of the
-    settings in the folder above."""
+    """Path -> bytes of the files in the folder `path` (of a file: in its folder), and of settings
+    in the folders above."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    api, folder, above = HfApi(), path, []
+    api, folder, settings_above = HfApi(), path, []
     if path:
         paths = [path, *_list_settings_above(path)]
         entries = _retry(api.get_paths_info, parsed.repo, paths, revision=commit)
-        above = [entry for entry in entries if entry.path != path]
-        if len(above) == len(entries):
+        settings_above = [entry for entry in entries if entry.path != path]
+        if len(settings_above) == len(entries):
             raise UserError(
                 f"{HUB}{parsed.repo}/{path}: {parsed.repo} has no such file or folder at revision "
                 f"{parsed.revision}; leave out the last part of the path for a list"
             )
         if any(isinstance(entry, RepoFile) for entry in entries if entry.path == path):
             folder = str(PurePosixPath(path).parent).removeprefix(".")
-    listed = api.list_repo_tree(parsed.repo, folder or None, recursive=True, revision=commit)
-    return {entry.path: entry.size for entry in (*listed, *above) if isinstance(entry, RepoFile)}
+    tree = api.list_repo_tree(parsed.repo, folder or None, recursive=True, revision=commit)
+    entries = (*tree, *settings_above)
+    return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
 
 
 def _list_settings_above(path: str) -> list[str]:
     """List the optional settings that a format may read from a folder above `path`."""
     patterns = [p for row in FORMATS.values() for p in row.optional if p.startswith("../")]
-    folders = (path, str(PurePosixPath(path).parent))
+    folders = (path, str(PurePosixPath(path).parent))  # the SAE's, if `path` is a folder or a file
     names = {posixpath.normpath(f"{folder}/{p}") for folder in folders for p in patterns}
     return sorted(name for name in names if not name.startswith(".."))
 
@@ -224,13 +225,13 @@ def _download(address: str, repo: str, commit: str, sizes: dict[str, int]) -> No
                 try:
                     hf_hub_download(repo, name, revision=commit, tqdm_class=_make_bar(advance))
                     break
-                except HTTPError as error:  # the client itself retries only some of these
+                except HTTPError as error:  # huggingface_hub retries only some of these
                     if isinstance(error, HfHubHTTPError) or attempt == ATTEMPTS:
                         raise
 
 
 def _make_bar(advance: Callable[[float], None]) -> type:
-    """A class with the methods of tqdm that the client calls, which advances our own bar."""
+    """A class with the methods of tqdm that huggingface_hub calls, which advances our own bar."""
 
     class Bar:
         def __init__(self, **settings):
@@ -262,6 +263,7 @@ def _locate_cache(parsed: HubAddress) -> Path:
 
 
 def _read_cached_commit(parsed: HubAddress) -> str | None:
+    """The commit that a branch or tag stood for at the last download; None if there was none."""
     file = _locate_cache(parsed) / "refs" / parsed.revision
     return file.read_text() if file.is_file() else None
 

@@ -65,7 +65,7 @@ def read_gemma_scope_2(files: SavedFiles) -> StoredSAE:
     folder's name gives the sites."""
     cfg, path = files.settings, files.weights_file.absolute().as_posix()
     check_readable(
-        files.source, "architecture", cfg.get("architecture", "jump_relu"), ["jump_relu"]
+        files.settings_file, "architecture", cfg.get("architecture", "jump_relu"), ["jump_relu"]
     )
     weights = rename_tensors(GEMMA_SCOPE_2, files.tensors)
     metadata = {}

@@ -30,35 +30,30 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
     to pre-activations times decoder norms.
     """
     cfg, tensors = files.settings, dict(files.tensors)
-    check_readable(files.source, "sae_type", cfg.get("sae_type", "sae"), ["sae"])
-    kind, normalisation = cfg.get("act_fn", "relu"), cfg.get("norm_activation", "dataset-wise")
-    check_readable(files.source, "act_fn", kind, LLAMASCOPIUM.layouts)
-    check_readable(files.source, "norm_activation", normalisation, ["dataset-wise", "inference"])
-    if cfg.get("use_glu_encoder"):
-        raise UserError(f"{files.source}: use_glu_encoder is not supported")
+    activation, norm_setting = _check_settings(files)
     hooks = [cfg["hook_point_in"], cfg.get("hook_point_out", cfg["hook_point_in"])]
     mean_norms = _pop_mean_norms(tensors) | cfg.get(MEAN_NORMS, {})
     weights = rename_tensors(LLAMASCOPIUM, tensors)
     if not cfg.get("use_decoder_bias", True):
         weights["b_dec"] = torch.zeros(weights["W_dec"].shape[1])
     scales = [1.0, 1.0]
-    if normalisation == "dataset-wise":
+    if norm_setting == "dataset-wise":
         averages = [
             mean_norms.get(side, mean_norms.get(hook))
             for hook, side in zip(hooks, ("in", "out"), strict=True)
         ]
         if any(norm is None for norm in averages):
             raise UserError(
-                f"{files.source}: norm_activation='dataset-wise', but no mean norm is saved: "
-                f'add "{MEAN_NORMS}": {{"in": ..., "out": ...}} to this file'
+                f"{files.settings_file}: norm_activation='dataset-wise', but no mean norm is "
+                f'saved: add "{MEAN_NORMS}": {{"in": ..., "out": ...}} to this file'
             )
         scales = [compute_scale(norm, weights["W_dec"].shape[1]) for norm in averages]
-    uses_norms = cfg.get("sparsity_include_decoder_norm", True)
-    if kind == "jumprelu" and uses_norms:
-        norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
-        weights["threshold"] = weights.pop("log_threshold").exp() / norms
-    settings = {"name": LLAMASCOPIUM.layouts[kind].architecture}
-    if kind == "topk":
+    uses_decoder_norms = cfg.get("sparsity_include_decoder_norm", True)
+    if activation == "jumprelu" and uses_decoder_norms:
+        decoder_norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
+        weights["threshold"] = weights.pop("log_threshold").exp() / decoder_norms
+    settings = {"name": LLAMASCOPIUM.layouts[activation].architecture}
+    if activation == "topk":
         settings["k"] = cfg["top_k"]
     metadata = {"model_name": cfg.get("model_name"), "hook_name": hooks[0]}
     if hooks[1] != hooks[0]:
@@ -69,26 +64,38 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
         drop_nulls(metadata) | cfg,
         scale_in=scales[0],
         scale_out=scales[1],
-        rescale=kind == "topk" and uses_norms,
+        rescale=activation == "topk" and uses_decoder_norms,
     )
 
 
+def _check_settings(files: SavedFiles) -> tuple[str, str]:
+    """The settings `act_fn` and `norm_activation`; UserError if one is not supported."""
+    cfg, file = files.settings, files.settings_file
+    check_readable(file, "sae_type", cfg.get("sae_type", "sae"), ["sae"])
+    activation, norm_setting = cfg.get("act_fn", "relu"), cfg.get("norm_activation", "dataset-wise")
+    check_readable(file, "act_fn", activation, LLAMASCOPIUM.layouts)
+    check_readable(file, "norm_activation", norm_setting, ["dataset-wise", "inference"])
+    if cfg.get("use_glu_encoder"):
+        raise UserError(f"{file}: use_glu_encoder is not supported")
+    return activation, norm_setting
+
+
 def _pop_mean_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Hook -> mean norm of the activations there; `tensors` loses them."""
+    """Hook -> mean norm of the activations there, removed from `tensors`."""
     names = [name for name in tensors if name.startswith(f"{MEAN_NORMS}.")]
     return {name.removeprefix(f"{MEAN_NORMS}."): tensors.pop(name) for name in names}
 
 
 def compute_scale(norm: Any, d: int) -> float:
-    """The factor that scales activations [d] of mean norm `norm` to a mean norm of sqrt(d);
-    ValueError unless `norm` is positive and finite."""
+    """The factor that scales activations of width `d` and mean norm `norm` to a mean norm of
+    sqrt(d); ValueError unless `norm` is positive and finite."""
     norm = float(norm)
     if not 0 < norm < math.inf:
         raise ValueError(f"{MEAN_NORMS} is {norm} and should be positive")
     return math.sqrt(d) / norm
 
 
-def write_llamascopium(sae: SAE, kind: str, origin: Origin) -> Written:
+def write_llamascopium(sae: SAE, key: str, origin: Origin) -> Written:
     """Make the settings of config.json; `norm_activation="inference"` says that weights take raw
     activations."""
     sites, d, features = origin.require_sites(), len(sae.W_enc), sae.config.features
@@ -100,7 +107,7 @@ def write_llamascopium(sae: SAE, kind: str, origin: Origin) -> Written:
         "d_model": d,
         "expansion_factor": factor,
         "use_decoder_bias": True,
-        "act_fn": kind,
+        "act_fn": key,
         "norm_activation": "inference",
         "sparsity_include_decoder_norm": False,
         "top_k": getattr(sae.config, "k", 50),
@@ -113,8 +120,8 @@ def write_llamascopium(sae: SAE, kind: str, origin: Origin) -> Written:
 
 THRESHOLD = "activation_function.log_jumprelu_threshold"
 SCOPIUM_NAMES = {"W_E": "W_enc", "b_E": "b_enc", "W_D": "W_dec", "b_D": "b_dec"}
-SCOPIUM_KINDS = {"relu": "relu", "dense": "relu", "topk": "topk", "jumprelu": "jumprelu"}
-SCOPIUM_KINDS |= {"batch_topk": "jumprelu", "matryoshka": "jumprelu"}
+SCOPIUM_LAYOUTS = {"relu": "relu", "dense": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+SCOPIUM_LAYOUTS |= {"batch_topk": "jumprelu", "matryoshka": "jumprelu"}
 LLAMASCOPIUM = Format(
     files=("sae_weights.safetensors", "config.json"),
     read=read_llamascopium,
@@ -124,8 +131,8 @@ LLAMASCOPIUM = Format(
         "jumprelu": Layout("jumprelu", SCOPIUM_NAMES | {THRESHOLD: "log_threshold"}),
     },
     aliases=LINEAR | {"decoder.bias": "b_dec", "log_jumprelu_threshold": "log_threshold"},
-    autoencoders=SCOPIUM_KINDS,
-    transcoders=SCOPIUM_KINDS,
+    autoencoders=SCOPIUM_LAYOUTS,
+    transcoders=SCOPIUM_LAYOUTS,
     write=write_llamascopium,
 )
 
@@ -134,7 +141,7 @@ def read_llama_scope(files: SavedFiles) -> StoredSAE:
     """Read a folder of Llama Scope, trained on Llama-3.1-8B. As in SAELens, a feature fires where
     scale_in x W_enc + b_enc > scale_in jump_relu_threshold, whatever its decoder norm."""
     cfg = files.settings
-    check_readable(files.source, "act_fn", cfg.get("act_fn", "jumprelu"), ["jumprelu"])
+    check_readable(files.settings_file, "act_fn", cfg.get("act_fn", "jumprelu"), ["jumprelu"])
     weights = rename_tensors(LLAMA_SCOPE, files.tensors)
     norms = cfg[MEAN_NORMS]
     scale_in, scale_out = (

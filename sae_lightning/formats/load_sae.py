@@ -82,11 +82,11 @@ def _find_weights(path: Path) -> tuple[Format, Path, Path]:
 
 def _read_files(row: Format, folder: Path, file: Path) -> SavedFiles:
     """Read settings and weights; FileNotFoundError if the settings are needed and missing."""
-    source = folder / (row.settings_file or file.name)
+    settings_file = folder / (row.settings_file or file.name)
     settings = {}
-    if row.settings_file and (row.settings_file in row.files or source.exists()):
-        settings = read_settings_file(source)
-    return SavedFiles(file, source, settings, read_weights(file))
+    if row.settings_file and (row.settings_file in row.files or settings_file.exists()):
+        settings = read_settings_file(settings_file)
+    return SavedFiles(file, settings_file, settings, read_weights(file))
 
 
 def _build(stored: StoredSAE) -> SAE:
@@ -122,7 +122,7 @@ def _build(stored: StoredSAE) -> SAE:
 
 def _make_config(settings: dict[str, Any], features: int) -> SAEConfig:
     """Make the config of an SAE with `features` features; ValueError if a setting is invalid."""
-    expect(settings["features"], features, "features")  # before memory for that many is allocated
+    expect(settings["features"], features, "features")  # before memory for them is allocated
     try:
         config = ARCHITECTURES[settings["name"]].config(**settings)
     except UserError as error:  # the caller adds the folder's name

@@ -20,8 +20,8 @@ from sae_lightning.llm.sites import SitePair
 from sae_lightning.sae import SAE
 from sae_lightning.stream.states import expect
 
-MAX_DEPTH = 20  # of YAML; circuit-tracer's has 2 levels
-MAX_EXPANSION = 20  # of a compressed npz; weights hardly compress
+MAX_DEPTH = 20  # levels of YAML; circuit-tracer's has 2
+MAX_EXPANSION = 20  # times the size of a compressed npz; weights hardly compress
 # Names that several formats use -> ours; ".T": stored transposed.
 LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
 PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -52,8 +52,8 @@ class SavedFiles(NamedTuple):
     """The files of one SAE, read."""
 
     weights_file: Path
-    source: Path
-    """The settings file; the weights file if the format has none."""
+    settings_file: Path
+    """The weights file if the format has no settings file."""
     settings: dict[str, Any]
     """The settings, without those that are null."""
     tensors: dict[str, Any]
@@ -72,7 +72,7 @@ class Layout(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """What an SAE to be written was trained on."""
+    """What an SAE was trained on, for writing it in another tool's format."""
 
     metadata: dict[str, Any]
     """Under SAELens' keys, without those that are not known."""
@@ -156,10 +156,10 @@ def drop_nulls(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def check_readable(source: Path, key: str, value: Any, readable: Iterable[str]) -> None:
-    """UserError unless `value`, given for `key` in the file `source`, is in `readable`."""
+def check_readable(file: Path, key: str, value: Any, readable: Iterable[str]) -> None:
+    """UserError unless `value`, given for `key` in a settings file, is in `readable`."""
     if value not in readable:
-        raise UserError(f"{source}: {key} {value!r} is not supported ({', '.join(readable)})")
+        raise UserError(f"{file}: {key} {value!r} is not supported ({', '.join(readable)})")
 
 
 def read_weights(file: Path) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def check_tensors(tensors: dict[str, Tensor]) -> None:
 
 def rename_tensors(row: Format, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert stored tensors to our names, our orientation and float32; ValueError if two have the
-    same name, or a number is not finite."""
+    same name, or for what `check_tensors` refuses."""
     check_tensors(tensors)
     our_names, weights = dict(row.aliases), {}
     for layout in row.layouts.values():
@@ -210,7 +210,7 @@ def rename_tensors(row: Format, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     for name, tensor in tensors.items():
         ours, tensor = our_names.get(name, name), tensor.float()
         if name == "scaling_factor" and (tensor == 1).all():
-            continue  # in SAELens before 6 and in Gemma Scope; 1 has no effect
+            continue  # stored by SAELens before 6 and Gemma Scope; 1 has no effect
         if ours.endswith(".T"):
             ours, tensor = ours.removesuffix(".T"), tensor.transpose(0, -1)
         if ours in weights:
@@ -220,9 +220,9 @@ def rename_tensors(row: Format, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
-    """Fold scales and norms into the weights, so that they take raw activations, and give each
-    feature its own threshold. A common threshold below 0, which means that training has not set
-    it, becomes 0, so that all of relu(z) passes."""
+    """Fold scales and norms into the weights, so that they take raw activations, and expand a
+    common threshold to one for each feature. A common threshold below 0, which means that training
+    has not set it, becomes 0, so that all of relu(z) passes."""
     weights = dict(stored.weights)
     if "log_threshold" in weights:
         weights["threshold"] = weights.pop("log_threshold").exp()

@@ -22,7 +22,7 @@ from sae_lightning.sae import ARCHITECTURES
 
 CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
-SCALER = "activation_scaler.json"  # beside training checkpoints
+SCALER = "activation_scaler.json"  # in training checkpoints: a factor of the activations
 NOTE_KEY = "note"  # key in the metadata: how SAELens misreads the SAE
 OWN_KEY = "sae_lightning"  # key in cfg.json for our SAEConfig, and in the metadata for our Config
 
@@ -51,25 +51,25 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
     """Read a folder that SAELens 2 or later saved, for inference or as a training checkpoint, or
     that this project saved."""
     cfg = files.settings
-    is_oldest = "hook_point" in cfg  # before SAELens 3
-    if is_oldest:
+    is_saelens_2 = "hook_point" in cfg  # hook_name since SAELens 3
+    if is_saelens_2:
         cfg = {"hook_name": cfg["hook_point"]} | cfg
-    # SAELens 3 to 5 described TopK differently
+    # SAELens 3 to 5 have no architecture topk, but an activation function
     cfg = {"architecture": "standard", "activation_fn": cfg.get("activation_fn_str", "relu")} | cfg
     if cfg["activation_fn"] == "topk":
         cfg |= {"architecture": "topk", "activation_fn": "relu"} | cfg["activation_fn_kwargs"]
     kind = cfg["architecture"]
     settings = (
-        _check_own_settings(files.source, cfg[OWN_KEY])
+        _check_own_settings(files.settings_file, cfg[OWN_KEY])
         if OWN_KEY in cfg
-        else _translate_settings(files.source, cfg)
+        else _translate_settings(files.settings_file, cfg)
     )
-    scale = _read_scale(files.source, cfg.get("normalize_activations") or "none")
+    scale = _read_scale(files.settings_file, cfg.get("normalize_activations") or "none")
     weights, metadata = rename_tensors(SAELENS, files.tensors), cfg.get("metadata", cfg)
     centred = "transcoder" not in kind and cfg.get("apply_b_dec_to_input", True)
     options = metadata.get("model_from_pretrained_kwargs", {})
     has_layernorm = str(metadata.get("model_name")).startswith(LAYERNORM_MODELS)
-    if has_layernorm and options.get("center_writing_weights", is_oldest):
+    if has_layernorm and options.get("center_writing_weights", is_saelens_2):
         weights |= _center_dimensions(weights, centred)
     return StoredSAE(
         settings,
@@ -91,28 +91,29 @@ def _center_dimensions(weights: dict[str, Tensor], centred: bool) -> dict[str, T
     return {"W_enc": W_enc - W_enc.mean(dim=0), "b_enc": b_enc}
 
 
-def _check_own_settings(source: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Check settings that this project wrote; UserError if a newer version added some."""
-    kind = ARCHITECTURES.get(settings["name"])
-    if kind is None:
+def _check_own_settings(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that this project wrote; UserError if the architecture or a setting is
+    unknown."""
+    row = ARCHITECTURES.get(settings["name"])
+    if row is None:
         raise UserError(
-            f"{source}: there is no architecture {settings['name']} here; add the plugin that "
+            f"{file}: there is no architecture {settings['name']} here; add the plugin that "
             "brings it, plugins=[...] (in Python: import it), or update"
         )
-    if unknown := settings.keys() - {field.name for field in fields(kind.config)}:
+    if unknown := settings.keys() - {field.name for field in fields(row.config)}:
         key = min(unknown)
         raise UserError(
-            f"{source}: {OWN_KEY}.{key}={settings[key]} was written by another version: update, or "
+            f"{file}: {OWN_KEY}.{key}={settings[key]} was written by another version: update, or "
             f"remove the key {OWN_KEY} to read the SAE as SAELens does"
         )
     return settings
 
 
-def _translate_settings(source: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+def _translate_settings(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     """Translate SAELens' settings into ours."""
     kind = cfg["architecture"]
-    check_readable(source, "architecture", kind, SAELENS_KINDS)
-    check_readable(source, "activation_fn", cfg["activation_fn"], ["relu"])
+    check_readable(file, "architecture", kind, SAELENS_KINDS)
+    check_readable(file, "activation_fn", cfg["activation_fn"], ["relu"])
     settings = {"name": SAELENS_KINDS[kind], "skip": "skip" in kind}
     if "topk" in kind:
         # SAELens' default is 100; k of its BatchTopK may be fractional
@@ -123,16 +124,16 @@ def _translate_settings(source: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _read_scale(source: Path, normalisation: str | bool) -> float:
+def _read_scale(file: Path, normalisation: str | bool) -> float:
     """The factor by which SAELens multiplies activations; 1 if it is folded into the weights."""
     if normalisation == "none":
         return 1.0
-    setting = f"{source}: normalize_activations={normalisation}"
+    setting = f"{file}: normalize_activations={normalisation}"
     if normalisation not in (True, "expected_average_only_in"):
         raise UserError(
             f"{setting} cannot be folded into the weights; only expected_average_only_in can"
         )
-    scaler = source.with_name(SCALER)
+    scaler = file.with_name(SCALER)
     factor = read_settings_file(scaler).get("scaling_factor") if scaler.is_file() else None
     if factor is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The saved format: a folder that SAELens opens, with weights for raw LLM activations.
+"""Writes the saved format: a folder that SAELens opens, with weights for raw LLM activations.
 
 sae/cfg.json                  settings in SAELens' keys and in ours, and metadata of training
 sae/sae_weights.safetensors   W_enc [d_in, features], b_enc [features],
@@ -62,7 +62,7 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
 
 
 def describe_limits(sae: SAE) -> str | None:
-    """How SAELens misreads a transcoder that it has no class for; None if it has one."""
+    """How SAELens misreads a transcoder for which it has no class; None if it has one."""
     if (sae.architecture, sae.config.skip) in TRANSCODERS:
         return None
     limits = f"SAELens has no {sae.architecture} transcoder and opens this one as an autoencoder"

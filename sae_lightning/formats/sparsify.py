@@ -22,17 +22,17 @@ def read_sparsify(files: SavedFiles) -> StoredSAE:
     at the SAE's site, and config.json in the folder above names the LLM."""
     cfg = files.settings
     activation = "signed topk" if cfg.get("signed") else cfg.get("activation", "topk")
-    check_readable(files.source, "activation", activation, ["topk"])
+    check_readable(files.settings_file, "activation", activation, ["topk"])
     settings = {"name": "topk", "k": cfg["k"], "skip": "W_skip" in files.tensors}
-    folder = files.source.absolute().parent
+    folder = files.settings_file.absolute().parent
     run_file = folder.with_name("config.json")
-    run = read_settings_file(run_file) if run_file.is_file() else {}
+    run_settings = read_settings_file(run_file) if run_file.is_file() else {}
     centred = not cfg.get("transcode", False)
     # The first transcoders read x - b_dec, and their cfg.json has no `transcode`: they are known by
     # the config.json of their run or by a skip connection.
-    is_transcoder = cfg.get("transcode", run.get("transcode", settings["skip"]))
-    trained_on = {"model_name": run.get("model"), "context_size": run.get("ctx_len")}
-    metadata = drop_nulls(trained_on) | name_hooks(folder.name, is_transcoder) | cfg
+    is_transcoder = cfg.get("transcode", run_settings.get("transcode", settings["skip"]))
+    llm = {"model_name": run_settings.get("model"), "context_size": run_settings.get("ctx_len")}
+    metadata = drop_nulls(llm) | name_hooks(folder.name, is_transcoder) | cfg
     weights = rename_tensors(SPARSIFY, files.tensors)
     return StoredSAE(settings, weights, metadata, centred)
 
@@ -49,8 +49,8 @@ def name_hooks(module: str, is_transcoder: bool) -> dict[str, str]:
     return {"hook_name": source, "hook_name_out": module}
 
 
-def write_sparsify(sae: SAE, kind: str, origin: Origin) -> Written:
-    """Make the settings of cfg.json; sparsify ignores the metadata of training among them."""
+def write_sparsify(sae: SAE, key: str, origin: Origin) -> Written:
+    """Make the settings of cfg.json, with the metadata of training, which sparsify ignores."""
     d_in, config = len(sae.W_enc), sae.config
     return origin.metadata | {
         "activation": "topk",
@@ -60,7 +60,7 @@ def write_sparsify(sae: SAE, kind: str, origin: Origin) -> Written:
         "k": config.k,
         "multi_topk": False,
         "skip_connection": config.skip,
-        "transcode": kind == "transcoder",
+        "transcode": key == "transcoder",
         "d_in": d_in,
     }, {}
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from sae_lightning.errors import UserError
 
-# Of SAEs that differ only in L0, a short name means the one nearest to this L0 (for SAELens, the
-# canonical one).
+# Of SAEs that differ only in L0, a short name means the one nearest to this L0 (SAELens calls it
+# canonical).
 USUAL_L0 = 100.0
 
 
@@ -119,7 +119,7 @@ def choose_path(paths: tuple[str, ...], list_folder: Callable[[str], list[str]])
 
 
 def _measure_distance(path: str) -> tuple[float, float]:
-    """How far the L0 at the end of the path is from USUAL_L0, and the L0."""
+    """Distance from USUAL_L0 of the L0 at the end of the path, and that L0."""
     match = re.search(r"\d+(\.\d+)?$", path)
     l0 = float(match[0]) if match else 0.0
     return abs(l0 - USUAL_L0), l0

@@ -40,19 +40,19 @@ def find_format(names: Collection[str], weights: str | None = None) -> Format | 
     """The format of an SAE whose folder has the files `names` (paths below it, with "/"), and whose
     weights are in the file `weights` if that is given.
 
-    None if there is no SAE; the best guess if only the settings are missing. UserError for a
-    kind of SAE that this project lacks.
+    None if there is no SAE; if its settings are missing, the first format with such a weights file.
+    UserError for a kind of SAE that this project lacks.
     """
 
     def has_match(pattern: str, among: Collection[str] = names) -> bool:
         return any(is_match(name, pattern) for name in among)
 
-    candidates = names if weights is None else [weights]
-    rows = [row for row in FORMATS.values() if has_match(row.files[0], candidates)]
+    weights_files = names if weights is None else [weights]  # or candidates for it
+    rows = [row for row in FORMATS.values() if has_match(row.files[0], weights_files)]
     same_weights = [row for row in rows if row.files[0] == rows[0].files[0]]
     complete = [row for row in same_weights if all(map(has_match, row.files))]
     for pattern, kind in UNREADABLE.items():
-        if not rows and has_match(pattern, candidates):
+        if not rows and has_match(pattern, weights_files):
             raise UserError(f"{pattern} is {kind}, for which this project has no SAE")
     return next(iter(complete + rows), None)
 

@@ -50,28 +50,26 @@ OTHER_HOOKS = {
     r".*(?:hook_z|o_proj\.input)": "the attention before its output projection",
     r"blocks\.0\.hook_resid_pre|hook_embed": "the input of the first block",
 }
-
-
 # Metadata keys that are written in other tools' formats, and their types.
 WRITTEN_TYPES = METADATA_TYPES | {"hf_hook_name": str, "hf_hook_name_out": str}
 WRITTEN_TYPES |= {"dataset_path": str, "prepend_bos": bool, OWN_KEY: dict}
 
 
-def find_origin(metadata: dict[str, Any], run: str, layer: LayerConfig | None) -> Origin:
-    """What the SAE in `run` was trained on, to be written in another tool's format; `layer`, if
-    given, replaces the sites in the metadata."""
+def find_origin(metadata: dict[str, Any], address: str, layer: LayerConfig | None) -> Origin:
+    """What the SAE at `address` was trained on, to be written in another tool's format, from those
+    metadata that have the right type; `layer`, if given, replaces the sites in the metadata."""
     checked = {k: metadata[k] for k, kind in WRITTEN_TYPES.items() if type(metadata.get(k)) is kind}
     sites, problem, layer_is_given = None, "", layer is not None
     try:
-        if not layer and (warning := describe_missing_gain(checked, run)):
+        if not layer and (warning := describe_missing_gain(checked, address)):
             raise UserError(f"{warning}; give layer=transcoder layer.index=... to write that site")
-        layer = layer or read_layer(checked, run)
+        layer = layer or read_layer(checked, address)
         sites = SitePair(
             *(Site(layer.index, kind) for kind in (layer.source, layer.target or layer.source))
         )
         for key in ("hook_name", "hook_name_out"):
             checked.pop(key, None)
-            if layer_is_given:  # transformers' names are those of the replaced sites
+            if layer_is_given:  # the names of transformers' modules are those of the old sites
                 checked.pop(f"hf_{key}", None)
         checked |= sites.hook_names
     except UserError as error:
@@ -79,9 +77,9 @@ def find_origin(metadata: dict[str, Any], run: str, layer: LayerConfig | None) -
     return Origin(checked, sites, problem)
 
 
-def check_metadata(metadata: dict[str, Any], run: str) -> dict[str, Any]:
-    """The part of the metadata of the SAE in `run` that is used here; UserError if a value has a
-    wrong type."""
+def check_metadata(metadata: dict[str, Any], address: str) -> dict[str, Any]:
+    """The metadata of the SAE at `address` that are used here; UserError if one has a wrong
+    type."""
     config = metadata.get(OWN_KEY)
     merged = metadata | (config if isinstance(config, dict) else {})
     types = METADATA_TYPES | OWN_METADATA_TYPES
@@ -89,32 +87,32 @@ def check_metadata(metadata: dict[str, Any], run: str) -> dict[str, Any]:
     for key, value in checked.items():
         if type(value) is not types[key]:
             kind = types[key].__name__
-            raise UserError(f"{run}: {key}={value!r:.80} in its metadata is not of type {kind}")
+            raise UserError(f"{address}: {key}={value!r:.80} in its metadata is not of type {kind}")
     return checked
 
 
 def choose_llm(
-    llm: LLMConfig, metadata: dict[str, Any], run: str, typed: Collection[str]
+    llm: LLMConfig, metadata: dict[str, Any], address: str, typed: Collection[str]
 ) -> LLMConfig:
-    """`llm` with the settings in the checked `metadata` of `run` (name, revision, BOS, separator),
-    except those that are `typed`; unchanged if an LLM is typed."""
+    """`llm` with the settings in the checked `metadata` of the SAE at `address` (name, revision,
+    BOS, separator), but for those that are `typed`; unchanged if an LLM is typed."""
     if {"llm", "llm.name"} & {*typed}:
         return llm
     saved = {name: metadata.get(name) for name in OWN_METADATA_TYPES}
-    saved["llm.name"] = find_llm_name(metadata, run)
+    saved["llm.name"] = find_llm_name(metadata, address)
     return replace(llm, **{k.removeprefix("llm."): v for k, v in saved.items() if k not in typed})
 
 
-def find_llm_name(metadata: dict[str, Any], run: str) -> str:
-    """The name on the hub of the LLM that the SAE in `run` reads; UserError if the metadata have
+def find_llm_name(metadata: dict[str, Any], address: str) -> str:
+    """The hub's name of the LLM that the SAE at `address` reads; UserError if the metadata have
     none."""
     if llm_name := metadata.get("llm.name"):
         return llm_name
     name = metadata.get("model_name")
     if not name:
         raise UserError(
-            f"{run} does not say which LLM its SAE reads: give llm=... (a preset in conf/llm) or "
-            "llm=hf llm.name=..."
+            f"{address} does not say which LLM its SAE reads: give llm=... (a preset in conf/llm) "
+            "or llm=hf llm.name=..."
         )
     if "/" in name:
         return name
@@ -122,31 +120,32 @@ def find_llm_name(metadata: dict[str, Any], run: str) -> str:
     return HUB_NAMES.get(name) or (f"{owner}/{name}" if owner else name)
 
 
-def read_layer(metadata: dict[str, Any], run: str) -> LayerConfig:
-    """The sites of the SAE in `run`; UserError if they are unknown, or lie in two blocks."""
-    source = _read_hook(metadata.get("hook_name"), run)
-    target = _read_hook(metadata["hook_name_out"], run) if metadata.get("hook_name_out") else source
-    if source[0] != target[0]:
+def read_layer(metadata: dict[str, Any], address: str) -> LayerConfig:
+    """The sites of the SAE at `address`; UserError if they are unknown, or lie in two blocks."""
+    source_name, target_name = metadata.get("hook_name"), metadata.get("hook_name_out")
+    block, source = _read_hook(source_name, address)
+    target_block, target = _read_hook(target_name, address) if target_name else (block, source)
+    if block != target_block:
         raise UserError(
-            f"{run} reads block {source[0]} and writes block {target[0]}: only an SAE within one "
-            "block can be analysed"
+            f"{address} reads block {block} and writes block {target_block}: only an SAE within "
+            "one block can be analysed"
         )
-    return LayerConfig(index=source[0], source=source[1], target=target[1])
+    return LayerConfig(index=block, source=source, target=target)
 
 
-def describe_missing_gain(metadata: dict[str, Any], run: str) -> str | None:
-    """A warning that the SAE in `run` was trained on the MLP's input without the norm's gain, as
-    TransformerLens computes it; None if it was not."""
+def describe_missing_gain(metadata: dict[str, Any], address: str) -> str | None:
+    """A warning that the SAE at `address` was trained on the MLP's input without the gain (the
+    weights) of the norm before it, as TransformerLens computes it; None if it was not."""
     hook = metadata.get("hook_name") or ""
     if not hook.endswith("ln2.hook_normalized"):
         return None
     return (
-        f"{run} reads {hook:.80}, the MLP's input without the norm's gain: on the MLP's input its "
-        "numbers are wrong, unless that gain is 1"
+        f"{address} reads {hook:.80}, the MLP's input without the norm's gain: on the MLP's input "
+        "its numbers are wrong, unless that gain is 1"
     )
 
 
-def _read_hook(hook: str | None, run: str) -> tuple[int, Kind]:
+def _read_hook(hook: str | None, address: str) -> tuple[int, Kind]:
     """Find the block index and the kind of site that a hook name stands for."""
     for pattern, (kind, offset) in HOOK_PATTERNS.items():
         match = hook and re.fullmatch(pattern, hook)
@@ -156,12 +155,12 @@ def _read_hook(hook: str | None, run: str) -> tuple[int, Kind]:
     for pattern, meaning in OTHER_HOOKS.items():
         if hook and re.fullmatch(pattern, hook):
             raise UserError(
-                f"{run} reads {hook:.80}, which is not a site of this project: it is {meaning}. "
-                "load_sae opens the SAE, but no task can run an LLM on it"
+                f"{address} reads {hook:.80}, which is not a site of this project: it is "
+                f"{meaning}. load_sae opens the SAE, but no task can run an LLM on it"
             )
     if hook:
         problem = f"reads {hook:.80}, which is not a known site"
     raise UserError(
-        f"{run} {problem}: give the site with layer=... (resid, attn, mlp, transcoder) and "
+        f"{address} {problem}: give the site with layer=... (resid, attn, mlp, transcoder) and "
         "layer.index=..."
     )

@@ -46,10 +46,10 @@ def choose_layout(name: str, sae: SAE, origin: Origin) -> str:
     """Choose the key in `layouts` of the format `name` under which `sae` is written; UserError if
     the format has none."""
     row, architecture = FORMATS[name], sae.config.name
-    keys = row.transcoders if origin.is_transcoder else row.autoencoders
-    noun, others = "transcoder", "autoencoders"
-    if not origin.is_transcoder:
-        noun, others = "autoencoder", "transcoders"
+    if origin.is_transcoder:
+        keys, noun, others = row.transcoders, "transcoder", "autoencoders"
+    else:
+        keys, noun, others = row.autoencoders, "autoencoder", "transcoders"
     if not keys:
         raise UserError(
             f"format={name} has no place for this {noun}: it holds {others} only; choose another "
@@ -61,8 +61,8 @@ def choose_layout(name: str, sae: SAE, origin: Origin) -> str:
             "another format"
         )
     key = keys[architecture]
-    names = row.layouts[key].names.values()
-    if sae.config.skip and not any(name.startswith("W_skip") for name in names):
+    our_names = row.layouts[key].names.values()
+    if sae.config.skip and not any(name.startswith("W_skip") for name in our_names):
         raise UserError(
             f"format={name} has no skip connections (model.skip): choose another format"
         )
