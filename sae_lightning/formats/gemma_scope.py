@@ -17,7 +17,8 @@ from sae_lightning.formats.row import (
     rename_tensors,
 )
 
-# Kind of site in the name of a repository -> TransformerLens' names of what is read and written.
+# Kind of site in the name of a repository -> TransformerLens' names of the source and the target
+# site (None: the same).
 HOOKS_OF_REPOSITORIES = {
     "res": ("hook_resid_post", None),
     "mlp": ("hook_mlp_out", None),

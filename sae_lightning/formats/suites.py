@@ -86,19 +86,19 @@ SUITES = {
 def expand_suite(name: str) -> tuple[str, tuple[str, ...]] | None:
     """The repository, and paths in it to try in turn, that `<suite>/<parts>` stands for; None if it
     does not begin with a suite's name, UserError if the parts do not fit."""
-    first, *typed = name.split("/")
+    first, *short_names = name.split("/")
     if first not in SUITES:
         return None
     suite, values = SUITES[first], {}
     parts = suite.parts.split()
-    for part, short_name in zip(parts, typed, strict=False):
+    for part, short_name in zip(parts, short_names, strict=False):
         names = suite.names.get(part)
         if names and short_name not in names:
             raise UserError(
                 f"hub:{name}: {first} has no {part} {short_name}; choose from {', '.join(names)}"
             )
         values[part] = names[short_name] if names else short_name
-    if len(typed) != len(parts):
+    if len(short_names) != len(parts):
         form = "/".join(f"<{part}>" for part in parts)
         raise UserError(f"hub:{name}: write hub:{first}/{form}; the names are in docs/hub.md")
     return suite.repo.format(**values), tuple(path.format(**values) for path in suite.paths)

@@ -92,15 +92,16 @@ def check_metadata(metadata: dict[str, Any], address: str) -> dict[str, Any]:
 
 
 def choose_llm(
-    llm: LLMConfig, metadata: dict[str, Any], address: str, typed: Collection[str]
+    llm: LLMConfig, metadata: dict[str, Any], address: str, typed_names: Collection[str]
 ) -> LLMConfig:
     """`llm` with the settings in the checked `metadata` of the SAE at `address` (name, revision,
-    BOS, separator), but for those that are `typed`; unchanged if an LLM is typed."""
-    if {"llm", "llm.name"} & {*typed}:
+    BOS, separator), but for those in `typed_names`; unchanged if an LLM is typed."""
+    if {"llm", "llm.name"} & {*typed_names}:
         return llm
-    saved = {name: metadata.get(name) for name in OWN_METADATA_TYPES}
-    saved["llm.name"] = find_llm_name(metadata, address)
-    return replace(llm, **{k.removeprefix("llm."): v for k, v in saved.items() if k not in typed})
+    settings = {name: metadata.get(name) for name in OWN_METADATA_TYPES}
+    settings["llm.name"] = find_llm_name(metadata, address)
+    changes = {name: value for name, value in settings.items() if name not in typed_names}
+    return replace(llm, **{name.removeprefix("llm."): value for name, value in changes.items()})
 
 
 def find_llm_name(metadata: dict[str, Any], address: str) -> str:

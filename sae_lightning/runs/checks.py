@@ -137,12 +137,13 @@ def _check_shared(job: Job, first: Job) -> None:
 
 def _check_loss_tokens(job: Job) -> None:
     """UserError if `eval.loss_tokens` is typed without an LLM; a trainer preset may set it."""
-    typed = [o for o in job.overrides if o.lstrip("+").startswith("eval.loss_tokens=")]
-    if typed and not job.config.data_source.has_llm:
-        raise UserError(
-            f"{typed[0]} has no meaning with {job.config.data_source.where}, whose activations "
-            "come from no LLM: leave it out"
-        )
+    for override in job.overrides:
+        is_loss_tokens = override.lstrip("+").startswith("eval.loss_tokens=")
+        if is_loss_tokens and not job.config.data_source.has_llm:
+            raise UserError(
+                f"{override} has no meaning with {job.config.data_source.where}, whose activations "
+                "come from no LLM: leave it out"
+            )
 
 
 def _check_kl(job: Job) -> None:
@@ -179,8 +180,8 @@ def _count_checkpoint_bytes(job: Job, sites: SitePair, llm: LLMShape) -> int:
     if job.config.model.start:  # decoder rows in half precision, in the checkpoint
         needed += 2 * 2 * job.config.model.features * llm.width_at(sites.target)
     saes = [*job.folder.glob("sae/*"), *job.folder.glob("sae-*/*")]
-    existing = [locate_checkpoint(job.folder), *saes]
-    return needed - sum(file.stat().st_size for file in existing if file.is_file())
+    existing_files = [locate_checkpoint(job.folder), *saes]
+    return needed - sum(file.stat().st_size for file in existing_files if file.is_file())
 
 
 def check_disk_space(jobs: list[CheckedJob]) -> None:
@@ -203,21 +204,21 @@ def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, checked_streams: 
         path.lstat()  # not exists(), which hides broken symbolic links and disk errors
     except FileNotFoundError:
         return 0
-    saved = open_checkpoint(job.folder)
-    expected, settings = job.config.list_fixed_settings(), saved["settings"]
-    differing = [k for k in expected | settings if expected.get(k) != settings.get(k)]
-    if differing:
-        name = min(differing, key=str)
+    checkpoint = open_checkpoint(job.folder)
+    expected, settings = job.config.list_fixed_settings(), checkpoint["settings"]
+    differing_names = [k for k in expected | settings if expected.get(k) != settings.get(k)]
+    if differing_names:
+        name = min(differing_names, key=str)
         raise UserError(
             f"{path} does not fit {CONFIG_FILE}: it was made with {name}={settings.get(name)}, not "
             f"{expected.get(name)}"
-            + (f" ({len(differing)} settings differ)" * (len(differing) > 1))
+            + (f" ({len(differing_names)} settings differ)" * (len(differing_names) > 1))
         )
     check_checkpoint(
-        saved,
+        checkpoint,
         lambda: make_head(job, sites, llm),
         job.config.trainer.steps,
         lambda state, done: job.config.data_source.check_stream_state(state, sites, llm, done),
         checked_streams,
     )
-    return saved["global_step"]
+    return checkpoint["global_step"]

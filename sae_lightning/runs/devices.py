@@ -136,7 +136,8 @@ class Followers:
         world().store_message(f"pass/{self.passes_sent}", pickle.dumps(message))
 
     def end(self) -> None:
-        """End all ranks but this one, once they have trained what they were sent."""
+        """End all ranks but this one once they have trained what they were sent; kill those that
+        this process has started after END_SECONDS."""
         if world().size > 1:
             with suppress(RuntimeError):  # some ranks may be lost
                 self.send_pass(None)

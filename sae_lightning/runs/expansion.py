@@ -47,13 +47,13 @@ def list_controls(config: Config) -> list[Control]:
 
 def describe_expansion(groups: Sequence[Sequence[Job]]) -> str:
     """One line that counts the runs in the `groups` of `expand_jobs`; empty if none was added."""
-    typed = {group[0].folder for group in groups}
+    job_folders = {group[0].folder for group in groups}
     runs = {run.folder: run for group in groups for run in group}
-    if len(runs) == len(typed):
+    if len(runs) == len(job_folders):
         return ""
     controls = sum(run.config.model.control is not None for run in runs.values())
     saes = f"{len(runs) - controls} SAEs with all seeds"
-    return f"{len(typed)} jobs become {len(runs)} runs: {saes}, {controls} controls"
+    return f"{len(job_folders)} jobs become {len(runs)} runs: {saes}, {controls} controls"
 
 
 def average_objective(
@@ -66,10 +66,10 @@ def average_objective(
     """
     config = group[0].config
     seeds = [run for run in group if run.config.model.control is config.model.control]
-    metrics_of_seeds = [results[folder] for folder in dict.fromkeys(run.folder for run in seeds)]
-    if None in metrics_of_seeds:
+    seed_metrics = [results[folder] for folder in dict.fromkeys(run.folder for run in seeds)]
+    if None in seed_metrics:
         return None
-    objectives = [compute_objective(metrics, config.sweep) for metrics in metrics_of_seeds]
+    objectives = [compute_objective(metrics, config.sweep) for metrics in seed_metrics]
     return sum(objectives) / len(objectives)
 
 
@@ -79,13 +79,13 @@ def _make_added_runs(job: Job) -> Iterator[Job]:
         return
     config = job.config
     for seed in range(config.model.seed, config.model.seed + config.sweep.seeds):
-        seeded = job
+        seed_job = job
         if seed != config.model.seed:
-            seeded = _copy_job(job, "seed", seed)
-            yield seeded
+            seed_job = _copy_job(job, "seed", seed)
+            yield seed_job
         if config.sweep.controls and config.model.control is None:
             for control in list_controls(config):
-                yield _copy_job(seeded, "control", control)
+                yield _copy_job(seed_job, "control", control)
 
 
 def _copy_job(job: Job, setting: str, value: Control | int) -> Job:

@@ -32,6 +32,7 @@ from sae_lightning.terminal import console, phase
 from sae_lightning.training.settings import locate_checkpoint, locate_failure
 
 METRICS_FILE = "metrics.json"
+HYDRA_RECORD = "multirun.yaml"  # Hydra's record of a sweep, in its folder
 DENSITY_FILE = "density.safetensors"  # the share of held-out tokens on which each feature fires
 
 
@@ -72,7 +73,7 @@ def make_unique_folder(path: Path) -> Path:
 
 def find_sweep_folder(folder: Path) -> Path | None:
     """The folder of the sweep that the run in `folder` belongs to; None for a single run."""
-    return folder.parent if (folder.parent / "multirun.yaml").is_file() else None
+    return folder.parent if (folder.parent / HYDRA_RECORD).is_file() else None
 
 
 def name_with_day(folder: Path) -> str:

@@ -23,13 +23,13 @@ def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
     overrides."""
     overrides = [split_overrides(job.overrides) for job in jobs]
     # `job.swept` is empty in resumed jobs and lacks added seeds and controls: compare the jobs, too
-    differing = find_swept(overrides)
+    varying_names = find_swept(overrides)
     swept = []
-    for job, typed in zip(jobs, overrides, strict=True):
-        names = [*dict.fromkeys([*(name for name in job.swept if name in typed), *differing])]
+    for job, values in zip(jobs, overrides, strict=True):
+        names = [*dict.fromkeys([*(name for name in job.swept if name in values), *varying_names])]
         # if a job of a sweep is resumed alone, its folder is named after the swept settings
-        in_folder_name = [part.partition("=")[0] for part in job.folder.name.split(",")]
-        swept.append(names or [name for name in typed if name in in_folder_name] or [*typed])
+        folder_names = [part.partition("=")[0] for part in job.folder.name.split(",")]
+        swept.append(names or [name for name in values if name in folder_names] or [*values])
     settings = [_select_settings(*row) for row in zip(jobs, overrides, swept, strict=True)]
     columns: dict = {}
     for values in settings:

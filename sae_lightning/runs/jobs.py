@@ -195,14 +195,14 @@ def read_job(folder: Path, trusted: bool = False) -> Job:
     """
     file = folder / CONFIG_FILE
     try:
-        saved = read_settings(file)
-        overrides = saved.pop(OVERRIDES_KEY, [])
+        settings = read_settings(file)
+        overrides = settings.pop(OVERRIDES_KEY, [])
         if not (isinstance(overrides, list) and all(isinstance(o, str) for o in overrides)):
             raise ValueError(f"{OVERRIDES_KEY} is not a list of overrides")
-        refuse_plugins(file, saved.get("plugins", []))
-        data = saved["data"]
-        schema = _make_schema(data.get("kind") or _infer_data_kind(data), saved["model"]["name"])
-        config = to_dataclass(OmegaConf.merge(schema, saved))
+        refuse_plugins(file, settings.get("plugins", []))
+        data = settings["data"]
+        schema = _make_schema(data.get("kind") or _infer_data_kind(data), settings["model"]["name"])
+        config = to_dataclass(OmegaConf.merge(schema, settings))
     except UserError:
         raise
     except Exception as error:

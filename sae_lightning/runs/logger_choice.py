@@ -33,27 +33,28 @@ def resolve_loggers(config: LoggerConfig, overrides: Sequence[str]) -> LoggerCon
 
 
 def change_loggers(
-    saved: LoggerConfig, typed: LoggerConfig, overrides: Sequence[str], folder: Path
+    saved: LoggerConfig, composed: LoggerConfig, overrides: Sequence[str], folder: Path
 ) -> LoggerConfig:
-    """The loggers of a resumed run: those of its folder, changed by what is typed in `overrides`.
+    """The loggers of a resumed run: those that its folder has `saved`, with the settings that are
+    typed in `overrides`, whose values are in the `composed` config.
 
     UserError if the folder says where curves are sent and the command line does not: the folder
     may be a stranger's.
     """
     names = [override.lstrip("+").partition("=")[0] for override in overrides]
-    changed = saved
+    loggers = saved
     for kind in ("wandb", "csv", "mlflow"):
         options = [name.split(".")[2] for name in names if name.startswith(f"logger.{kind}.")]
         options += ["use"] * ("logger" in names)
-        values = {option: getattr(getattr(typed, kind), option) for option in options}
-        changed = replace(changed, **{kind: replace(getattr(changed, kind), **values)})
-    for name, value in list_destinations(changed).items():
+        values = {option: getattr(getattr(composed, kind), option) for option in options}
+        loggers = replace(loggers, **{kind: replace(getattr(loggers, kind), **values)})
+    for name, value in list_destinations(loggers).items():
         if name not in names:
             raise UserError(
                 f"{folder}: {name}={value} says where curves are sent; allow it by adding it to "
                 f"this command, or add logger=none"
             )
-    return resolve_loggers(changed, overrides)
+    return resolve_loggers(loggers, overrides)
 
 
 def list_destinations(config: LoggerConfig) -> dict[str, Any]:

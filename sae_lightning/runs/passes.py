@@ -52,8 +52,8 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
     """Train the job of a plain run, or all jobs of a multirun. Returns each job's final
     held-out metrics, or None if it failed.
 
-    In a multirun, a pass that fails prints why, and the next pass starts; in a plain run, the
-    error is raised. UserError, before anything starts, if one of the jobs is invalid.
+    If a pass of a multirun fails, the reason is printed and the next pass starts; in a plain run,
+    the error is raised. UserError, before anything starts, if one of the jobs is invalid.
     """
     jobs = [_resume_if_begun(checks.resolve_auto(job)) for job in jobs]
     jobs = [replace(job, hparams=h) for job, h in zip(jobs, make_hparams(jobs), strict=True)]
@@ -78,8 +78,8 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
             if len(passes) > 1:
                 console.print(f"\npass {number} of {len(passes)}")
             if planned.jobs[0].multirun:  # as _resume_if_begun would from here on
-                begun = [replace(job, resumed=True) for job in planned.jobs]
-                planned = planned._replace(jobs=begun)
+                begun_jobs = [replace(job, resumed=True) for job in planned.jobs]
+                planned = planned._replace(jobs=begun_jobs)
             for job, metrics in zip(planned.jobs, _train_pass(planned), strict=True):
                 results[job.folder] = metrics
     return [results[job.folder] for job in jobs]
@@ -91,9 +91,9 @@ def _check_folders(jobs: list[Job]) -> None:
     for job in jobs:
         first = by_folder.setdefault(job.folder, job).config.to_flat_dict()
         settings = job.config.to_flat_dict()
-        if differing := [k for k in first | settings if first.get(k) != settings.get(k)]:
+        if names := [k for k in first | settings if first.get(k) != settings.get(k)]:
             raise UserError(
-                f"hydra.sweep.subdir: jobs that differ in {differing[0]} would share the folder "
+                f"hydra.sweep.subdir: jobs that differ in {names[0]} would share the folder "
                 f"{job.folder}; number them: hydra.sweep.subdir='${{hydra:job.num}}'"
             )
 
@@ -178,7 +178,7 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
         per_rank = max(1, int(left // (largest_bytes + needed.hidden_bytes)))
         rank_groups = cut_groups(leader_groups, per_rank)
         largest_group = max(map(len, rank_groups))
-        whole_groups = per_rank // largest_group  # as many fit on a rank
+        whole_groups = per_rank // largest_group  # that fit on a rank
         max_heads = per_rank if split is Splitting.all else ranks * whole_groups * largest_group
     else:
         rank_groups = cut_groups(leader_groups, max_heads)

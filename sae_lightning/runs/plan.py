@@ -44,9 +44,9 @@ def find_leaders(jobs: Sequence[Job]) -> list[int | None]:
     trained SAE of the same experiment and seed, whose L0 it follows. None for all other jobs."""
     keys = [(identify_experiment(job.config.to_flat_dict()), job.config.model.seed) for job in jobs]
     is_control = [job.config.model.control is not None for job in jobs]
-    trained = {key: n for n, key in enumerate(keys) if not is_control[n]}
+    sae_indices = {key: index for index, key in enumerate(keys) if not is_control[index]}
     return [
-        trained.get(key) if control and job.config.loss.fixes_coefficient else None
+        sae_indices.get(key) if control and job.config.loss.fixes_coefficient else None
         for job, key, control in zip(jobs, keys, is_control, strict=True)
     ]
 

@@ -41,10 +41,10 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
     pairs = [(a, b) for group in groups for a, b in combinations(group, 2) if seeds[a] == seeds[b]]
     cached = _read_shares(folder / STABLE_FILE) if pairs else {}
     keys = {(a, b): f"{hashes[a]} {hashes[b]}" for a, b in pairs}
-    new = [pair for pair in pairs if keys[pair] not in cached]
-    if new:
-        with phase("matching the features of seeds", total=len(new)) as advance:
-            for pair in new:
+    new_pairs = [pair for pair in pairs if keys[pair] not in cached]
+    if new_pairs:
+        with phase("matching the features of seeds", total=len(new_pairs)) as advance:
+            for pair in new_pairs:
                 cached[keys[pair]] = _measure_shares(*map(_read_live_rows, pair))
                 advance(1)
         write_json(folder / STABLE_FILE, {keys[pair]: cached[keys[pair]] for pair in pairs})

@@ -119,7 +119,7 @@ def _list_values(argument: str) -> list[str]:
 def apply_start(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
     """A composed config in which the SAE in `model.start` sets what `overrides` do not: the LLM,
     the site and the network. UserError if `overrides` contradict the SAE."""
-    start, typed = find_start(cfg.model.start), split_overrides(overrides)
+    start, typed_names = find_start(cfg.model.start), {*split_overrides(overrides)}
     if cfg.model.name != start.config.name:
         raise UserError(
             f"model={cfg.model.name}: model.start={start.address} holds a {start.config.name} "
@@ -133,27 +133,27 @@ def apply_start(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
                 f"model.start={start.address} was trained on no LLM's activations: give the data "
                 "that it was trained on (data=synthetic, data=activations), or another start"
             )
-        cfg.llm = choose_llm(to_dataclass(cfg.llm), start.metadata, start.address, typed)
-        cfg.layer = _choose_layer(start, cfg.layer, typed)
-    cfg.model.update(_choose_model(start, cfg.model, typed))
+        cfg.llm = choose_llm(to_dataclass(cfg.llm), start.metadata, start.address, typed_names)
+        cfg.layer = _choose_layer(start, cfg.layer, typed_names)
+    cfg.model.update(_choose_model(start, cfg.model, typed_names))
     return cfg
 
 
 def _choose_layer(
-    start: Start, layer: DictConfig, typed: Collection[str]
+    start: Start, layer: DictConfig, typed_names: Collection[str]
 ) -> LayerConfig | DictConfig:
     """The `layer` settings of the start; those of the config if the start's are unknown. UserError
     if a typed one is not the start's, or both are unknown."""
     try:
         start_layer = read_layer(start.metadata, start.address)
     except UserError:
-        if "layer.index" in typed:
+        if "layer.index" in typed_names:
             return layer
         raise
     if start_layer.target == start_layer.source:
         start_layer.target = None
-    names = [name for name in ("source", "target") if {"layer", f"layer.{name}"} & {*typed}]
-    names += ["index"] * ("layer.index" in typed)
+    names = [name for name in ("source", "target") if {"layer", f"layer.{name}"} & {*typed_names}]
+    names += ["index"] * ("layer.index" in typed_names)
     for name in names:
         typed_value, value = (
             config.target or config.source if name == "target" else getattr(config, name)
@@ -168,20 +168,20 @@ def _choose_layer(
     return start_layer
 
 
-def _choose_model(start: Start, model: DictConfig, typed: Collection[str]) -> dict[str, Any]:
+def _choose_model(start: Start, model: DictConfig, typed_names: Collection[str]) -> dict[str, Any]:
     """The `model` settings that the start sets; UserError if a typed one contradicts it."""
     names = [f.name for f in fields(start.config) if f.name not in ("name", "seed", "start")]
     recorded = [name for name in names if start.is_ours or name in RECORDED]
-    chosen = {n: getattr(start.config, n) for n in recorded if f"model.{n}" not in typed}
-    features = chosen.get("features", model.features)
+    values = {n: getattr(start.config, n) for n in recorded if f"model.{n}" not in typed_names}
+    features = values.get("features", model.features)
     if features < start.config.features:
         raise UserError(
             f"model.features={features}: model.start={start.address} has "
             f"{start.config.features:,} features; give as many or more, or leave it out"
         )
-    if "groups" in chosen:  # new features join the last group
-        chosen["groups"] = [size / features for size in start.config.sizes()[:-1]]
-    if chosen.get("skip", model.skip) != start.config.skip:
+    if "groups" in values:  # new features join the last group
+        values["groups"] = [size / features for size in start.config.sizes()[:-1]]
+    if values.get("skip", model.skip) != start.config.skip:
         article = "a" if start.config.skip else "no"
         raise UserError(
             f"model.skip={str(model.skip).lower()}: model.start={start.address} has {article} skip "
@@ -189,15 +189,15 @@ def _choose_model(start: Start, model: DictConfig, typed: Collection[str]) -> di
         )
     features_compete = ARCHITECTURES[start.config.name].network.features_compete
     needs_free_norms = features_compete and start.norm_ratio > MAX_NORM_RATIO
-    if needs_free_norms and chosen.get("fixed_norm", model.fixed_norm):
-        if "model.fixed_norm" in typed:
+    if needs_free_norms and values.get("fixed_norm", model.fixed_norm):
+        if "model.fixed_norm" in typed_names:
             raise UserError(
                 f"model.fixed_norm=true: the decoder rows of model.start={start.address} differ in "
                 f"norm by a factor of {start.norm_ratio:.3g}, and equal norms would change which "
                 "features are the strongest; leave it out"
             )
-        chosen["fixed_norm"] = False
-    return chosen
+        values["fixed_norm"] = False
+    return values
 
 
 def check_start(config: Config, sites: SitePair, shape: LLMShape) -> str | None:

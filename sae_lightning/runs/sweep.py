@@ -25,7 +25,7 @@ from sae_lightning.files import read_regular_file, write_atomically
 from sae_lightning.report.sweep_report import write_report
 from sae_lightning.runs.arguments import check_sweep, count_values
 from sae_lightning.runs.cli import DEBUG, explain_error, format_error, remove_unused_folder
-from sae_lightning.runs.folders import make_unique_folder, read_sweep_runs
+from sae_lightning.runs.folders import HYDRA_RECORD, make_unique_folder, read_sweep_runs
 from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep, make_jobs, read_overrides
 from sae_lightning.runs.stable_features import add_stable_features
 from sae_lightning.runs.untrusted_yaml import parse_scalars
@@ -36,8 +36,6 @@ from sae_lightning.terminal import (
     quote_setting,
     shorten_path,
 )
-
-HYDRA_RECORD = "multirun.yaml"  # Hydra's record of a sweep
 
 
 class Sweep(Callback):
@@ -59,6 +57,7 @@ class Sweep(Callback):
             self._start(config)
 
     def _start(self, config: DictConfig) -> None:
+        """`on_multirun_start`, with errors as exceptions."""
         _make_new_folder(config, "sweep")
         _refuse_special_files(Path(config.hydra.sweep.dir))
         self._remember_record(Path(config.hydra.sweep.dir))

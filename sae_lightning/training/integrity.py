@@ -21,29 +21,29 @@ def open_checkpoint(folder: Path) -> dict[str, Any]:
     """Open a run's checkpoint, mmapped; UserError if it is damaged."""
     path = locate_checkpoint(folder)
     with _report_damage(path, f"{path} is truncated or not a checkpoint"):
-        saved = load_tensors(path)
-        expect(saved, {"global_step": int, "settings": dict}, "it")
-    return saved
+        checkpoint = load_tensors(path)
+        expect(checkpoint, {"global_step": int, "settings": dict}, "it")
+    return checkpoint
 
 
 def check_checkpoint(
-    saved: dict[str, Any],
+    checkpoint: dict[str, Any],
     make_head: Callable[[], Head],
     steps: int,
     check_stream: Callable[[Any, int], None],
     checked_streams: set,
 ) -> None:
-    """UserError unless the open checkpoint `saved` and its stream file hold exactly what a head in
-    a run of `steps` updates needs. `check_stream` takes the stream's state and the updates done;
+    """UserError unless the open `checkpoint` and its stream file hold exactly what a head in a run
+    of `steps` updates needs. `check_stream` takes the stream's state and the updates done;
     `checked_streams` collects the stream files with verified CRCs, since heads may share one."""
     with FakeTensorMode():  # gives shapes and dtypes without allocating memory
         head = make_head()
         adam = SAEModule([head], batch=1, steps=steps).configure_optimizers().state_dict()
-    path, step = locate_checkpoint(head.folder), saved["global_step"]
+    path, step = locate_checkpoint(head.folder), checkpoint["global_step"]
     with _report_damage(path, f"{path} is truncated or not a checkpoint"):
-        _expect_progress(saved, step, steps)
-        _expect_weights(saved["state_dict"], head)
-        extra = saved["state_dict"]["heads.0._extra_state"]
+        _expect_progress(checkpoint, step, steps)
+        _expect_weights(checkpoint["state_dict"], head)
+        extra = checkpoint["state_dict"]["heads.0._extra_state"]
         if "occupied" in extra:  # else `set_extra_state` refuses it
             expected = {"training_metrics": dict, "occupied": float}
             if head.sae.config.start:
@@ -55,7 +55,7 @@ def check_checkpoint(
                 for key, value in extra[name].items():
                     expect(value, int if type(value) is int else float, f"{name}.{key}")
         adam_steps = step + extra.get("adam_steps", 0)
-        _expect_adam(saved["optimizer_states"][0], adam["param_groups"], head, adam_steps)
+        _expect_adam(checkpoint["optimizer_states"][0], adam["param_groups"], head, adam_steps)
     head.set_extra_state(extra)
     stream = locate_stream(head.folder, step)
     if not stream.is_file():
@@ -66,7 +66,7 @@ def check_checkpoint(
     with _report_damage(path, f"{stream} is damaged, or not the one that belongs to {path.name}"):
         state = load_tensors(stream, checked_streams)
         # old checkpoints have no checksum
-        if saved.get("stream", read_checksum(stream)) != read_checksum(stream):
+        if checkpoint.get("stream", read_checksum(stream)) != read_checksum(stream):
             raise ValueError(f"its checksum is not the one in {path.name}")
         check_stream(state, step)
 
@@ -90,7 +90,7 @@ def _report_damage(path: Path, problem: str) -> Iterator[None]:
         ) from error
 
 
-def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
+def _expect_progress(checkpoint: dict[str, Any], step: int, steps: int) -> None:
     """Check the progress that Lightning reads: the updates done, and its loops' counters."""
     done, seen = ("ready", "completed"), ("ready", "started", "processed")
     adam = {"step": _list_counters(*done), "zero_grad": _list_counters(*done, "started")}
@@ -115,9 +115,10 @@ def _expect_progress(saved: dict[str, Any], step: int, steps: int) -> None:
         "optimizer_states": list,
         "loops": {"fit_loop": loops},
     }
-    expect(saved, expected, "it")
+    expect(checkpoint, expected, "it")
     # Lightning would migrate a checkpoint that seems to be from an older version
-    expect(Version(saved["pytorch-lightning_version"]).major, range(2, 100), "Lightning's version")
+    version = Version(checkpoint["pytorch-lightning_version"])
+    expect(version.major, range(2, 100), "Lightning's version")
 
 
 def _list_counters(*names: str, count: Any = ANY_COUNT) -> dict[str, dict[str, Any]]:
@@ -137,8 +138,8 @@ def _expect_weights(saved: dict[str, Any], head: Head) -> None:
 
 
 def _expect_adam(saved: dict[str, Any], groups: list[dict], head: Head, step: int) -> None:
-    """Check both moments of every parameter, the updates that they hold (`step`), and the saved
-    parameter groups against those of the settings."""
+    """Check both moments of every parameter, the number of updates in them (`step`), and the saved
+    parameter groups against those of the settings (`groups`)."""
     fixed = ("params", "peak_lr", "head", "rate", "betas", "eps")
     expect(saved, {"state": dict, "param_groups": list}, "Adam")
     expect(len(saved["param_groups"]), len(groups), "Adam's groups")

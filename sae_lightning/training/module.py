@@ -98,12 +98,12 @@ class SAEModule(L.LightningModule):
         """Freeze a head whose loss or gradient is not finite and write the reason to its folder;
         the others train on. UserError if it is the only one of the pass."""
         culprit, remedy = _find_culprit(head, self.last_batch)
-        saved, checkpoint = "nothing was saved yet", locate_checkpoint(head.folder)
+        progress, checkpoint = "nothing was saved yet", locate_checkpoint(head.folder)
         if checkpoint.exists():
-            saved = f"the last good checkpoint is {checkpoint}"
+            progress = f"the last good checkpoint is {checkpoint}"
         head.failure = (
             f"stopped at step {self.global_step} ({self.tokens_seen:,} tokens): {culprit} is not "
-            f"finite; {saved}. Start again with {remedy}"
+            f"finite; {progress}. Start again with {remedy}"
         )
         head.sae.zero_grad()  # from now on Adam skips its parameters, which have no gradient
         if head.writes:

@@ -1,7 +1,7 @@
 """Lightning's loggers for Weights & Biases and MLflow, which talk to a server.
 
-Each logger of each head has a thread of its own, so that a slow server slows nothing down, and one
-that fails ends only this logger, with one line.
+Each logger of each head has its own thread: a slow server does not slow training down, and after an
+error of a server only its logger stops, with one line.
 """
 
 import os
@@ -28,7 +28,7 @@ HISTOGRAM_BINS = 64
 
 
 class RemoteLogger(ExtraLogger):
-    """Sends a head's curves to Weights & Biases or MLflow from a thread of its own.
+    """Sends a head's curves to Weights & Biases or MLflow from its own thread.
 
     After an error it prints one line and sends nothing more. `notes` is a set that the heads of a
     pass share: the kinds of logger that could not be started, the servers that could not be

@@ -47,8 +47,8 @@ def start_head(head: Head, optimizer: Optimizer) -> str:
     they belong to.
     """
     start, checkpoint = load_sae(head.start), _open_checkpoint(head.start)
-    differing = checkpoint and _find_differing_setting(head, checkpoint["settings"])
-    with_adam = checkpoint is not None and differing is None
+    differing_name = checkpoint and _find_differing_setting(head, checkpoint["settings"])
+    with_adam = checkpoint is not None and differing_name is None
     if with_adam:
         try:
             _take_normalisation(head, checkpoint["state_dict"])
@@ -66,8 +66,8 @@ def start_head(head: Head, optimizer: Optimizer) -> str:
         line += f", and {new:,} new ones"
     if with_adam:
         line += ", with the normalisation and Adam's moments of its checkpoint"
-    elif differing:
-        line += f"; Adam starts anew, because {differing} is not that of its checkpoint"
+    elif differing_name:
+        line += f"; Adam starts anew, because {differing_name} is not that of its checkpoint"
     return line
 
 
@@ -84,11 +84,11 @@ def _take_weights(head: Head, start: SAE, keep_norms: bool) -> None:
     random_weights = sae.weights()
     for name, dim in sae.split_dims.items():
         if name in weights:
-            of_this_rank = sae.split.slice(weights[name], dim)
+            rank_part = sae.split.slice(weights[name], dim)
             weights[name] = random_weights[name].to("cpu", copy=True)
-            weights[name].narrow(dim, 0, of_this_rank.shape[dim]).copy_(of_this_rank)
+            weights[name].narrow(dim, 0, rank_part.shape[dim]).copy_(rank_part)
             if name == "threshold" and sae.features_compete:  # one threshold for all features
-                weights[name].fill_(of_this_rank[0])
+                weights[name].fill_(rank_part[0])
     sae.load_weights(weights)
 
 
@@ -119,13 +119,13 @@ def _open_checkpoint(address: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        saved = load_tensors(path)
-        expect(saved, {"settings": dict, "state_dict": dict, "optimizer_states": list}, "it")
+        checkpoint = load_tensors(path)
+        expect(checkpoint, {"settings": dict, "state_dict": dict, "optimizer_states": list}, "it")
     except Exception as error:  # a damaged file may raise anything
         if is_out_of_memory(error):
             raise
         raise _refuse_checkpoint(address, error) from error
-    return saved
+    return checkpoint
 
 
 def _refuse_checkpoint(address: str, error: Exception) -> UserError:
@@ -146,10 +146,10 @@ def _find_differing_setting(head: Head, settings: dict[str, Any]) -> str | None:
     return next((name for name in names if head.settings.get(name) != settings.get(name)), None)
 
 
-def _take_normalisation(head: Head, saved: dict[str, Tensor]) -> None:
-    """Copy the means and scales of a checkpoint's weights and buffers."""
+def _take_normalisation(head: Head, state: dict[str, Tensor]) -> None:
+    """Copy the means and scales from a checkpoint's `state_dict`."""
     for name in NORMALISATION:
-        buffer, value = getattr(head, name), saved[f"heads.0.{name}"]
+        buffer, value = getattr(head, name), state[f"heads.0.{name}"]
         expect(value, buffer.cpu(), name)
         buffer.copy_(value)
 
@@ -161,8 +161,9 @@ def _take_moments(head: Head, start: SAE, adam: dict[str, Any], optimizer: Optim
     names = [name for group in head.group_parameters() for name in group]
     for index, name in enumerate(names):
         state, parameter = adam["state"][index], parameters[name]
-        form = start_parameters[name].detach()  # shape and dtype of its moments
-        expect(state, {"step": torch.empty(()), "exp_avg": form, "exp_avg_sq": form}, name)
+        moment_like = start_parameters[name].detach()  # of the moments' shape and dtype
+        form = {"step": torch.empty(()), "exp_avg": moment_like, "exp_avg_sq": moment_like}
+        expect(state, form, name)
         head.adam_steps = int(state["step"])
         expect(head.adam_steps, ANY_COUNT, "Adam's step")
         optimizer.state[parameter] = {"step": state["step"].to(parameter.device, copy=True)}
@@ -170,8 +171,8 @@ def _take_moments(head: Head, start: SAE, adam: dict[str, Any], optimizer: Optim
             moment = torch.zeros_like(parameter)
             if name in sae.split_dims:
                 dim = sae.split_dims[name]
-                of_this_rank = sae.split.slice(state[key], dim)
-                moment.narrow(dim, 0, of_this_rank.shape[dim]).copy_(of_this_rank)
+                rank_part = sae.split.slice(state[key], dim)
+                moment.narrow(dim, 0, rank_part.shape[dim]).copy_(rank_part)
             else:
                 moment.copy_(state[key])
             optimizer.state[parameter][key] = moment

@@ -29,18 +29,18 @@ class StopOnSignal(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Install the signal handlers, in the main thread; ranks other than 0 ignore signals."""
 
-        def stop(number: int, _) -> None:
-            if not self.updating or module.received_signal and number == signal.SIGINT:
+        def stop(signal_number: int, _) -> None:
+            if not self.updating or module.received_signal and signal_number == signal.SIGINT:
                 console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
-                raise SystemExit(128 + number)
-            module.received_signal = signal.Signals(number)
+                raise SystemExit(128 + signal_number)
+            module.received_signal = signal.Signals(signal_number)
             console.print("stopping after this update, then saving (Ctrl-C again: stop at once)")
 
         if threading.current_thread() is threading.main_thread():
             # other ranks have ignored signals from their start, until Lightning set its handlers
             handler = stop if world().is_first else signal.SIG_IGN
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, handler)
+            for signal_number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[signal_number] = signal.signal(signal_number, handler)
 
     def on_train_batch_start(self, *_) -> None:
         """From now on, a signal takes effect at the end of the update."""
@@ -53,9 +53,9 @@ class StopOnSignal(L.Callback):
         """
         training = sum(head.writes for head in module.training_heads)
         counts = [module.received_signal or 0, training]
-        number, remaining = world().sum_counts(counts)  # only rank 0 gets signals
-        if number:
-            module.stopped_by = signal.Signals(number)
+        signal_number, remaining = world().sum_counts(counts)  # only rank 0 gets signals
+        if signal_number:
+            module.stopped_by = signal.Signals(signal_number)
         if remaining < self.remaining:
             failed = [f"{h.name}: {h.failure}" for h in module.heads if h.writes and h.failure]
             for line in itertools.chain(*world().gather_values(failed)):
@@ -70,8 +70,8 @@ class StopOnSignal(L.Callback):
 
     def on_train_end(self, *_) -> None:
         """Put back the previous signal handlers."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        for signal_number, handler in self.handlers.items():
+            signal.signal(signal_number, handler)
         self.handlers.clear()
 
     on_exception = on_train_end
