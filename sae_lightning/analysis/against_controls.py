@@ -1,11 +1,11 @@
-"""An SAE beside its controls: do its features do more than those that never learned?
+"""Compares an SAE with its controls: does what training learned make its features better?
 
     text, read once -> SAE     -> survey, theory, probes -> Scores \\
                     -> control -> ControlReducers        -> Scores  -> make_control_section
     held-out text   -> both    -> scorecards             -> Scores /
 
 A random dictionary of the same size does surprisingly well on the usual scores (Korznikov et al.
-2026, 2602.14111), so a score says something about an SAE only beside that of its control.
+2026, 2602.14111), so the score of an SAE says something only in comparison with its control's.
 """
 
 import math
@@ -34,7 +34,7 @@ class Score(NamedTuple):
 
     value: float
     samples: Sequence[float] = ()
-    """What the value is the mean of; empty for sums over all held-out data."""
+    """What the value is the mean of; empty if it is computed from all held-out data at once."""
 
 
 class ScoreKind(NamedTuple):
@@ -44,9 +44,9 @@ class ScoreKind(NamedTuple):
     template: str
     """A format string."""
     claim: str = ""
-    """What features with a higher score do better; empty if the score makes no such claim."""
+    """What features with a higher score do better; empty for a score that no claim is based on."""
     paired: bool = False
-    """Whether the samples of two SAEs belong together one by one, as those of concepts do."""
+    """Whether sample i of two SAEs is measured on the same concept or fold."""
 
 
 SCORE_KINDS = {
@@ -75,7 +75,7 @@ Scores = dict[str, Score]
 
 
 class ControlReducers:
-    """Reducers that collect from the text what a control's features are compared by."""
+    """Reducers that collect what the scores of a control's features are computed from."""
 
     def __init__(self, subject: Subject, sae: SAE):
         self.concepts = ConceptCounts(subject, sae.config.features)
@@ -86,7 +86,7 @@ class ControlReducers:
         return [self.concepts, self.sampler]
 
     def result(self) -> Scores:
-        """Scores on all text that was read."""
+        """Scores over all text that was read."""
         counts, vocabulary = self.concepts.counts.result(), self.concepts.vocabulary
         f1 = [find_detector(counts, i).f1 for i in find_frequent_concepts(counts).values()]
         token_scores = score_token_sets(self.sampler.result(), len(vocabulary)).score
@@ -94,13 +94,13 @@ class ControlReducers:
 
 
 def score_features(token_scores: Tensor, f1: Sequence[float]) -> Scores:
-    """Scores by the token score of each feature [features], NaN where it has none, and by the F1 of
-    the best feature of each concept, in the order of the list of concepts."""
-    known = token_scores[~token_scores.isnan()].tolist()
+    """Compute scores from the token score of each feature [features], NaN where it has none, and
+    from the F1 of the best feature for each concept, in the order of the list of concepts."""
+    values = token_scores[~token_scores.isnan()].tolist()
     scores = {}
-    if known:
-        scores["token_score"] = Score(fmean(known), known)
-        scores["token_like"] = Score(fmean(score > 0.5 for score in known))
+    if values:
+        scores["token_score"] = Score(fmean(values), values)
+        scores["token_like"] = Score(fmean(value > 0.5 for value in values))
     return scores | ({"concepts": Score(fmean(f1), f1)} if f1 else {})
 
 
@@ -123,33 +123,33 @@ def pick_scores(numbers: Mapping[str, Any]) -> Scores:
 
 
 def make_control_section(
-    own: Scores, controls: Mapping[str, Scores], random: Mapping[str, Score] = {}
+    scores: Scores, controls: Mapping[str, Scores], random: Scores | None = None
 ) -> Section:
-    """A table of all scores, and sentences that say what the SAE does better than its controls.
-    `random`: scores of random directions; empty if there are none."""
-    columns = {"this SAE": own, **controls, **({RANDOM: random} if random else {})}
+    """Make a table of all scores, with sentences that say what the SAE does better than its
+    controls. `random`: scores of random directions; empty or None if there are none."""
+    columns = {"this SAE": scores, **controls, **({RANDOM: random} if random else {})}
     rows = [
-        [kind.label, *(_format_score(scores.get(name), kind) for scores in columns.values())]
+        [kind.label, *(_format_score(column.get(name), kind) for column in columns.values())]
         for name, kind in SCORE_KINDS.items()
-        if any(name in scores for scores in (own, *controls.values()))
+        if any(name in column for column in (scores, *controls.values()))
     ]
-    kinds = [Control[name] for name in controls if name in Control.__members__]
-    notes = {kind.name: kind.value for kind in kinds}
-    compared = _compare_features(own, controls)
-    if "features_share" in own:
+    in_table = [Control[name] for name in controls if name in Control.__members__]
+    notes = {control.name: control.value for control in in_table}
+    claims = _compare_features(scores, controls)
+    if "features_share" in scores:
         notes["CE: features, error"] = "share of what mean ablation costs that each alone recovers"
-    if "concepts" in own:
+    if "concepts" in scores:
         notes["concepts, F1"] = "of the best single feature for each"
-    if "probe_1" in own:
+    if "probe_1" in scores:
         notes["speakers"] = "AUROC of probes on k features for each"
-    if compared:
+    if claims:
         notes["called better"] = (
             "the mean over features, concepts or folds is higher by more than their spread "
             "explains (t-test, 5 % level); training with another seed would add to it"
         )
     return Section(
-        title="Beside a control",
-        lead=compared + _compare_reconstructions(own, controls),
+        title="Comparison with controls",
+        lead=claims + _compare_reconstructions(scores, controls),
         numbers=notes,
         table=ResultTable(["", *columns], rows),
     )
@@ -159,30 +159,30 @@ def make_missing_section(subject: Subject) -> Section:
     """Say why the SAE has no control to compare with, and how to get one."""
     kind = subject.config.model.control
     lead = (
-        "No control of this SAE was trained, so nothing here says what a dictionary that learned "
-        "nothing would score. python train.py -m ... sweep.controls=true trains controls on the "
-        "same pass of the LLM; control=<folder> compares with any other SAE."
+        "No control of this SAE was trained, so nothing here says what an SAE would score that has "
+        "not learned its features. python train.py -m ... sweep.controls=true trains controls on "
+        "the same pass of the LLM; control=<folder> compares with any other SAE."
     )
     if kind is not None:
         lead = f"This SAE is a control itself, {kind.name}: {kind.value}."
-    return Section("Beside a control", lead)
+    return Section("Comparison with controls", lead)
 
 
 def _format_score(score: Score | None, kind: ScoreKind) -> str:
     return kind.template.format(score.value) if score else ""
 
 
-def _compare_features(own: Scores, controls: Mapping[str, Scores]) -> str:
+def _compare_features(scores: Scores, controls: Mapping[str, Scores]) -> str:
     """Say what the features do better than those of the best control, and what they do not."""
     better, not_better = [], []
     for name, kind in SCORE_KINDS.items():
-        rivals = [scores[name] for scores in controls.values() if name in scores]
-        if not (kind.claim and name in own and rivals):
+        of_controls = [control[name] for control in controls.values() if name in control]
+        if not (kind.claim and name in scores and of_controls):
             continue
-        rival = max(rivals, key=lambda score: score.value)
-        claim = f"{kind.claim} ({_format_score(own[name], kind)} against "
-        claim += f"{_format_score(rival, kind)})"
-        is_better = exceeds_noise(own[name].samples, rival.samples, paired=kind.paired)
+        best = max(of_controls, key=lambda score: score.value)
+        claim = f"{kind.claim} ({_format_score(scores[name], kind)} against "
+        claim += f"{_format_score(best, kind)})"
+        is_better = exceeds_noise(scores[name].samples, best.samples, paired=kind.paired)
         (better if is_better else not_better).append(claim)
     others = f"those of {next(iter(controls)) if len(controls) == 1 else 'the best control'}"
     if not_better:
@@ -204,24 +204,25 @@ def exceeds_noise(a: Sequence[float], b: Sequence[float], *, paired: bool) -> bo
     )
 
 
-def _compare_reconstructions(own: Scores, controls: Mapping[str, Scores]) -> str:
-    """Explained variance at the L0 of the SAE and of the control that explains most; on synthetic
-    concepts, also how many are recovered."""
-    rivals = {name: s for name, s in controls.items() if "explained_variance" in s}
-    if "explained_variance" not in own or not rivals:
-        return "Their explained variance is not a number, so that it does not compare."
-    same = {name: has_same_l0(s["l0"].value, own["l0"].value) for name, s in rivals.items()}
-    name = max(rivals, key=lambda name: (same[name], rivals[name]["explained_variance"].value))
-    ev, best_ev = (scores["explained_variance"].value for scores in (own, rivals[name]))
-    text = f"It explains {ev:.1%} of the variance at an L0 of {own['l0'].value:.1f}, {name} "
-    text += f"{best_ev:.1%} at an L0 of {rivals[name]['l0'].value:.1f}."
-    if "recovered" in own:
-        recovered = [f"{name} {scores['recovered'].value:.1%}" for name, scores in rivals.items()]
-        text += f" It recovers {own['recovered'].value:.1%} of the concepts, "
+def _compare_reconstructions(scores: Scores, controls: Mapping[str, Scores]) -> str:
+    """Say what share of the variance the SAE and its best control explain, and at which L0: the
+    best of the controls with the same L0 or, if there are none, of all. On synthetic concepts, also
+    say how many are recovered."""
+    valid = {name: s for name, s in controls.items() if "explained_variance" in s}
+    if "explained_variance" not in scores or not valid:
+        return "Their explained variance is not a number, so it cannot be compared."
+    same_l0 = {name: has_same_l0(s["l0"].value, scores["l0"].value) for name, s in valid.items()}
+    best = max(valid, key=lambda name: (same_l0[name], valid[name]["explained_variance"].value))
+    ev, best_ev = (s["explained_variance"].value for s in (scores, valid[best]))
+    text = f"It explains {ev:.1%} of the variance at an L0 of {scores['l0'].value:.1f}, {best} "
+    text += f"{best_ev:.1%} at an L0 of {valid[best]['l0'].value:.1f}."
+    if "recovered" in scores:
+        recovered = [f"{name} {s['recovered'].value:.1%}" for name, s in valid.items()]
+        text += f" It recovers {scores['recovered'].value:.1%} of the concepts, "
         text += f"{', '.join(recovered)}."
-    if not same[name]:
-        text += " As they are not equally sparse, these numbers do not compare: loss.target_l0 "
-        text += "trains SAEs to the same L0."
+    if not same_l0[best]:
+        text += " As they are not equally sparse, these numbers cannot be compared: "
+        text += "loss.target_l0 trains SAEs to the same L0."
     return text
 
 

@@ -69,13 +69,13 @@ class OverviewTask(FeaturesTask):
         scores = _gather_scores(card, survey, theory, probes, feature_scores)
         parts = {
             "Scorecard": [summary, scorecard],
-            "Beside a control": [_compare_with_controls(subject, *scores)],
+            "Comparison with controls": [_compare_with_controls(subject, *scores)],
             "Theory": theory_sections.make_theory_sections(theory),
             "Probes": probe_sections.make_probe_sections(probes) if probes else [],
         }
         for section in [scorecard, *parts["Theory"], *parts["Probes"]]:
             print_lead(section)
-        for section in parts["Beside a control"]:
+        for section in parts["Comparison with controls"]:
             print_section(section)
         results = {
             "features": survey.to_dict(),

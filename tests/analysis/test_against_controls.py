@@ -105,7 +105,7 @@ def test_a_control_whose_score_is_not_a_number_is_not_the_best():
     assert section.lead.endswith(" L0 of 8.0, frozen_decoder 90.0% at an L0 of 8.0.")
     assert section.table.rows[1] == ["EV", "0.900", "", "0.900"]
     assert make_control_section(own, {"pca": broken}).lead == (
-        "Their explained variance is not a number, so that it does not compare."
+        "Their explained variance is not a number, so it cannot be compared."
     )
 
 
@@ -153,10 +153,10 @@ def test_page_and_numbers_show_an_sae_beside_its_control(sweep, capsys):
     given = settings | {"run": str(sweep / "trained")}
     OverviewTask(task="overview", tokens=1500, **given).execute([])
     said = capsys.readouterr().out
-    assert "Beside a control" in said and "than those of frozen_decoder" in said
+    assert "Comparison with controls" in said and "than those of frozen_decoder" in said
     results = sweep / "trained" / "analysis"
     page = (results / "index.html").read_text("utf8")
-    assert "Beside a control" in page and "decoder directions stay random" in page
+    assert "Comparison with controls" in page and "decoder directions stay random" in page
     numbers = json.loads((results / "overview.json").read_text())
     assert [*numbers["evaluate"]["controls"]] == ["frozen_decoder"]
     EvaluateTask(task="evaluate", **given).execute([])
