@@ -15,8 +15,8 @@ from sae_lightning.runs.plugins import load_plugins
 
 
 def analyze_from_command_line() -> None:
-    """Run the task that the command line names; an error in all but the first task of a cluster
-    job."""
+    """Run the task that the command line names. UserError in all but the first process that a
+    cluster job starts."""
     with report_errors():
         sys.argv[1:] = load_plugins(sys.argv[1:], TASKS)
         refuse_second_task()
@@ -27,9 +27,10 @@ def analyze_from_command_line() -> None:
 
 @hydra.main(version_base="1.3", config_path=find_conf_folder(), config_name="analyze")
 def analyze_composed(cfg: DictConfig) -> None:
-    """Run one task on one run folder or saved SAE."""
+    """Run the task that a composed config describes."""
     with report_errors():
-        typed = [o.lstrip("+~").partition("=")[0] for o in read_overrides(HydraConfig.get())]
+        overrides = read_overrides(HydraConfig.get())
+        given_settings = [override.lstrip("+~").partition("=")[0] for override in overrides]
         if OmegaConf.is_missing(cfg.layer, "index"):
             cfg.layer.index = 0  # llm=hf does not set it; the run folder does
-        to_dataclass(cfg).execute(typed)
+        to_dataclass(cfg).execute(given_settings)

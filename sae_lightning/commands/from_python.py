@@ -57,25 +57,25 @@ def train(*arguments: str, config_dir: str | os.PathLike | None = None) -> Run:
     `config_dir`: a folder with presets of your own. UserError: the line that the command would
     print.
     """
-    (finished,) = _run_hydra(arguments, config_dir, sweep=False)
-    return Run(Path(finished.hydra_cfg.hydra.runtime.output_dir))
+    (result,) = _run_hydra(arguments, config_dir, sweep=False)
+    return Run(Path(result.hydra_cfg.hydra.runtime.output_dir))
 
 
 def train_sweep(*arguments: str, config_dir: str | os.PathLike | None = None) -> list[Run]:
     """Train the SAEs of a sweep, `train.py -m` with these arguments, on as few passes of the LLM as
-    possible. Each SAE's added seeds and controls follow it.
+    possible. In the list, each SAE is followed by the seeds and controls that `sweep` adds to it.
 
     UserError: as in `train`, or because some SAEs failed; the others are in their folders.
     """
-    finished = _run_hydra(arguments, config_dir, sweep=True)
-    folders = dict.fromkeys(Path(job.working_dir).absolute() for job in finished)
+    results = _run_hydra(arguments, config_dir, sweep=True)
+    folders = dict.fromkeys(Path(result.working_dir).absolute() for result in results)
     return [Run(folder) for folder in folders]
 
 
 def _run_hydra(
     arguments: Sequence[str], config_dir: str | os.PathLike | None, sweep: bool
 ) -> list[JobReturn]:
-    """Run a command line; returns what Hydra returns for each of its jobs."""
+    """Run a command line; returns Hydra's result of each of its jobs."""
     with _raise_printed_errors(arguments):
         _refuse_unsupported(arguments)
         flags = [] if config_dir is None else ["--config-dir", os.fspath(config_dir)]
@@ -84,17 +84,17 @@ def _run_hydra(
         with _start_hydra(config_dir) as hydra:
             if not sweep:
                 overrides.append("hydra.mode=RUN")
-                finished = hydra.run("config", _train_composed, overrides, False)
-                if finished.return_value:
-                    raise finished.return_value
-                return [finished]
+                result = hydra.run("config", _train_composed, overrides, False)
+                if result.return_value:
+                    raise result.return_value
+                return [result]
             overrides = [*overrides[1:], "hydra.mode=MULTIRUN"]
             batches = hydra.multirun("config", _train_composed, overrides, False)
-            return [job for batch in batches for job in batch]
+            return [result for batch in batches for result in batch]
 
 
 def _refuse_unsupported(arguments: Sequence[str]) -> None:
-    """UserError for launchers and options that only the command supports."""
+    """UserError for what only the command supports: launchers, sweepers and options."""
     if find_launched_rank():
         raise UserError(
             "train() starts the processes of trainer.devices itself: start this program once, or "
@@ -114,7 +114,8 @@ def _refuse_unsupported(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def _start_hydra(config_dir: str | os.PathLike | None) -> Iterator[Hydra]:
-    """Start Hydra with our presets; afterwards the caller's own use of Hydra continues."""
+    """Start Hydra with our presets and those of `config_dir`; afterwards, restore Hydra's global
+    state, which the caller may be using."""
     search_path = create_config_search_path(find_conf_folder())
     if config_dir is not None:
         folder = os.path.abspath(config_dir)
@@ -123,12 +124,12 @@ def _start_hydra(config_dir: str | os.PathLike | None) -> Iterator[Hydra]:
         schema = SearchPathQuery(provider="schema")
         search_path.prepend("command-line", f"file://{folder}", anchor=schema)
     version.setbase("1.3")
-    before = get_gh_backup()
+    backup = get_gh_backup()
     GlobalHydra.instance().clear()
     try:
         yield Hydra.create_main_hydra2("train", search_path)
     finally:
-        restore_gh_from_backup(before)
+        restore_gh_from_backup(backup)
 
 
 def _train_composed(cfg: DictConfig) -> Exception | None:
@@ -148,14 +149,14 @@ def _train_composed(cfg: DictConfig) -> Exception | None:
 
 @contextmanager
 def _raise_printed_errors(arguments: Sequence[str]) -> Iterator[None]:
-    """Raise a UserError with the line that the command would print."""
+    """Turn an error into a UserError with the line that the command would print for it."""
     try:
         yield
-    except SystemExit as end:
-        if end.code == 130:
+    except SystemExit as exit_:
+        if exit_.code == 130:  # after Ctrl-C
             raise KeyboardInterrupt from None
-        if isinstance(end.code, str):
-            raise UserError(end.code.removeprefix("error: ")) from end
+        if isinstance(exit_.code, str):
+            raise UserError(exit_.code.removeprefix("error: ")) from exit_
         raise
     except Exception as error:
         line = explain_error(error, [*arguments])

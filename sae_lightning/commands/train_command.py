@@ -19,7 +19,7 @@ from sae_lightning.terminal import phase
 
 
 def train_from_command_line() -> None:
-    """Train the jobs of the command line or, on other ranks, those that rank 0 sends."""
+    """Train the jobs of the command line or, on a rank other than 0, those that rank 0 sends."""
     with report_errors():
         sys.argv[1:] = load_plugins(sys.argv[1:])
         if follow_first_rank():
@@ -54,7 +54,7 @@ def train_composed(cfg: DictConfig) -> float | None:
 
 def follow_first_rank() -> bool:
     """On a rank other than 0 that a launcher has started: train the passes that rank 0 sends, then
-    return True. On rank 0: have the others end when this process does."""
+    return True. Otherwise return False; on rank 0, end the other ranks when this process exits."""
     launched = find_launched_rank()
     if launched is not None and launched.rank > 0:
         from sae_lightning.runs.devices import follow

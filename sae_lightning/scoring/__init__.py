@@ -1,1 +1,1 @@
-"""Held-out scoring that training and analysis share."""
+"""Scores of SAEs on held-out data, which training and analysis share."""

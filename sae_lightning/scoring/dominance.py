@@ -1,4 +1,4 @@
-"""Detects a few tokens, or one dimension, that hold much of the variance.
+"""Detects whether a few tokens, or one dimension, hold much of the variance.
 
 "Massive activations" (Sun et al. 2024, 2402.17762) occur in most LLMs, on few tokens. Explained
 variance then measures how well an SAE reconstructs these tokens, and says little about the others.
@@ -12,54 +12,55 @@ from torch import Tensor
 
 from sae_lightning.stream.rows import compute_norms
 
-LARGEST_SHARE = 1e-3  # share of the tokens, those of largest norm, that must not dominate
-# Share of the variance above which tokens or a dimension dominate, if it is also more than ten
-# times their share of all tokens or dimensions.
+FEW_TOKENS_SHARE = 1e-3  # share of the tokens that is tested for dominance: those of largest norm
+# Share of the variance above which these tokens or a dimension dominate, if it is also more than
+# ten times their share of all tokens or dimensions.
 DOMINANT_SHARE = 0.1
-# Share of the tokens -> share of the variance that they may hold. The second entry is for models
-# such as Llama 2, where one token of each short sequence (the first full stop) holds nearly all.
-VARIANCE_LIMITS = {LARGEST_SHARE: DOMINANT_SHARE, 0.05: 0.5}
+# Share of the tokens, those of largest norm -> share of the variance that they may hold. The second
+# entry is for models such as Llama 2, where one token of each short sequence (the first full stop)
+# holds nearly all.
+VARIANCE_LIMITS = {FEW_TOKENS_SHARE: DOMINANT_SHARE, 0.05: 0.5}
 
 
 class DominantTokens(NamedTuple):
-    """The few tokens of largest norm that dominate the variance of a set."""
+    """The few tokens of largest norm that dominate the variance of a set of n tokens."""
 
     others: Tensor
-    """[n] bool: all other tokens."""
+    """[n] bool: true for all tokens that are not dominant."""
     share: float
     """Share of the variance that the dominant tokens hold."""
     max_norm: float
     """The `data.max_norm`, a multiple of the median norm, that leaves out just these."""
 
     @property
-    def number(self) -> int:
+    def token_count(self) -> int:
         """Number of dominant tokens in the set."""
         return int((~self.others).sum())
 
 
 @torch.no_grad()
 def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
-    """Find the dominant tokens of x [n, d], by falling norm: tokens are removed until, of the rest,
-    the largest 0.1 % hold at most a tenth of the variance and the largest 5 % at most half; then up
-    to the next gap in the norms. None if there are none, or x is not finite.
+    """Find the dominant tokens of x [n, d]. Tokens are removed, the largest norm first, until the
+    largest 0.1 % of the rest hold at most a tenth of the variance and the largest 5 % at most half;
+    then further ones up to the next gap in the norms. None if there are none, or x is not finite.
 
         |x|      100  97     11  10   9  ...   1
                  dominant    └─── others ─────┘     max_norm x median: between 11 and 97
     """
     norms, order = compute_norms(x).cpu().sort(descending=True)
     mean = x.mean(dim=0, dtype=torch.float32)
-    spread = torch.cat([(part.float() - mean).square().sum(dim=1) for part in x.split(4096)])
+    distances = torch.cat([(part.float() - mean).square().sum(dim=1) for part in x.split(4096)])
     # remaining[j]: sum of squared distances from the mean, without the j tokens of largest norm
-    remaining = spread.cpu().double()[order].flip(0).cumsum(0).flip(0)
+    remaining = distances.cpu().double()[order].flip(0).cumsum(0).flip(0)
     limits = [(math.ceil(share * len(x)), limit) for share, limit in VARIANCE_LIMITS.items()]
-    dominated = sum(_dominates(remaining, few, limit) for few, limit in limits) > 0
+    dominated = sum(_is_dominated(remaining, k, limit) for k, limit in limits) > 0
     median = norms.median().item()
     if not dominated[0] or not median > 0:
         return None
-    # the first j that suffices, or one soon after it, where the norm drops most
+    # the first j that suffices or, of those soon after it, the one where the norm drops most
     first = int((~dominated).nonzero()[0])
     gaps = norms[first - 1 : -1] / norms[first:]
-    count = first + int(gaps[: math.ceil(LARGEST_SHARE * len(x)) + 1].argmax())
+    count = first + int(gaps[: math.ceil(FEW_TOKENS_SHARE * len(x)) + 1].argmax())
     lowest, highest = norms[count].item() / median, norms[count - 1].item() / median
     middle = math.sqrt(lowest * highest)
     rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 9))
@@ -71,12 +72,13 @@ def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
     )
 
 
-def _dominates(remaining: Tensor, few: int, limit: float) -> Tensor:
-    """[n] bool: whether, without the j tokens of largest norm, the next `few` hold over `limit` of
-    the variance that remains (`remaining` [n]), and over ten times their share of the tokens."""
-    rest = torch.cat([remaining[few:], torch.zeros(few, dtype=remaining.dtype)])
-    at_random = few / torch.arange(len(remaining), 0, -1, dtype=remaining.dtype)
-    return remaining - rest > remaining * (10 * at_random).clamp(min=limit)
+def _is_dominated(remaining: Tensor, k: int, limit: float) -> Tensor:
+    """Whether, without the j tokens of largest norm, the next k hold over a share `limit` of the
+    variance that remains, and over ten times their share of the tokens: bool [n], for each j.
+    `remaining` [n]: as in `find_dominant_tokens`."""
+    without_k = torch.cat([remaining[k:], torch.zeros(k, dtype=remaining.dtype)])
+    token_share = k / torch.arange(len(remaining), 0, -1, dtype=remaining.dtype)
+    return remaining - without_k > remaining * (10 * token_share).clamp(min=limit)
 
 
 class DominantDimension(NamedTuple):

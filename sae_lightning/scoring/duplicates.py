@@ -1,4 +1,4 @@
-"""Copies: features with nearly the same decoder row, which explained variance does not reveal.
+"""Copies: features with nearly the same decoder row. Explained variance does not reveal them.
 
 Shapes: features = decoder rows, d_out = width of the target site.
 """
@@ -12,8 +12,8 @@ from torch.nn.functional import normalize
 from sae_lightning.ranks import FeatureSplit
 
 COPY_COSINE = 0.9  # above this cosine two decoder rows count as copies
-MAX_LIVE_FEATURES = 16_384  # live features compared with all rows: bounds time
-BLOCK_ROWS = 1024  # rows compared with as many others at a time: bounds memory
+MAX_LIVE_FEATURES = 16_384  # live features that are compared with all rows: bounds time
+BLOCK_ROWS = 1024  # rows compared with as many other rows at a time: bounds memory
 
 
 class Copies(NamedTuple):
@@ -70,15 +70,16 @@ def find_nearest_on_ranks(W_dec: Tensor, indices: Tensor, split: FeatureSplit) -
     compare it with their own rows."""
     nearest = W_dec.new_full((len(indices),), -1.0)
     for block, best in zip(indices.split(BLOCK_ROWS), nearest.split(BLOCK_ROWS), strict=True):
-        places = block // split.ranks.size
+        # feature i is row i // size on rank i % size; `held`: entries of the block on this rank
+        own_rows = block // split.ranks.size
         (held,) = (block % split.ranks.size == split.ranks.rank).nonzero(as_tuple=True)
         rows = W_dec.new_zeros(len(block), W_dec.shape[1])
-        rows[held] = W_dec[places[held]]
+        rows[held] = W_dec[own_rows[held]]
         rows = normalize(split.ranks.sum(rows))
         for start in range(0, len(W_dec), BLOCK_ROWS):
             others = W_dec[start : start + BLOCK_ROWS]
             cosines = rows @ normalize(others).T
-            inside = held[(places[held] >= start) & (places[held] < start + len(others))]
-            cosines[inside, places[inside] - start] = -1  # a row is not its own neighbour
+            inside = held[(own_rows[held] >= start) & (own_rows[held] < start + len(others))]
+            cosines[inside, own_rows[inside] - start] = -1  # a row is not its own neighbour
             torch.maximum(best, cosines.amax(dim=1), out=best)
     return split.ranks.stack(nearest).amax(dim=0)

@@ -39,8 +39,8 @@ class Quality(NamedTuple):
 
 
 class QualitySums:
-    """Sums over batches, from which `Quality` is computed: `residual` of squared errors, `total` of
-    squared distances from `shift`, and both for each dimension [d]."""
+    """Sums over batches, from which `Quality` is computed: `residual` of squared errors and `total`
+    of squared distances from `shift`, over all dimensions and for each [d]."""
 
     def __init__(self):
         self.tokens = 0
@@ -54,7 +54,7 @@ class QualitySums:
         # on the CPU: not every accelerator has float64
         target, reconstruction = target.cpu().double(), reconstruction.cpu().double()
         if self.tokens == 0:
-            # distances are from a first guess of the mean, against cancellation in the variance
+            # subtracting a first estimate of the mean avoids cancellation in the variance
             self.shift = target.mean(dim=0)
         self.tokens += len(target)
         error, square = (target - reconstruction).square(), (target - self.shift).square()
@@ -66,8 +66,8 @@ class QualitySums:
         self.firing_counts = self.firing_counts + (features > 0).sum(dim=0).cpu()
 
     def result(self, join: Callable[[Tensor], Tensor] = lambda counts: counts) -> Quality:
-        """Quality of all tokens added so far. `join` gathers the counts of all features
-        [features], if they are split over ranks."""
+        """Quality over all tokens added so far. `join`: if features are split over ranks, gathers
+        the counts of all features from those of this rank."""
         total = self.total - self.sum.square().sum().item() / self.tokens
         counts = join(self.firing_counts).double()
         return Quality(
@@ -82,7 +82,7 @@ class QualitySums:
 
 
 class Fidelity(NamedTuple):
-    """Error of a reconstruction x_hat of x: its size, and that of its parts, direction and length.
+    """Error of a reconstruction x_hat of x: its size, and how far direction and length are off.
 
     Centred numbers are computed from x - m and x_hat - m, where m is the mean of x: if the mean is
     large, the uncentred numbers are close to 1 for any SAE.
@@ -111,7 +111,7 @@ class FidelitySums:
         self.mean = mean.cpu().double()
         self.tokens = 0
         self.residual = 0.0
-        self.reconstruction = torch.zeros_like(self.mean)  # summed over tokens, [d]
+        self.reconstruction = torch.zeros_like(self.mean)  # sum over tokens [d]
         self.uncentred = self.centred = torch.zeros(6, dtype=torch.float64)
 
     @torch.no_grad()
@@ -130,15 +130,15 @@ class FidelitySums:
         return self.reconstruction / self.tokens
 
     def result(self) -> Fidelity:
-        """Fidelity of all tokens added so far; NaN where a denominator is 0."""
-        length, length_hat, square, square_hat, product, cosine = self.uncentred
+        """Fidelity over all tokens added so far; NaN where a denominator is 0."""
+        norm, norm_hat, square, square_hat, product, cosine = self.uncentred
         *_, centred_square_hat, centred_product, centred_cosine = self.centred
         return Fidelity(
             mse=self.residual / (self.tokens * len(self.mean)),
             relative_mse=(self.residual / square).item(),
             cosine=(cosine / self.tokens).item(),
             cosine_centred=(centred_cosine / self.tokens).item(),
-            norm_ratio=(length_hat / length).item(),
+            norm_ratio=(norm_hat / norm).item(),
             gamma=(square_hat / product).item(),
             gamma_centred=(centred_square_hat / centred_product).item(),
         )
@@ -147,9 +147,9 @@ class FidelitySums:
 def _sum_over_tokens(x: Tensor, x_hat: Tensor) -> Tensor:
     """Sums over tokens [n, d] of |x|, |x_hat|, their squares, x . x_hat and the cosine (0 where a
     vector is 0)."""
-    length, length_hat, product = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(dim=1)
-    cosine = (product / (length * length_hat)).nan_to_num(nan=0.0)
-    values = length, length_hat, length.square(), length_hat.square(), product, cosine
+    norm, norm_hat, product = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(dim=1)
+    cosine = (product / (norm * norm_hat)).nan_to_num(nan=0.0)
+    values = norm, norm_hat, norm.square(), norm_hat.square(), product, cosine
     return torch.stack([value.sum() for value in values])
 
 
@@ -157,13 +157,13 @@ def count_by_density(density: Tensor) -> dict[str, int]:
     """Count features by density [features], the share of tokens on which each fires, in bins of a
     power of ten.
 
-    {"never": 12, "1e-05": 0, "1e-04": 3, ...}: 3 features fire on 1e-4 to 1e-3 of the tokens.
+    {"never": 12, "1e-06": 0, ..., "1e-04": 3, ...}: 3 features fire on a share from 1e-4 to 1e-3.
+    The lowest bin also counts smaller shares.
     """
     # rounded, or a share of exactly 0.001 would fall below 1e-3
     exponents = torch.log10(density[density > 0].double()).mul(1e6).round().div(1e6).floor()
     counts = {"never": int((density == 0).sum())}
     for exponent in range(-6, 1):
-        lowest, highest = exponent == -6, exponent == 0
-        inside = exponents <= exponent if lowest else exponents == exponent
-        counts["1" if highest else f"1e{exponent:03d}"] = int(inside.sum())
+        inside = exponents <= exponent if exponent == -6 else exponents == exponent
+        counts["1" if exponent == 0 else f"1e{exponent:03d}"] = int(inside.sum())
     return counts

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Moments:
-    """Running sums (float64) that give mean and covariance."""
+    """Sums over tokens (float64), from which mean and covariance are computed."""
 
     def __init__(self):
         self.tokens = 0
@@ -41,6 +41,6 @@ class Moments:
         return (self.products / self.tokens - mean.outer(mean)).cpu()
 
     def find_principal_directions(self) -> tuple[Tensor, Tensor]:
-        """Variances [d] and directions [d, d] (rows), the largest variance first."""
+        """Variances [d] and directions (rows of [d, d]), the largest variance first."""
         variances, columns = torch.linalg.eigh(self.covariance)
         return variances.flip(0).clamp(min=0), columns.T.flip(0)

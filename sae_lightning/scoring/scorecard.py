@@ -16,7 +16,7 @@ from sae_lightning.scoring.metrics import Fidelity, FidelitySums, Quality, Quali
 from sae_lightning.stream.recovery import RECOVERED_COSINE, Recovery
 from sae_lightning.stream.source import HeldOutData
 
-# Tokens, and their feature activations, that are computed at a time, to bound memory.
+# Tokens whose features are computed at a time, and feature activations: bounds memory.
 MAX_TOKENS_AT_ONCE = 4096
 MAX_ACTIVATIONS_AT_ONCE = 1 << 26
 
@@ -44,13 +44,13 @@ class Scorecard(NamedTuple):
     """The LLM's loss with the reconstruction in place (None if not measured) or, on synthetic
     concepts, how many of them were recovered."""
     fidelity: Fidelity | None = None
-    """Size and kind of the error, if requested. Left out of `scalars`, which compare runs: there,
-    explained variance gives the size of the error on a scale that all runs share."""
+    """Size and kind of the error, if requested. Not in `scalars`, by which runs are compared:
+    there, explained variance gives the size of the error on a scale that all runs share."""
     without_dominant: WithoutDominantTokens | None = None
     """Explained variance without the few tokens that dominate it, if there are any."""
 
     def scalars(self) -> dict[str, float]:
-        """All numbers that are measured, by name, for `metrics.json`, curves and tables."""
+        """All numbers but those of `fidelity`, by name, for `metrics.json`, curves and tables."""
         quality = self.quality._asdict()
         del quality["density"], quality["dimension"]
         parts = {"usual": self.without_dominant, "dimension": self.quality.dimension}
@@ -81,19 +81,19 @@ def score_saes(
     with their decoder rows [features, d_out].
 
     `weights`, needed on synthetic concepts only: functions that return each SAE's weights for raw
-    activations. `fidelity` adds the kind of the error, and the LLM's loss with the error alone; as
-    this takes a pass of the LLM for each SAE, training does without it. `splits`: how each SAE's
-    features are split over ranks, if they are; all ranks score these SAEs together. Everything runs
-    in float32, as the saved SAE will, whatever the precision of training.
+    activations. `fidelity` adds the size and kind of the error, and the LLM's loss with the error
+    alone; as this takes a pass of the LLM for each SAE, training does without it. `splits`: how
+    each SAE's features are split over ranks, if they are; all ranks score these SAEs together.
+    Everything is computed in float32, like a saved SAE, whatever the precision of training.
     """
     x, y = held_out.activations(source), held_out.activations(target)
     dominant = find_dominant_tokens(y)
     with torch.autocast(x.device.type, enabled=False):
         splits = splits or [FeatureSplit(len(decoder)) for decoder in decoders]
         features = max(split.features for split in splits)
-        rows = max(1, min(MAX_TOKENS_AT_ONCE, MAX_ACTIVATIONS_AT_ONCE // features))
+        tokens = max(1, min(MAX_TOKENS_AT_ONCE, MAX_ACTIVATIONS_AT_ONCE // features))
         errors = [
-            _measure_errors(sae, x, y, dominant, fidelity, rows, split)
+            _measure_errors(sae, x, y, dominant, fidelity, tokens, split)
             for sae, split in zip(saes, splits, strict=True)
         ]
         all_copies = [
@@ -101,7 +101,7 @@ def score_saes(
             for decoder, (quality, *_), split in zip(decoders, errors, splits, strict=True)
         ]
         means = [sums.mean_reconstruction.float().to(y.device) for _, sums, _ in errors if sums]
-        all_scores = held_out.measure_saes(source, target, saes, weights, rows, splits, means)
+        all_scores = held_out.measure_saes(source, target, saes, weights, tokens, splits, means)
     parts = zip(errors, all_copies, all_scores, strict=True)
     return [
         Scorecard(quality, copies, scores, sums and sums.result(), without_dominant)
@@ -115,14 +115,16 @@ def _measure_errors(
     y: Tensor,
     dominant: DominantTokens | None,
     fidelity: bool,
-    rows: int,
+    tokens: int,
     split: FeatureSplit,
 ) -> tuple[Quality, FidelitySums | None, WithoutDominantTokens | None]:
-    """Measure an SAE on inputs [n, d_in] and targets [n, d_out], `rows` at a time."""
+    """Measure an SAE on inputs x [n, d_in] and targets y [n, d_out], a number of `tokens` at a
+    time."""
     quality_sums, others_sums = QualitySums(), QualitySums()
     fidelity_sums = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
     others = torch.zeros(len(x), dtype=torch.bool) if dominant is None else dominant.others
-    for part, target, keep in zip(x.split(rows), y.split(rows), others.split(rows), strict=True):
+    parts = zip(x.split(tokens), y.split(tokens), others.split(tokens), strict=True)
+    for part, target, keep in parts:
         output = sae(part.float())
         quality_sums.add(target, output.reconstruction, output.features)
         if keep.any():
@@ -130,14 +132,17 @@ def _measure_errors(
         if fidelity_sums is not None:
             fidelity_sums.add(target, output.reconstruction)
     without_dominant = dominant and WithoutDominantTokens(
-        others_sums.result().explained_variance, dominant.number, dominant.share, dominant.max_norm
+        others_sums.result().explained_variance,
+        dominant.token_count,
+        dominant.share,
+        dominant.max_norm,
     )
     quality = quality_sums.result(split.join)
     return quality, fidelity_sums, without_dominant
 
 
 def format_lines(scalars: dict[str, float], noun: str = "text") -> dict[str, str]:
-    """Format the numbers of a scorecard, on held-out `noun`, as lines of text, by label."""
+    """Format the numbers of a scorecard as lines, by label. `noun`: what the held-out data are."""
     quality = {
         "L0": f"{scalars['l0']:.1f} active features per token",
         "explained variance": f"{scalars['explained_variance']:.4f}",
@@ -151,7 +156,7 @@ def format_lines(scalars: dict[str, float], noun: str = "text") -> dict[str, str
 
 
 def _format_dominance(scalars: dict[str, float]) -> dict[str, str]:
-    """Lines on explained variance without the tokens or the dimension that dominate it."""
+    """Lines on the explained variance without the tokens or the dimension that dominate it."""
     lines = {}
     if "usual_dropped" in scalars:
         lines["  of other tokens"] = (

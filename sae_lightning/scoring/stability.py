@@ -41,7 +41,7 @@ def count_matches(a: Tensor, b: Tensor) -> int:
 
 def _find_nearest(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Find the nearest row in b of each row of a, and in a of each row of b -> (cosines, indices)
-    of both; of equal cosines the first."""
+    for a, and for b; of rows with equal cosines the first."""
     best_a, best_b = (rows.new_full((len(rows),), -2.0) for rows in (a, b))
     nearest_a, nearest_b = (
         torch.zeros(len(rows), dtype=torch.long, device=rows.device) for rows in (a, b)

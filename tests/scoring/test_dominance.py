@@ -28,7 +28,7 @@ def test_the_longest_are_named_by_their_share_however_long_they_are():
         dominant = find_dominant_tokens(torch.cat([opposite(12_000), length * opposite(12)]))
         share = 12 * length**2 / (12_000 + 12 * length**2)
         assert dominant[1:] == (pytest.approx(share, rel=1e-5), max_norm)
-        assert dominant.number == 12
+        assert dominant.token_count == 12
 
 
 def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
@@ -37,7 +37,7 @@ def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
     x[:, 7] += 1
     x[:5, 7] = -9.7
     dominant = find_dominant_tokens(x)
-    assert dominant.number == 5
+    assert dominant.token_count == 5
     # 5 (10.7)^2 = 572 of 572 + 8,128 / 100 = 654
     assert dominant.share == pytest.approx(572 / 654, abs=0.01)
     kept = find_usual_rows({SITE: x}, compute_medians({SITE: x}), dominant.max_norm)
@@ -48,13 +48,13 @@ def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
 @pytest.mark.parametrize("copies", [13, 100])
 def test_all_of_equal_length_are_named_together(copies):
     x = torch.cat([opposite(12_000), torch.full((copies, 2), 50.0)])
-    assert find_dominant_tokens(x).number == copies
+    assert find_dominant_tokens(x).token_count == copies
 
 
 def test_one_long_token_in_each_short_sequence_is_told_too():
     """600 of length 50 hold 1.5 million of the variance, but 13 of them only 2 % of it."""
     dominant = find_dominant_tokens(torch.cat([opposite(12_000), 50 * opposite(600)]))
-    assert dominant.number == 600
+    assert dominant.token_count == 600
     assert dominant.share == pytest.approx(1.5e6 / (1.5e6 + 12_000), rel=1e-5)
 
 
