@@ -20,6 +20,7 @@ from sae_lightning.analysis.probing.linear import (
 )
 from sae_lightning.analysis.probing.probe_sections import describe_winner, make_probe_sections
 from sae_lightning.analysis.probing.probes import PieceMeans, ProbeScore, fit_probes, probe
+from sae_lightning.files import make_jsonable
 from sae_lightning.llm.capture import capture
 
 CLASSES, PIECES, CONTEXT = 3, 120, 12
@@ -219,7 +220,9 @@ def test_the_sections_tell_the_numbers(labels, planted):
         assert [trace.name for trace in figure.data][:2] == ["features", "neurons"]
         assert figure.data[0].x == ("1", "2", "all")
         json.dumps(json.loads(figure.to_json()), allow_nan=False)
-    json.dumps(probes.to_dict(), allow_nan=False)
+    saved = json.loads(json.dumps(make_jsonable(probes.to_dict()), allow_nan=False))
+    assert [*saved["scores"][0]] == ["units", "k", "folds", "accuracy", "auroc"]
+    assert saved["matches"]["features"]["red"]["unit"] == 7
 
 
 def test_the_verdict_is_on_the_side_of_the_mean():

@@ -62,7 +62,7 @@ def read_sets(
     """Read at most `texts` texts of each set that the settings `sets` and `sets_folder` choose.
 
     UserError: a chosen set does not exist, or does not have two classes with enough texts. If `all`
-    are chosen (or `usual` in a folder), sets without such classes are left out instead."""
+    are chosen (or `usual` in a folder), sets that do not have them are left out."""
     set_files = find_set_files(folder)
     if sets == "all" or (sets == "usual" and folder is not None):
         readable = []

@@ -1,4 +1,4 @@
-"""Linear probes on pooled representations, fitted on some folds and tested on another.
+"""Linear probes on representations of pieces of text, fitted on some folds and tested on another.
 
     k units a class    the units with the largest |AUROC - 1/2| on the fitted folds, then a
                        logistic regression of the class against the rest
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-UNITS_AT_ONCE = 4096  # whose pieces are ranked at a time: bounds memory
+UNITS_AT_ONCE = 4096  # units whose values are ranked at a time: bounds memory
 # Inverse strengths of the L2 penalty (sklearn's C).
 SPARSE_C = 0.1  # on k standardised units; 0.01 and 1 change the AUROC at k = 16 by < 0.02
 ALL_C = (1.0, 10.0, 100.0, 1000.0)  # to choose from on all units, whose squares sum to about 1
@@ -32,7 +32,8 @@ class FoldScore(NamedTuple):
 
 class FoldSplit:
     """A representation of pieces, split into those that probes are fitted on (`x`, `target`) and
-    those of one fold, which they are tested on (`test_x`, `test_target`).
+    those of one fold, which they are tested on (`test_x`, `test_target`). Units are standardised
+    by the fitted pieces.
 
     x: [pieces, units]; target: [pieces] class of each; fold: [pieces] fold of each; tested: the
     fold that is tested on.
@@ -109,8 +110,8 @@ def measure_aurocs(x: ndarray, target: ndarray, classes: int) -> ndarray:
     members = is_member.sum(1, keepdims=True)
     # rankdata takes many times the memory of its input
     parts = [x[:, first : first + UNITS_AT_ONCE] for first in range(0, x.shape[1], UNITS_AT_ONCE)]
-    ranks = np.concatenate([is_member @ rankdata(part, axis=0) for part in parts], axis=1)
-    wins = ranks - members * (members + 1) / 2  # over pieces of other classes
+    rank_sums = np.concatenate([is_member @ rankdata(part, axis=0) for part in parts], axis=1)
+    wins = rank_sums - members * (members + 1) / 2  # over pieces of other classes
     with np.errstate(invalid="ignore"):
         return wins / (members * (len(target) - members))
 

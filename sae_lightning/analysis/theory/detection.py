@@ -94,18 +94,18 @@ class StrengthCounts(NamedTuple):
             yield _score_thresholds(*parts, self.signed)
 
 
-def _score_thresholds(of_concept: Tensor, of_all: Tensor, signed: bool) -> list[Tensor]:
+def _score_thresholds(concept_counts: Tensor, all_counts: Tensor, signed: bool) -> list[Tensor]:
     """F1, precision, recall and AUROC (see `score_thresholds`), from the counts [units, bins] on
     the concept's tokens and on all tokens."""
-    of_concept, of_all = of_concept.double(), of_all.double()
-    members, tokens = (counts.sum(dim=-1, keepdim=True) for counts in (of_concept, of_all))
+    concept_counts, all_counts = concept_counts.double(), all_counts.double()
+    members, tokens = (counts.sum(dim=-1, keepdim=True) for counts in (concept_counts, all_counts))
     # counts at or above each threshold
     hits, predicted = (
-        counts.flip(-1).cumsum(-1).flip(-1)[..., 1:] for counts in (of_concept, of_all)
+        counts.flip(-1).cumsum(-1).flip(-1)[..., 1:] for counts in (concept_counts, all_counts)
     )
-    others = of_all - of_concept
+    others = all_counts - concept_counts
     weaker_others = others.cumsum(dim=-1) - others / 2  # ties (the same bin) count half
-    wins = (of_concept * weaker_others).sum(dim=-1)
+    wins = (concept_counts * weaker_others).sum(dim=-1)
     auroc = wins / (members * (tokens - members))[:, 0]
     if signed:
         hits = torch.stack([hits, members - hits])
