@@ -1,7 +1,7 @@
 """Data blocks of a page that is too large for one file, as scripts in a folder beside it.
 
-The browser loads them on demand. They are scripts, because a page opened from disk may not fetch
-other data files.
+The browser loads them on demand. They are scripts because a page that is opened from disk may not
+fetch data files.
 
     index.html        names the folder
     index-3f2a.../    named by a hash of its content, so that an old page never loads new blocks
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sae_lightning.files import convert_write_errors, make_private_folder
 
-DIGITS = 12  # hex digits of the hash in a folder's name
+HASH_DIGITS = 12  # hex digits of the hash in a folder's name
 
 
 def write_blocks(page: Path, blocks: Mapping[str, str]) -> str:
@@ -35,7 +35,7 @@ def write_blocks(page: Path, blocks: Mapping[str, str]) -> str:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib releases the GIL
             digest = hashlib.sha256(b"".join(pool.map(write, blocks)))
-        destination = page.with_name(f"{page.stem}-{digest.hexdigest()[:DIGITS]}")
+        destination = page.with_name(f"{page.stem}-{digest.hexdigest()[:HASH_DIGITS]}")
         if not destination.exists():
             os.replace(folder, destination)
     return destination.name
@@ -43,7 +43,7 @@ def write_blocks(page: Path, blocks: Mapping[str, str]) -> str:
 
 def remove_old_blocks(page: Path, kept: str | None) -> None:
     """Remove all block folders of `page` except the one named `kept`."""
-    pattern = rf"{re.escape(page.stem)}-[0-9a-f]{{{DIGITS}}}"
+    pattern = rf"{re.escape(page.stem)}-[0-9a-f]{{{HASH_DIGITS}}}"
     for folder in page.parent.iterdir():
         if re.fullmatch(pattern, folder.name) and folder.name != kept and not folder.is_symlink():
             shutil.rmtree(folder, ignore_errors=True)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BEFORE, AFTER = 20, 11
 # An example is a window of tokens around its peak, which is at index BEFORE.
+BEFORE, AFTER = 20, 11
 WINDOW = BEFORE + 1 + AFTER
 # Edges of the histogram of strengths, half an octave apart; outliers go into the outermost bins.
 EDGES = 2.0 ** torch.arange(-10, 14.5, 0.5)
@@ -20,8 +20,8 @@ LINEAR_BINS = 50  # equally wide bins of a histogram; of strengths, 10 to each i
 
 
 def find_interval(strength: Tensor, maximum: Tensor) -> Tensor:
-    """Index of the interval that each strength lies in, int64; 0 is the top one, which holds the
-    maximum."""
+    """Find the index of the interval that each strength lies in, int64; 0 is the top interval,
+    which holds the maximum."""
     share = strength / maximum.clamp_min(torch.finfo(torch.float32).tiny)
     return INTERVALS - (share * INTERVALS).ceil().clamp(1, INTERVALS).long()
 
@@ -92,15 +92,16 @@ class LogitEffect(NamedTuple):
     suppressed: Tensor
     """[units, k] token ids, the most lowered first, int64"""
     sharpness: Tensor
-    """[units] excess kurtosis of the effect over the vocabulary: large if few tokens get most"""
+    """[units] excess kurtosis of the effect over the vocabulary: large if few tokens get most of
+    it"""
     raised: Tensor | None = None
-    """[units, k] by how much each promoted token's logit rises per unit of strength; in the direct
-    path up to a positive factor. None in files of older versions, as are the next two."""
+    """[units, k] change of each promoted token's logit for a strength of 1; for the direct path, up
+    to a positive factor. Like `lowered` and `histogram`, None in files of older versions."""
     lowered: Tensor | None = None
-    """[units, k] the same of each suppressed token, mostly negative"""
+    """[units, k] change of each suppressed token's logit, mostly negative"""
     histogram: Tensor | None = None
-    """[units, LINEAR_BINS] number of tokens whose logit changes by so much, in equally wide bins
-    from lowered[:, 0] to raised[:, 0], int64"""
+    """[units, LINEAR_BINS] number of tokens by the change of their logit, in equally wide bins from
+    lowered[:, 0] to raised[:, 0], int64"""
 
 
 class Catalogue(NamedTuple):
@@ -117,8 +118,8 @@ class Catalogue(NamedTuple):
     top: Examples
     """The strongest examples, at most one per sequence."""
     random: Examples
-    """Random examples of each interval, so of all strengths; at most one per sequence and interval,
-    and none that is in `top`."""
+    """Random examples from each interval of strengths; at most one per sequence and interval, and
+    none that is in `top`."""
     token_sets: TokenSetScores | None = None
     """None for neurons, which are active on every token."""
     informativeness: Tensor | None = None
@@ -145,7 +146,7 @@ class Catalogue(NamedTuple):
 
 
 def slice_units(part: Any, units: slice | Tensor) -> Any:
-    """Some units of a catalogue, or of one of its fields; with a slice, the tensors are views."""
+    """Take some units of a catalogue, or of one of its fields; with a slice, tensors are views."""
     if isinstance(part, Tensor):
         return part[units]
     if isinstance(part, tuple):

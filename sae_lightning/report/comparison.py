@@ -1,4 +1,4 @@
-"""Compares each trained SAE with the best of its controls, and says in sentences what follows."""
+"""Compares each trained SAE with the best of its controls, in a table and in sentences."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from sae_lightning.report.means import TRAINED, MeansTable
 from sae_lightning.report.noise import differ_significantly
 
 SAME_L0 = 0.1  # see `has_same_l0`
-MAX_SENTENCES = 4  # trained SAEs with a sentence each; more are counted
+MAX_SENTENCES = 4  # trained SAEs with a sentence each; of more, verdicts are counted
 BETTER, WORSE, TIED, UNKNOWN = "better", "worse", "not significant", "too few seeds: noise unknown"
 OTHER_L0 = "L0 differs"
 # Metric -> what an SAE with the value {} does.
@@ -18,8 +18,8 @@ CLAIMS = {
     "recovered": "recovers {} of the concepts",
     "stable": "repeats {} of its features under another seed",
 }
-# Control -> what the trained SAE does and the control does not.
-LEARNED = {
+# Control -> what training adds in the trained SAE that it does not in the control.
+ADDED_BY_TRAINING = {
     "frozen_decoder": "training the decoder",
     "soft_frozen_decoder": "letting decoder directions leave their random start",
     "frozen_encoder": "training the encoder",
@@ -29,7 +29,7 @@ LEARNED = {
 
 
 class Comparison(NamedTuple):
-    """A metric of a trained SAE, and of the control that is best in it."""
+    """A metric of a trained SAE, compared with that of the control that is best in it."""
 
     trained: int
     """Row of the trained SAE in the table."""
@@ -44,21 +44,24 @@ class Comparison(NamedTuple):
 
 def compare_with_controls(means: MeansTable) -> list[Comparison]:
     """Compare each trained SAE with its best control in every metric that has a better direction.
-    Controls whose L0 is within 10 % of the trained SAE's come before all others."""
+    A control whose L0 is within 10 % of the trained SAE's is preferred to all others."""
     comparisons = []
     for row, kind in enumerate(means.kinds):
         if kind != TRAINED:
             continue
-        same = [i for i, e in enumerate(means.experiments) if e == means.experiments[row]]
-        controls = [i for i in same if means.kinds[i] != TRAINED]
+        controls = [
+            i
+            for i, experiment in enumerate(means.experiments)
+            if experiment == means.experiments[row] and means.kinds[i] != TRAINED
+        ]
         for name, column in means.columns.items():
             values = means.mean[name]
-            measured = values[controls].dropna().index if column.better else []
-            if values.isna()[row] or not len(measured):
+            candidates = values[controls].dropna().index if column.better else []
+            if values.isna()[row] or not len(candidates):
                 continue
             l0 = means.mean["l0"]
             best = max(
-                measured, key=lambda i: (has_same_l0(l0[i], l0[row]), values[i] * column.better)
+                candidates, key=lambda i: (has_same_l0(l0[i], l0[row]), values[i] * column.better)
             )
             difference = values[row] - values[best]
             verdict = _judge(means, row, best, name)
@@ -72,7 +75,7 @@ def has_same_l0(control: float, trained: float) -> bool:
 
 
 def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
-    """Judge metric `name` of the trained SAE in `row`, as `Comparison.verdict` says."""
+    """Return the verdict on metric `name` of the trained SAE in `row` against the `control`."""
     l0 = means.mean["l0"]
     if not has_same_l0(l0[control], l0[row]):
         return OTHER_L0
@@ -86,8 +89,9 @@ def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
 
 
 def write_claims(means: MeansTable, comparisons: list[Comparison]) -> list[str]:
-    """One sentence for each trained SAE with controls and each metric of CLAIMS, or one for all of
-    them if there are many. Without controls, one for each trained SAE on its stable features."""
+    """Write a sentence for each metric of CLAIMS and each trained SAE with controls or, if there
+    are many, one that counts verdicts. Without controls, one for each trained SAE on its stable
+    features."""
     sentences = []
     for name in CLAIMS:
         chosen = [c for c in comparisons if c.metric == name]
@@ -108,8 +112,9 @@ def _write_claim(means: MeansTable, name: str, row: int) -> str:
 def _write_sentence(means: MeansTable, c: Comparison) -> str:
     control, l0 = means.kinds[c.control], means.mean["l0"]
     amount = means.columns[c.metric].format_value(abs(c.difference)).replace("%", " points")
+    added = ADDED_BY_TRAINING.get(control, "what the control does not learn")
     end = {
-        BETTER: f"{LEARNED.get(control, 'what the control does not learn')} is worth {amount}",
+        BETTER: f"{added} is worth {amount}",
         WORSE: f"the control is better by {amount}",
         TIED: f"they differ by {amount}, which is not significant",
         UNKNOWN: f"they differ by {amount}; with so few seeds, the noise is unknown",

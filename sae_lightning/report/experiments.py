@@ -1,4 +1,4 @@
-"""Which runs belong together: the seeds of an SAE, and its controls."""
+"""Which runs are of one experiment: an SAE, its repetitions with other seeds, and its controls."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ ONLY_ROUNDING = (
     *("trainer.threads", "trainer.keep_every"),
     *("logger", "sweep", "plugins", "resume"),
 )
-# In which the seeds and controls of one experiment may differ.
+# Prefixes of the settings in which the seeds and controls of one experiment may differ.
 NOT_COMPARED = (
     *ONLY_ROUNDING,
     *("trainer.products", "trainer.log_every", "trainer.checkpoint_every", "eval.every"),
@@ -21,7 +21,7 @@ NOT_COMPARED = (
 
 
 def identify_experiment(settings: Mapping[str, object]) -> str:
-    """A key that a trained SAE, its repetitions with other seeds and its controls share, from all
-    settings by dotted name."""
+    """Make a key that only the runs of one experiment share. `settings`: all of a run's, by dotted
+    name."""
     compared = {k: v for k, v in settings.items() if not k.startswith(NOT_COMPARED)}
     return json.dumps(compared, sort_keys=True, default=str)

@@ -36,9 +36,9 @@ TEMPLATE = {
         "annotationdefaults": {"font": {"color": GREY}},
     }
 }
-SAME_VALUE = 1e-4  # a relative spread below this is rounding error: the values are equal
+SAME_VALUE = 1e-4  # values are equal if their range is below this share of the largest: rounding
 SINGLE_VALUE_BINS = 11  # bins of a histogram of equal values
-MAX_LABELLED = 12  # most points with labels; with more they would overlap, and show on hover only
+MAX_LABELLED = 12  # points; labels of more would overlap, and are shown on hover only
 LOG_AXIS_RATIO = 8  # largest / smallest L0 from which the axis is logarithmic
 
 
@@ -64,8 +64,8 @@ def plot_histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) 
 
 
 def find_pareto_front(l0: Estimates, quality: Estimates) -> np.ndarray:
-    """Mark the points [n] on the Pareto front, bool: no other point is better in L0 (lower) or
-    quality (higher) without being worse in the other. Differences within the noise do not count.
+    """Find which points are on the Pareto front, bool [n]: no other point is better in L0 (lower)
+    or quality (higher) without being worse in the other. Differences within the noise do not count.
 
     Equal points are all on the front; points with a NaN or an infinity never are.
     """
@@ -75,7 +75,7 @@ def find_pareto_front(l0: Estimates, quality: Estimates) -> np.ndarray:
     sparser &= l0.mean[:, None] < l0.mean
     higher = differ_significantly(quality.as_column(), quality)
     higher &= quality.mean[:, None] > quality.mean
-    better = sparser | higher  # [i, j]: i is better than j in one
+    better = sparser | higher  # [i, j]: i is better than j in L0, in quality, or in both
     front = np.zeros_like(finite)
     front[finite] = ~(better & ~better.T).any(axis=0)
     return front
@@ -104,12 +104,12 @@ def plot_tradeoff(
     )
     trained, controls = points[points.control == ""], points[points.control != ""]
     fronts = ((controls, "front of controls", "dot"), (trained, "front of trained SAEs", "solid"))
-    for rank, (kind, name, dash) in zip((4, 2), fronts, strict=True):
-        if len(kind):
+    for rank, (candidates, name, dash) in zip((4, 2), fronts, strict=True):
+        if len(candidates):
             style = {"name": name, "legendrank": rank, "showlegend": len(controls) > 0}
-            _draw_front(figure, kind, dash, style)
-    for number, (name, group) in enumerate(controls.groupby("control")):
-        symbol = f"{SHAPES[number % len(SHAPES)]}-open"
+            _draw_front(figure, candidates, dash, style)
+    for i, (name, group) in enumerate(controls.groupby("control")):
+        symbol = f"{SHAPES[i % len(SHAPES)]}-open"
         marker = {"size": 8, "color": GREY, "symbol": symbol}
         _draw_points(figure, group, name, mode="markers", marker=marker, legendrank=3)
     _draw_trained(figure, trained.assign(front=_is_on_front(trained)))
@@ -117,8 +117,8 @@ def plot_tradeoff(
 
 
 def _draw_trained(figure: "Figure", trained: "pd.DataFrame") -> None:
-    """Draw trained SAEs in the colour and shape of their group, pale behind the front."""
-    for number, (name, group) in enumerate(trained.groupby("group", sort=False)):
+    """Draw trained SAEs in the colour and shape of their group; those off the front are pale."""
+    for i, (name, group) in enumerate(trained.groupby("group", sort=False)):
         _draw_points(
             figure,
             group,
@@ -128,8 +128,8 @@ def _draw_trained(figure: "Figure", trained: "pd.DataFrame") -> None:
             textposition=np.where(group.front, "top left", "bottom right"),  # away from the line
             marker={
                 "size": 10,
-                "color": COLOURS[number % len(COLOURS)],
-                "symbol": SHAPES[number % len(SHAPES)],
+                "color": COLOURS[i % len(COLOURS)],
+                "symbol": SHAPES[i % len(SHAPES)],
                 "opacity": np.where(group.front, 1, 0.5),
             },
             error_x=_make_bars(group.l0_spread),
@@ -147,7 +147,7 @@ def _is_on_front(points: "pd.DataFrame") -> np.ndarray:
 
 
 def _draw_front(figure: "Figure", points: "pd.DataFrame", dash: str, style: dict) -> None:
-    """Draw the Pareto front of `points` as a line, with a band of their spreads if any."""
+    """Draw the Pareto front of `points` as a line, in a band of the spreads if they are known."""
     front = points[_is_on_front(points)].sort_values(["l0", "quality"])
     if front.spread.notna().any():
         spread = front.spread.fillna(0)
@@ -184,7 +184,7 @@ def _draw_points(figure: "Figure", group: "pd.DataFrame", name: str, **style: An
 
 
 def _make_bars(spread: "pd.Series") -> dict[str, Any] | None:
-    """Error bars of one spread; None if no point has one."""
+    """Make error bars as long as the spreads; None if no point has one."""
     if spread.isna().all():
         return None
     return {"array": spread.fillna(0), "thickness": 1, "width": 3}

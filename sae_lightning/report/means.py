@@ -1,4 +1,4 @@
-"""The runs of a sweep averaged over seeds: a row for each SAE, whatever its seeds."""
+"""The runs of a sweep averaged over seeds: one row for the runs that differ in seeds only."""
 
 from collections import Counter
 from typing import Any
@@ -21,47 +21,49 @@ TRAINED = "trained"
 
 
 def read_kind(run: SweepRun) -> str:
-    """`trained`, or the name of the control that the run is."""
+    """Read the kind of a run: TRAINED, or the name of a control."""
     return str(run.settings.get(CONTROL_SETTING) or TRAINED)
 
 
 def read_seeds(run: SweepRun) -> tuple:
-    """The run's values of SEED_SETTINGS; None for those that it does not have."""
+    """Read the run's values of SEED_SETTINGS; None for a setting that it does not have."""
     return tuple(run.settings.get(name) for name in SEED_SETTINGS)
 
 
 class MeansTable:
-    """A row is a run, or the mean of its repetitions with other seeds; an experiment's trained SAE
-    comes before its controls. Every frame and list has one entry per row."""
+    """A row is a run, or the mean of runs that differ in seeds only; an experiment's trained SAE
+    comes before its controls. Every frame, array and list has one entry per row."""
 
     def __init__(self, table: SweepTable):
         import pandas as pd  # imported late, like in SweepTable
 
         groups = _group_repetitions(table)
         self.is_repeated = any(len(group) > 1 for group in groups.values())
-        """Whether a row stands for several runs."""
+        """Whether any row stands for several runs."""
         self.has_controls = any(kind != TRAINED for _, kind, *_ in groups)
         hidden = SEED_SETTINGS * self.is_repeated + (CONTROL_SETTING,) * self.has_controls
         self.keys = [key for key in table.keys if key not in hidden]
-        """The settings in which rows differ, apart from the kind."""
+        """Names of the settings in which rows differ, apart from the kind."""
         if self.has_controls:
-            groups = dict(sorted(groups.items(), key=lambda item: _sort_controls_last(item[0])))
+            groups = dict(sorted(groups.items(), key=lambda item: _make_group_key(item[0])))
         self.table, self.columns = table, table.columns
         self.members = [*groups.values()]
-        """The runs of each row, as rows of `table`."""
+        """Indices of each row's runs in `table.runs`."""
         self.kinds = [kind for _, kind, *_ in groups]
+        """As `read_kind`."""
         self.experiments = [experiment for _, _, experiment, _ in groups]
-        finished = [[n for n in group if table.is_finished[n]] for group in self.members]
-        self.seeds = np.array([len(numbers) for numbers in finished])
+        """As `identify_experiment`."""
+        finished = [[i for i in group if table.is_finished[i]] for group in self.members]
+        self.seeds = np.array([len(indices) for indices in finished])
         """Number of finished runs."""
         finite, measured = table.finite.to_numpy(), table.frame[table.metrics].to_numpy(float)
         self.mean, self.spread = (
-            pd.DataFrame([summarise(finite[n]) for n in finished], columns=[*METRIC_COLUMNS])
+            pd.DataFrame([summarise(finite[i]) for i in finished], columns=[*METRIC_COLUMNS])
             for summarise in (_average, _measure_spread)
         )
         """Comparable metrics (see `SweepTable.finite`): mean and sample standard deviation."""
         self.spread["stable"] *= _correct_for_pairs(self.seeds)
-        spreads = [_measure_spread(measured[n]) for n in finished]
+        spreads = [_measure_spread(measured[i]) for i in finished]
         self.shown_spread = pd.DataFrame(spreads, columns=table.metrics)
         """Sample standard deviation over seeds of all metrics as measured; NaN for one run."""
         self.frame = table.frame.iloc[[group[0] for group in self.members]].reset_index(drop=True)
@@ -87,8 +89,8 @@ class MeansTable:
         values, better = self.estimate(name), METRIC_COLUMNS[name].better
         if not better or np.isnan(values.mean).all():
             return np.zeros(len(self.members), bool)
-        leader = values.pick([np.nanargmax(values.mean * better)])
-        return ~differ_significantly(values, leader) & ~np.isnan(values.mean)
+        best = values.pick([np.nanargmax(values.mean * better)])
+        return ~differ_significantly(values, best) & ~np.isnan(values.mean)
 
     def find_front(self, quality: str) -> np.ndarray:
         """Mark the rows on the Pareto front of L0 and a metric: trained SAEs among themselves, and
@@ -101,7 +103,8 @@ class MeansTable:
         return front
 
     def mark(self, row: int, name: str) -> str:
-        """`*` for the best of a column, `≈` if several do not differ significantly, else empty."""
+        """Choose the mark of a cell: `*` if it is the best of its column, `≈` if several do not
+        differ significantly from the best and this is one of them, else empty."""
         count = self.best[name].sum()
         if not self.best.at[row, name]:
             return ""
@@ -132,8 +135,8 @@ class MeansTable:
         return ", ".join(pairs) or str(settings.get("model.name", self.frame.at[row, "folder"]))
 
     def make_csv_frame(self) -> Any:
-        """A frame with the settings, kind, number of finished runs, and mean and spread of each
-        metric; the spread's column is called `<metric>.spread`."""
+        """Make a frame of each row's settings, kind, number of finished runs, and mean and spread
+        of each metric; the spread's column is called `<metric>.spread`."""
         frame = self.frame[self.keys].assign(kind=self.kinds, seeds=self.seeds)
         for name in self.table.metrics:
             frame[name], frame[f"{name}.spread"] = self.frame[name], self.shown_spread[name]
@@ -141,24 +144,24 @@ class MeansTable:
 
 
 def _group_repetitions(table: SweepTable) -> dict[tuple, list[int]]:
-    """Group the runs that differ in seeds only: (swept values, kind, experiment, trial) -> rows of
-    `table`."""
+    """Group the runs that differ in seeds only: (swept values, kind, experiment, trial) -> indices
+    in `table.runs`."""
     groups: dict[tuple, list[int]] = {}
     trials = Counter()
     keys = [key for key in table.keys if key not in (*SEED_SETTINGS, CONTROL_SETTING)]
-    for number, run in enumerate(table.runs):
+    for i, run in enumerate(table.runs):
         # without settings, a run cannot be compared
         experiment = identify_experiment(run.settings) if run.settings else str(run.folder)
-        group = tuple(table.frame.loc[number, keys]), read_kind(run), experiment
+        group = tuple(table.frame.loc[i, keys]), read_kind(run), experiment
         # a search may try the same settings and seeds twice: each trial has a row
         trial = trials[group, read_seeds(run)]
         trials[group, read_seeds(run)] += 1
-        groups.setdefault((*group, trial), []).append(number)
+        groups.setdefault((*group, trial), []).append(i)
     return groups
 
 
-def _sort_controls_last(group: tuple) -> tuple:
-    """Sort key of (swept values, kind, experiment, trial)."""
+def _make_group_key(group: tuple) -> tuple:
+    """Sort key of (swept values, kind, experiment, trial) that puts controls last."""
     swept, kind, *_ = group
     return [make_natural_key(value) for value in swept], kind != TRAINED, kind
 
@@ -169,11 +172,11 @@ def _average(values: np.ndarray) -> np.ndarray:
 
 
 def _correct_for_pairs(seeds: np.ndarray) -> np.ndarray:
-    """What to multiply the spread of shares of stable features by, for each number of seeds.
+    """Factors that correct the spread of shares of stable features, for each number of seeds.
 
-    A run's share is a mean over its pairs with all other runs. As two runs share a pair, their
-    shares differ by less than those of independent seeds: the jackknife of a mean over pairs gives
-    2 (n - 1) / (n - 2) times the spread, and none for two seeds.
+    A run's share is a mean over its pairs with all other runs. As two runs have one pair in common,
+    their shares differ by less than those of independent seeds: the jackknife of a mean over pairs
+    gives 2 (n - 1) / (n - 2) times the spread. NaN for up to two seeds.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(seeds > 2, 2 * (seeds - 1) / (seeds - 2), np.nan)
@@ -185,7 +188,7 @@ def _measure_spread(values: np.ndarray) -> np.ndarray:
 
 
 def _count_statuses(statuses: Any) -> str:
-    """The status that all have, such as `finished`, or counts, such as `2 finished, 1 failed`."""
+    """The status that all runs have, such as `finished`, or counts: `2 finished, 1 failed`."""
     counts = statuses.value_counts()
-    several = ", ".join(f"{n} {status}" for status, n in counts.items())
-    return several if len(counts) > 1 else counts.index[0]
+    text = ", ".join(f"{n} {status}" for status, n in counts.items())
+    return text if len(counts) > 1 else counts.index[0]

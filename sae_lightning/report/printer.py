@@ -1,6 +1,6 @@
 """Prints results of an analysis at the terminal.
 
-        ▁   █▃         the height above a token is its strength
+        ▁   █▃         the height of a bar is the strength of the token below it
 a cat sat on the mat
 """
 
@@ -56,20 +56,17 @@ def print_lead(section: Section) -> None:
 
 
 def print_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -> None:
-    """Print units with their strongest examples, the peaks aligned in one column."""
+    """Print `units`, each with up to `examples` of its strongest examples, the peaks aligned in one
+    column."""
     top = catalogue.top
     for unit in units:
         console.print()
         console.print(_make_heading(catalogue, unit), soft_wrap=False, width=_count_columns())
-        for number, strength in enumerate(top.peak_strength[unit, :examples].tolist()):
+        for n, strength in enumerate(top.peak_strength[unit, :examples].tolist()):
             if strength > 0:
-                tokens = [
-                    catalogue.vocabulary[i] if i >= 0 else "" for i in top.tokens[unit, number]
-                ]
-                shares = top.strengths[unit, number] / catalogue.statistics.maximum[unit]
-                heights, line = _align_example(
-                    [show_token(token) for token in tokens], shares.tolist()
-                )
+                tokens = [catalogue.vocabulary[i] if i >= 0 else "" for i in top.tokens[unit, n]]
+                shares = top.strengths[unit, n] / catalogue.statistics.maximum[unit]
+                heights, line = _align_example([*map(show_token, tokens)], shares.tolist())
                 console.print(Text(" " * STRENGTH_WIDTH + heights, "dark_orange"))
                 console.print(Text(f"{strength:>{STRENGTH_WIDTH - 2}.3g}  ", "dim").append(line))
 
@@ -83,9 +80,9 @@ def _make_heading(catalogue: Catalogue, unit: int) -> Text:
     heading.append(f"  fires on {100 * density:.3g} % of tokens, maximum {maximum:.3g}", "not bold")
     if token_sets is not None and float(token_sets.score[unit]) >= 0:
         ids = [i for i in token_sets.tokens[unit].tolist() if i >= 0][:5]
-        where = "after " if token_sets.previous[unit] else ""
+        after = "after " if token_sets.previous[unit] else ""
         tokens = " ".join(isolate(f"‘{show_token(catalogue.vocabulary[i])}’") for i in ids)
-        score = f", token score {float(token_sets.score[unit]):.2f}: {where}{tokens}"
+        score = f", token score {float(token_sets.score[unit]):.2f}: {after}{tokens}"
         heading.append(score, "not bold")
     if catalogue.copy_of is not None:
         copies = int((catalogue.copy_of == unit).sum()) - 1
@@ -101,8 +98,8 @@ def _count_columns() -> int:
 def _make_table(results: ResultTable) -> Table:
     """Lay out a table; if it is too wide, rich wraps its widest columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, (heading, *cells) in enumerate(zip(results.header, *results.rows, strict=True)):
-        is_text = number == 0 or max(map(cell_len, cells), default=0) > MAX_NUMBER_WIDTH
+    for i, (heading, *cells) in enumerate(zip(results.header, *results.rows, strict=True)):
+        is_text = i == 0 or max(map(cell_len, cells), default=0) > MAX_NUMBER_WIDTH
         table.add_column(
             Text(make_visible(heading)), justify="left" if is_text else "right", overflow="fold"
         )
@@ -130,27 +127,30 @@ class QuotedTokens:
 
 
 def isolate(token: str) -> str:
-    """Put marks around a right-to-left token, so that a terminal reorders only its own letters."""
+    """Put direction marks around a right-to-left token, so that a terminal does not also reorder
+    the tokens beside it."""
     is_rtl = any(unicodedata.bidirectional(character) in RIGHT_TO_LEFT for character in token)
     return f"{LEFT_TO_RIGHT}{token}{LEFT_TO_RIGHT}" if is_rtl else token
 
 
 def _draw_height(share: float, text: str) -> str:
-    """A bar of height `share` over each column of `text` except its leading spaces."""
-    block = HEIGHTS[max(1, round(share * (len(HEIGHTS) - 1)))] if share > 0 else " "
-    bare = text.lstrip(" ") or text
-    return " " * (len(text) - len(bare)) + block * cell_len(bare)
+    """Draw a bar over each column of `text` except its leading spaces; a `share` of 1 is the full
+    height."""
+    bar = HEIGHTS[max(1, round(share * (len(HEIGHTS) - 1)))] if share > 0 else " "
+    word = text.lstrip(" ") or text
+    return " " * (len(text) - len(word)) + bar * cell_len(word)
 
 
-def _split_lines(text: ColouredText, strongest: float) -> Iterator[tuple[str, str]]:
-    """Wrap a text into (heights, line) pairs."""
+def _split_lines(text: ColouredText, max_strength: float) -> Iterator[tuple[str, str]]:
+    """Wrap a text: yield each line, with the bars above it, as (bars, line)."""
     heights = line = ""
     for token, strength in zip(text.tokens, text.strengths, strict=True):
-        shown = show_token(token)
-        if line and cell_len(line + shown) > _count_columns():
+        visible = show_token(token)
+        if line and cell_len(line + visible) > _count_columns():
             yield heights, line
-            heights, line, shown = "", "", shown.lstrip(" ")
-        heights, line = heights + _draw_height(strength / strongest, shown), line + isolate(shown)
+            heights, line, visible = "", "", visible.lstrip(" ")
+        heights += _draw_height(strength / max_strength, visible)
+        line += isolate(visible)
         if "\n" in token:
             yield heights, line
             heights = line = ""
@@ -158,20 +158,21 @@ def _split_lines(text: ColouredText, strongest: float) -> Iterator[tuple[str, st
         yield heights, line
 
 
-def _align_example(shown: list[str], shares: list[float]) -> tuple[str, Text]:
-    """Heights and line of an example, cut and padded so that the peak is in a fixed column."""
+def _align_example(tokens: list[str], shares: list[float]) -> tuple[str, Text]:
+    """Make the bars and the line of an example, cut and padded so that the peak is in a fixed
+    column. `tokens`, as shown, and `shares` of the unit's maximum: [WINDOW]."""
     columns = _count_columns() - STRENGTH_WIDTH
-    before = int(columns * LEFT_OF_PEAK)
-    first = BEFORE - _count_fitting(shown[:BEFORE][::-1], before)
-    last = BEFORE + _count_fitting(shown[BEFORE:], columns - before)
-    pad = " " * (before - cell_len("".join(shown[first:BEFORE])))
-    heights = "".join(map(_draw_height, shares[first:last], shown[first:last]))
-    shown = [*map(isolate, shown)]
-    line = Text(pad + "".join(shown[first:BEFORE]))
-    line.append(shown[BEFORE], "bold").append("".join(shown[BEFORE + 1 : last]))
+    left = int(columns * LEFT_OF_PEAK)
+    first = BEFORE - _count_fitting(tokens[:BEFORE][::-1], left)
+    end = BEFORE + _count_fitting(tokens[BEFORE:], columns - left)
+    pad = " " * (left - cell_len("".join(tokens[first:BEFORE])))
+    heights = "".join(map(_draw_height, shares[first:end], tokens[first:end]))
+    isolated = [*map(isolate, tokens)]
+    line = Text(pad + "".join(isolated[first:BEFORE]))
+    line.append(isolated[BEFORE], "bold").append("".join(isolated[BEFORE + 1 : end]))
     return (pad + heights).rstrip(), line
 
 
-def _count_fitting(shown: list[str], columns: int) -> int:
-    """How many texts, from the first on, fit into `columns` together."""
-    return sum(width <= columns for width in accumulate(map(cell_len, shown)))
+def _count_fitting(texts: list[str], columns: int) -> int:
+    """Count how many texts, from the first on, fit into `columns` together."""
+    return sum(width <= columns for width in accumulate(map(cell_len, texts)))

@@ -9,7 +9,7 @@ from sae_lightning.terminal import make_visible
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-BETWEEN_QUOTED = re.compile(r"(?<=['’]) (?=['‘])")  # the space between two quoted tokens
+SPACE_BETWEEN_QUOTED = re.compile(r"(?<=['’]) (?=['‘])")
 
 
 def show_token(token: str) -> str:
@@ -21,14 +21,14 @@ def show_token(token: str) -> str:
 
 def split_quoted(cell: str) -> list[str]:
     """Split a table's cell into its quoted tokens; a cell of anything else stays whole."""
-    return BETWEEN_QUOTED.split(cell)
+    return SPACE_BETWEEN_QUOTED.split(cell)
 
 
 class ColouredText(NamedTuple):
     """A text whose tokens are coloured by strength."""
 
     caption: str
-    """Says what the text is an example of."""
+    """What the text is an example of."""
     tokens: list[str]
     """Decoded tokens with their leading spaces."""
     strengths: list[float]
@@ -45,12 +45,12 @@ class ResultTable(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One result: a claim in words, and the numbers, texts and figures that support it."""
+    """A result: what it says in words, and the numbers, texts and figures that support it."""
 
     title: str
     """A few words."""
     lead: str
-    """The claim, in a sentence or two."""
+    """What the result says, in a few sentences."""
     numbers: dict[str, str] = {}
     """Name -> formatted number or a few words."""
     table: ResultTable | None = None
@@ -60,7 +60,8 @@ class Section(NamedTuple):
     figures: dict[str, "Figure"] = {}
     """Caption -> figure; shown on the page only."""
     part: str = ""
-    """Name of the part of the page that the section is in; '' means a part of its own."""
+    """Name of the part of the page that the section is in; empty for a part with this section
+    only."""
 
     @property
     def max_strength(self) -> float:

@@ -56,7 +56,7 @@ def render_sweep_page(folder: Path, means: MeansTable) -> str:
 
 
 def describe_runs(runs: list[SweepRun]) -> dict[str, str]:
-    """Describe the data and SAEs of the runs; a row lists up to four different values."""
+    """Describe the data and SAEs of the runs, by label; up to four different values are listed."""
     values: dict[str, list[str]] = {}
     for settings in (run.settings for run in runs if run.settings):
         for name, value in {
@@ -68,8 +68,8 @@ def describe_runs(runs: list[SweepRun]) -> dict[str, str]:
             if str(value) not in values.setdefault(name, []):
                 values[name].append(str(value))
     return {
-        name: ", ".join(different) if len(different) <= 4 else f"{len(different)} different"
-        for name, different in values.items()
+        name: ", ".join(listed) if len(listed) <= 4 else f"{len(listed)} different"
+        for name, listed in values.items()
     }
 
 
@@ -89,8 +89,8 @@ def describe_source(settings: dict) -> dict[str, str]:
 
 
 def _collect_points(means: MeansTable, group: str | None) -> "pd.DataFrame":
-    """The points that `plot_tradeoff` takes, without `quality` and its spread, sorted by group for
-    the legend."""
+    """Make the points that `plot_tradeoff` takes, but without `quality` and its spread, sorted by
+    group for the legend."""
     swept = means.frame[means.keys]
     in_labels = swept[[key for key in means.keys if key != group]]
     details = []
@@ -114,14 +114,15 @@ def _collect_points(means: MeansTable, group: str | None) -> "pd.DataFrame":
 
 
 def shorten_value(value: str) -> str:
-    """Shorten a swept value for a label: search sweepers give numbers of 17 digits."""
+    """Shorten a swept value for a label: a sweeper that searches gives numbers of 17 digits."""
     is_word, number, _ = make_natural_key(value)
     return value if is_word or len(value) <= 8 else f"{number:.3g}"
 
 
 def pick_grouping(means: MeansTable) -> str | None:
-    """Pick the swept setting that colours stand for: words before numbers, then the fewest values.
-    None if fewer than two settings are swept, or all have more values than there are colours."""
+    """Pick the swept setting whose values have a colour each: one with words rather than numbers,
+    then one with few values. None if fewer than two settings are swept, or all have more values
+    than there are colours."""
     if len(means.keys) < 2:
         return None
     values = {key: set(means.frame[key]) for key in means.keys}
@@ -131,17 +132,17 @@ def pick_grouping(means: MeansTable) -> str | None:
 
 
 def _make_links(folder: Path, means: MeansTable, row: int) -> dict[str, str]:
-    """Links by label, relative so that the sweep's folder can be moved: to a run's folder and
-    files, or to the folders of the repetitions by seed."""
-    runs = [means.table.runs[number] for number in means.members[row]]
+    """Make the links of a row, by label: to a run's folder and files or, if the row has several
+    runs, to the folder of each. They are relative, so that the sweep's folder can be moved."""
+    runs = [means.table.runs[i] for i in means.members[row]]
     links = [f"./{quote(Path(os.path.relpath(run.folder, folder)).as_posix())}" for run in runs]
     if len(runs) > 1:
-        seeds = [
+        values = [
             [str(run.settings[name]) for run in runs]
             for name in SEED_SETTINGS
             if name in runs[0].settings
         ]
-        names = zip(*(values for values in seeds if len({*values}) > 1), strict=True)
-        return {f"seed {', '.join(s)}": f"{link}/" for s, link in zip(names, links, strict=True)}
+        seeds = zip(*(column for column in values if len({*column}) > 1), strict=True)
+        return {f"seed {', '.join(s)}": f"{link}/" for s, link in zip(seeds, links, strict=True)}
     files = [name for name in LINKED_FILES if (runs[0].folder / name).exists()]
     return {"open": f"{links[0]}/"} | {Path(name).stem: f"{links[0]}/{name}" for name in files}

@@ -47,17 +47,17 @@ def write_report(folder: Path, runs: list[SweepRun]) -> None:
 
 
 def _write_csv(path: Path, frame: "pd.DataFrame") -> None:
-    """Write with full precision, and NaN as "nan" to tell it from a missing number."""
+    """Write with full precision. NaN becomes "nan", so that it differs from a missing number."""
     frame = frame.mask(frame.map(lambda value: value != value), "nan")
-    texts = frame.map(lambda value: isinstance(value, str))
-    frame = frame.mask(texts, frame.map(disarm_formula)).rename(columns=disarm_formula)
+    is_text = frame.map(lambda value: isinstance(value, str))
+    frame = frame.mask(is_text, frame.map(disarm_formula)).rename(columns=disarm_formula)
     with write_atomically(path) as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n")
 
 
 def disarm_formula(cell: object) -> object:
-    """Quote a text that a spreadsheet would run as a formula, and escape control characters.
-    Numbers stay as they are, even if given as text."""
+    """Put a ' before a text that a spreadsheet would run as a formula, and make control characters
+    visible. Numbers stay as they are, even if given as text."""
     if not isinstance(cell, str):
         return cell
     is_word, *_ = make_natural_key(cell)
@@ -65,16 +65,16 @@ def disarm_formula(cell: object) -> object:
 
 
 def _print_table(folder: Path, means: MeansTable) -> None:
-    """Print the table, why runs failed, and where the files are."""
-    table = means.table
+    """Print the table of means, why runs failed, and where the files are."""
+    table = means.table  # of single runs
     grid = _make_table(means)
     # full width: the terminal wraps long lines, while squeezed columns would be unreadable
     unbounded = console.options.update(max_width=10_000)
     grid.width = Measurement.get(console, unbounded, grid).maximum
     console.print(grid)
     if means.front.any():
-        tied = "   ≈ not significantly different from the best" * means.is_repeated
-        console.print(f"  * best of its column{tied}   ● on the Pareto front of L0 and EV")
+        tie = "   ≈ not significantly different from the best" * means.is_repeated
+        console.print(f"  * best of its column{tie}   ● on the Pareto front of L0 and EV")
     frame = table.frame
     for name, status, reason in zip(table.names, frame.status, frame.reason, strict=True):
         if reason is not None:
@@ -82,26 +82,27 @@ def _print_table(folder: Path, means: MeansTable) -> None:
     unfinished = table.count_runs("unfinished")
     if unfinished:
         console.print(f"{unfinished} of {len(table.runs)} runs did not finish")
-    where = shorten_path(folder)
-    averaged = f"\n  means and spreads over seeds: {where / MEANS_CSV}" * means.is_repeated
+    shown = shorten_path(folder)
+    averages = f"\n  means and spreads over seeds: {shown / MEANS_CSV}" * means.is_repeated
     console.print(
-        f"\n  open in a browser: {where / PAGE}\n  the same numbers: {where / CSV}{averaged}\n"
+        f"\n  open in a browser: {shown / PAGE}\n  the same numbers: {shown / CSV}{averages}\n"
         f"  {format_tensorboard_command(folder)}\n"
     )
 
 
 def _make_table(means: MeansTable) -> Table:
+    """Lay out the table of means for the terminal."""
     frame = means.frame
-    words = {key: frame[key] for key in means.keys}
-    words |= {"kind": means.kinds} if means.has_controls else {}
-    words = words or {"run": frame.folder}
-    columns = {heading: [*map(Text, map(make_visible, texts))] for heading, texts in words.items()}
+    texts = {key: frame[key] for key in means.keys}
+    texts |= {"kind": means.kinds} if means.has_controls else {}
+    texts = texts or {"run": frame.folder}
+    columns = {heading: [*map(Text, map(make_visible, cells))] for heading, cells in texts.items()}
     columns |= {"seeds": map(str, means.seeds)} if means.is_repeated else {}
     columns |= {column.header: _make_cells(means, name) for name, column in means.columns.items()}
-    # a value that all runs share goes into the title
-    title, trained = "sweep, on held-out data", frame.tokens.dropna().unique()
-    if len(trained) == 1:
-        title += f" after {trained[0]:,} tokens"
+    # a number of training tokens that all runs share goes into the title
+    title, tokens = "sweep, on held-out data", frame.tokens.dropna().unique()
+    if len(tokens) == 1:
+        title += f" after {tokens[0]:,} tokens"
     else:
         columns["tokens"] = ["–" if n is None else f"{n:,}" for n in frame.tokens]
     if means.is_repeated:
@@ -112,7 +113,7 @@ def _make_table(means: MeansTable) -> Table:
         ]
     grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in columns:
-        justify = "left" if heading in {*words, "status"} else "right"
+        justify = "left" if heading in {*texts, "status"} else "right"
         grid.add_column(Text(make_visible(heading)), justify=justify, no_wrap=True)
     for row in zip(*columns.values(), strict=True):
         grid.add_row(*row)

@@ -24,7 +24,8 @@ class SweepRun(NamedTuple):
     damaged: bool = False
     """Whether a file in the folder cannot be read; `failure` says which."""
     stable: float | None = None
-    """Share of its live features that the SAEs of other seeds have, too; None if not measured."""
+    """Share of the SAE's live features that SAEs with other seeds have as well; None if not
+    measured."""
 
     @property
     def status(self) -> str:
@@ -37,13 +38,13 @@ class SweepRun(NamedTuple):
 
     @property
     def override_values(self) -> dict[str, str]:
-        """Setting -> overriding value, as typed."""
+        """Name of an overridden setting -> its value, as typed."""
         return split_overrides(self.overrides)
 
     @property
     def final_metrics(self) -> dict[str, float]:
-        """Final metrics by name: those on held-out data, two from training, and of a warm start the
-        share of features that stayed."""
+        """Final metrics by name: those on held-out data, two from training, the share of the CE gap
+        that loss.kl closed, of a warm start the share of features that stayed, and `stable`."""
         metrics = self.metrics or {}
         training = metrics.get("training", {})
         final = metrics.get("held_out", {}) | {
@@ -53,8 +54,8 @@ class SweepRun(NamedTuple):
             closed = measure_gap_closed(metrics["before_kl"], metrics["held_out"])
             final |= {} if closed is None else {"ce_gap_closed": closed}
         fates = metrics.get("fates", {})
-        fired = sum(fates.get(name, 0) for name in ("stayed", "moved", "died"))
-        final |= {"stayed": fates["stayed"] / fired} if fired else {}
+        live_at_start = sum(fates.get(name, 0) for name in ("stayed", "moved", "died"))
+        final |= {"stayed": fates["stayed"] / live_at_start} if live_at_start else {}
         return final | ({} if self.stable is None else {"stable": self.stable})
 
 
@@ -157,11 +158,11 @@ class SweepTable:
             for key in find_swept([run.override_values for run in runs])
             if key not in RUN_COLUMNS
         ]
-        """The settings in which the runs differ."""
+        """Names of the settings in which the runs differ."""
         self.runs = sorted(
             runs, key=lambda run: [*map(make_natural_key, self._read_swept(run).values())]
         )
-        numbers = dict.fromkeys(name for run in self.runs for name in run.final_metrics)
+        measured = dict.fromkeys(name for run in self.runs for name in run.final_metrics)
         records = [
             run.final_metrics
             | self._read_swept(run)
@@ -170,13 +171,13 @@ class SweepTable:
             for run in self.runs
         ]
         # a damaged file may repeat a name
-        names = [*dict.fromkeys([*self.keys, *numbers, *RUN_COLUMNS])]
+        names = [*dict.fromkeys([*self.keys, *measured, *RUN_COLUMNS])]
         rows = [[record.get(name) for name in names] for record in records]
         # dtype object keeps None (missing) apart from NaN (measured)
         self.frame = pd.DataFrame(rows, columns=names, dtype=object)
         """Columns: `keys`, all metrics by name, then RUN_COLUMNS."""
-        self.metrics = [name for name in numbers if name not in {*self.keys, *RUN_COLUMNS}]
-        self.columns = {name: column for name, column in METRIC_COLUMNS.items() if name in numbers}
+        self.metrics = [name for name in measured if name not in {*self.keys, *RUN_COLUMNS}]
+        self.columns = {name: column for name, column in METRIC_COLUMNS.items() if name in measured}
         self.is_finished = self.frame.status == "finished"
         values = self.frame.reindex(columns=[*METRIC_COLUMNS, "ce_zero", "ce_clean"]).astype(float)
         values["ce_recovered"] = cap_recovered(values.ce_recovered, values.ce_zero, values.ce_clean)
@@ -191,7 +192,7 @@ class SweepTable:
 
     @property
     def names(self) -> list[str]:
-        """Each run's swept settings, such as `loss.l1=0.001`, or its folder if nothing is swept."""
+        """Names of the runs: swept settings such as `loss.l1=0.001`, or folders if none is."""
         swept = self.frame[self.keys].to_dict("records")
         pairs = [", ".join(f"{key}={value}" for key, value in row.items()) for row in swept]
         return pairs if self.keys else [*self.frame.folder]
@@ -208,7 +209,7 @@ def split_overrides(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def find_swept(overrides: Sequence[dict[str, str]]) -> list[str]:
-    """Settings with several values among `overrides`, in the order typed."""
+    """Find the settings with several values among the `overrides` of runs, in the order typed."""
     keys = dict.fromkeys(key for values in overrides for key in values)
     return [key for key in keys if len({values.get(key) for values in overrides}) > 1]
 
@@ -221,14 +222,14 @@ def cap_recovered(share: Any, ce_zero: Any, ce_clean: Any) -> Any:
 
 
 def measure_gap_closed(before: dict[str, float], after: dict[str, float]) -> float | None:
-    """Share of the CE gap (with the SAE in place, less that of the LLM) `before` that is closed
-    `after`, both held-out metrics; None if there was no gap."""
+    """Compute which share of the CE gap, CE with the SAE in place minus CE of the LLM, was closed.
+    `before` and `after`: held-out metrics; None if there was no gap."""
     gap = before["ce_spliced"] - before["ce_clean"]
     return (before["ce_spliced"] - after["ce_spliced"]) / gap if gap > 0 else None
 
 
 def make_natural_key(value: str) -> tuple[bool, float, str]:
-    """A sort key that puts numbers, by value, before words: (is a word, number, word)."""
+    """Make a sort key that puts numbers, by value, before words: (is a word, number, word)."""
     try:
         number = float(value)
     except ValueError:
