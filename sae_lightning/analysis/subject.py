@@ -97,7 +97,7 @@ class Subject:
 
     @property
     def heading(self) -> str:
-        """LLM, sites and kind of SAE, in one line."""
+        """LLM, sites, size and architecture, in one line."""
         llm = Path(self.config.llm.name).name
         source = self.config.data_source
         where = f"{llm}, {self.sites}" if source.has_llm else source.origin
@@ -105,7 +105,7 @@ class Subject:
         return f"{where}: {self.features:,} {self.sae.config.name} feature{plural}"
 
     def describe(self) -> dict[str, str]:
-        """LLM, text, kind of SAE and folder, for the top of a page."""
+        """LLM, text, site, architecture, size and folder, by label, for the top of a page."""
         return describe_source(self.config.to_flat_dict()) | {
             "SAE": self.sae.config.name,
             "features": f"{self.features:,}",
@@ -128,7 +128,7 @@ class Subject:
             remedy = "; if an LLM made them, name it and a text with llm=... data=..."
             raise UserError(
                 f"{self.folder} was trained on {source.origin} and names no LLM: only "
-                f"task=evaluate works for it{remedy * source.fits_text}"
+                f"task=evaluate and task=overview can score it{remedy * source.fits_text}"
             )
 
 
@@ -149,13 +149,13 @@ def open_subject(
             f"{run} holds a sweep: give one of the run folders in it, or task=sweep for a report "
             "of all of them"
         )
-    parent = folder.parent if re.fullmatch(r"sae(-\d+)?", folder.name) else folder
+    run_folder = folder.parent if re.fullmatch(r"sae(-\d+)?", folder.name) else folder
     # a transcoder set of circuit-tracer has a file config.yaml, too
-    if (parent / CONFIG_FILE).is_file() and not any(parent.glob(CIRCUIT_TRACER.files[0])):
-        config = _read_run_config(parent, settings, given_settings)
+    if (run_folder / CONFIG_FILE).is_file() and not any(run_folder.glob(CIRCUIT_TRACER.files[0])):
+        config = _read_run_config(run_folder, settings, given_settings)
         if folder.name == "sae":
             # the final SAE's results lie in the run folder, those of sae-<tokens> in that folder
-            folder = parent
+            folder = run_folder
         sae = load_sae(folder)
     else:
         sae = load_sae(folder)
@@ -199,18 +199,18 @@ def open_run(
 
 
 def _read_run_config(
-    run: Path, settings: dict[str, Any], given_settings: Collection[str]
+    run_folder: Path, settings: dict[str, Any], given_settings: Collection[str]
 ) -> Config:
     """Read a run's config, with the settings and groups that `given_settings` names replaced by
     those of `settings`."""
     # Python code that comes with the run's LLM runs only if the user allows it: by its setting, or
     # by naming an LLM, which replaces the run's
-    config = read_job(run, trusted=bool({"llm", TRUST_SETTING} & {*given_settings})).config
+    config = read_job(run_folder, trusted=bool({"llm", TRUST_SETTING} & {*given_settings})).config
     source = config.data_source
-    if not source.fits_text and (others := sorted({"llm", "data", "layer"} & {*given_settings})):
+    if not source.fits_text and (groups := sorted({"llm", "data", "layer"} & {*given_settings})):
         raise UserError(
-            f"{others[0]}=... has no meaning for {run}, which was trained on {source.origin}: "
-            "leave it out"
+            f"{groups[0]}=... has no meaning for {run_folder}, which was trained on "
+            f"{source.origin}: leave it out"
         )
     replaced = {}
     for group, given_group in settings.items():

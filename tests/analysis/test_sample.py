@@ -26,7 +26,7 @@ def test_a_text_that_fits_is_kept_as_it_is():
     features[:, 0] = 0
     for feature in range(UNITS):
         assert torch.equal(sample.densify(feature), features[..., feature])
-        mine = sample.places[sample.owners() == feature]
+        mine = sample.places[sample.list_entry_units() == feature]
         assert torch.equal(mine, features[..., feature].flatten().nonzero().squeeze(1))
 
 
@@ -53,7 +53,7 @@ def test_what_is_kept_has_drawn_the_highest_lots():
 
 def test_a_text_in_which_nothing_fires_is_a_sample_too():
     sample = sampled(torch.zeros(3, CONTEXT, UNITS))
-    assert (sample.feature_count, len(sample.places)) == (UNITS, 0)
+    assert (sample.unit_count, len(sample.places)) == (UNITS, 0)
     assert not sample.densify(2).any()
 
 

@@ -26,12 +26,12 @@ def rate_informativeness(
 
     ids: [sequences, context] all tokens read, for their rarity.
     """
-    owners = sample.owners().numpy()
+    entry_units = sample.list_entry_units().numpy()
     # the predicting token: the active or the previous one, which exists, as nothing fires on BOS
-    places = sample.places.numpy() - token_sets.previous.numpy()[owners]
+    places = sample.places.numpy() - token_sets.previous.numpy()[entry_units]
     strengths, rarity = sample.strengths.numpy(), _measure_rarity(ids, sample, vocabulary)[places]
     weighted, total = (
-        np.bincount(owners, weights, minlength=sample.feature_count)
+        np.bincount(entry_units, weights, minlength=sample.unit_count)
         for weights in (strengths * rarity, strengths)
     )
     mean_rarity = weighted / np.maximum(total, np.finfo(float).tiny)

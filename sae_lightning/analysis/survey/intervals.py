@@ -30,10 +30,10 @@ WINDOWS_AT_ONCE = 1 << 16  # examples whose windows are read at a time: bounds m
 def estimate_histogram(sample: Sample, maximum: Tensor, tokens: int) -> Tensor:
     """Estimate on how many of `tokens` tokens each unit's strength is in each bin [units,
     LINEAR_BINS], int64; maximum: [units]. Exact if the sample is the whole text."""
-    owners = sample.owners()
-    share = sample.strengths / maximum[owners].clamp_min(torch.finfo(torch.float32).tiny)
+    entry_units = sample.list_entry_units()
+    share = sample.strengths / maximum[entry_units].clamp_min(torch.finfo(torch.float32).tiny)
     bins = (share * LINEAR_BINS).ceil().clamp(1, LINEAR_BINS).long() - 1
-    counts = torch.bincount(owners * LINEAR_BINS + bins, minlength=len(maximum) * LINEAR_BINS)
+    counts = torch.bincount(entry_units * LINEAR_BINS + bins, minlength=len(maximum) * LINEAR_BINS)
     scale = tokens / max(1, int(sample.keep.sum()))
     return (counts * scale).round().long().view(-1, LINEAR_BINS)
 
@@ -49,7 +49,7 @@ def draw_examples(
     )
     bounds = torch.searchsorted(starts, cuts).tolist()  # units at which the sample is cut
     parts = []
-    for first, end in pairwise(sorted({0, *bounds, sample.feature_count})):
+    for first, end in pairwise(sorted({0, *bounds, sample.unit_count})):
         entries = slice(starts[first], starts[end])
         part = sample._replace(
             starts=starts[first : end + 1] - starts[first],
@@ -66,7 +66,7 @@ def _draw_part(
 ) -> Examples:
     """Do what `draw_examples` does, for all units of `sample` at once."""
     entries = _find_candidates(sample, top)
-    unit, strength = sample.owners()[entries], sample.strengths[entries]
+    unit, strength = sample.list_entry_units()[entries], sample.strengths[entries]
     interval = find_interval(strength, maximum[unit]).numpy()
     unit, place = unit.numpy(), sample.places.numpy()[entries]
     drawn = _draw_entries(sample, unit * INTERVALS + interval, interval, place, per_interval, seed)
@@ -79,7 +79,7 @@ def _draw_part(
 def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
     """Find the entries [n] of the sample that are not the peak of an example in `top`."""
     size, context = sample.tokens.numel(), sample.tokens.shape[1]
-    keys = sample.owners().numpy() * size + sample.places.numpy()  # ascending
+    keys = sample.list_entry_units().numpy() * size + sample.places.numpy()  # ascending
     unit, i = (top.peak_strength > 0).numpy().nonzero()
     sequence, position = top.sequence.numpy()[unit, i], top.position.numpy()[unit, i]
     sampled = sample.sequence_indices.numpy()
@@ -115,16 +115,16 @@ def _draw_entries(
 
 def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int) -> Examples:
     """Make examples [units, n] of the sample's `entries`, each in the given `slot` of its unit."""
-    context, units = sample.tokens.shape[1], sample.feature_count
+    context, units = sample.tokens.shape[1], sample.unit_count
     examples = make_empty_examples(units, n)
-    owners, offsets = sample.owners(), torch.arange(-BEFORE, AFTER + 1)
+    entry_units, offsets = sample.list_entry_units(), torch.arange(-BEFORE, AFTER + 1)
     parts = zip(
         torch.from_numpy(entries).split(WINDOWS_AT_ONCE),
         torch.from_numpy(slot).split(WINDOWS_AT_ONCE),
         strict=True,
     )
     for entry, column in parts:
-        unit, place = owners[entry], sample.places[entry]
+        unit, place = entry_units[entry], sample.places[entry]
         sequence, position = place // context, place % context
         examples.peak_strength[unit, column] = sample.strengths[entry]
         examples.sequence[unit, column] = sample.sequence_indices[sequence]
@@ -133,17 +133,18 @@ def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int
         window = (place[:, None] + offsets).clamp(0, sample.tokens.numel() - 1)
         tokens = sample.tokens.flatten()[window]
         examples.tokens[unit, column] = torch.where(inside, tokens, -1)
-        examples.strengths[unit, column] = _read_windows(sample, owners, entry).half()
+        examples.strengths[unit, column] = _read_windows(sample, entry_units, entry).half()
     return examples
 
 
-def _read_windows(sample: Sample, owners: Tensor, entry: Tensor) -> Tensor:
-    """Read the strengths [m, WINDOW] around each `entry` [m], of its unit; `owners`: [entries]."""
+def _read_windows(sample: Sample, entry_units: Tensor, entry: Tensor) -> Tensor:
+    """Read the strengths [m, WINDOW] of its unit around each `entry` [m]. `entry_units`: the unit
+    of each entry of the sample."""
     context, place = sample.tokens.shape[1], sample.places[entry, None]
     # a unit's entries are sorted by place: any in the window are among the nearest WINDOW entries
-    near = (entry[:, None] + torch.arange(-BEFORE, AFTER + 1)).clamp(0, len(owners) - 1)
+    near = (entry[:, None] + torch.arange(-BEFORE, AFTER + 1)).clamp(0, len(entry_units) - 1)
     offset = sample.places[near] - place + BEFORE
-    same = (owners[near] == owners[entry, None]) & (offset >= 0) & (offset < WINDOW)
+    same = (entry_units[near] == entry_units[entry, None]) & (offset >= 0) & (offset < WINDOW)
     same &= sample.places[near] // context == place // context
     row, column = same.nonzero(as_tuple=True)
     around = torch.zeros(len(entry), WINDOW)

@@ -1,4 +1,4 @@
-"""Finds features similar to each feature: in what they write, and in when they fire."""
+"""Finds the features most similar to each: in what they write, and in where they fire."""
 
 from collections.abc import Iterator
 
@@ -12,8 +12,9 @@ from sae_lightning.report.catalogue import RelatedUnits
 
 BLOCK_FEATURES = 512  # features compared at a time
 MAX_EXACT_FEATURES = 16_384  # up to this number, each is compared with all others
-HASH_TABLES = 16  # above this number; each table compares a feature with its block only
-HASH_DIRECTIONS = 32  # random directions per hash; a table sorts by two hashes
+# For more features: number of orders, in each of which a feature is compared with its block only.
+HASH_TABLES = 16
+HASH_DIRECTIONS = 32  # random directions per hash; a table sorts features by two hashes
 HASHED_ROWS = 8192  # rows hashed at a time: bounds memory
 MAX_PAIRS = 400_000_000  # of features that fire on the same token; bounds time and memory
 
@@ -31,9 +32,9 @@ def find_neighbours(W_dec: Tensor, k: int = 5) -> RelatedUnits:
     units = torch.full((len(rows), k), -1, device=rows.device)
     cosines = rows.new_full((len(rows), k), -2)
     for block, others in _pick_comparisons(rows):
-        table = rows[block] @ rows[others].T
-        table[block[:, None] == others] = -2  # a feature is not its own neighbour
-        new = table.topk(min(k, len(others) - 1), dim=1)
+        products = rows[block] @ rows[others].T
+        products[block[:, None] == others] = -2  # a feature is not its own neighbour
+        new = products.topk(min(k, len(others) - 1), dim=1)
         new_units = others[new.indices]  # [block, k]
         listed = (new_units[:, :, None] == units[block][:, None]).any(dim=2)  # by an earlier table
         candidates = torch.cat([cosines[block], new.values.masked_fill(listed, -2)], dim=1)
@@ -72,29 +73,29 @@ def find_partners(sample: Sample, k: int = 5) -> RelatedUnits:
     divided by those on which either fires."""
     from scipy.sparse import csr_array
 
-    places, owners = sample.places.numpy(), sample.owners().numpy()
-    # a dense SAE has too many pairs: only the first tokens are used
+    places, entry_units = sample.places.numpy(), sample.list_entry_units().numpy()
+    # if too many pairs fire on the same tokens (a dense SAE), only the first tokens are used
     active = np.bincount(places, minlength=sample.tokens.numel()).astype(np.float64)
     fits = (np.square(active).cumsum() <= MAX_PAIRS)[places]
-    places, owners = places[fits], owners[fits]
-    shape = (sample.feature_count, sample.tokens.numel())
-    fires = csr_array((np.ones(len(places), np.float32), (owners, places)), shape)
+    places, entry_units = places[fits], entry_units[fits]
+    shape = (sample.unit_count, sample.tokens.numel())
+    fires = csr_array((np.ones(len(places), np.float32), (entry_units, places)), shape)
     counts = np.asarray(fires.sum(axis=1))
-    by_token, k = fires.T.tocsr(), min(k, sample.feature_count - 1)
-    units = torch.full((sample.feature_count, k), -1)
-    similarity = torch.zeros(sample.feature_count, k)
-    for first in range(0, sample.feature_count, BLOCK_FEATURES):
+    by_token, k = fires.T.tocsr(), min(k, sample.unit_count - 1)
+    units = torch.full((sample.unit_count, k), -1)
+    similarity = torch.zeros(sample.unit_count, k)
+    for first in range(0, sample.unit_count, BLOCK_FEATURES):
         both = fires[first : first + BLOCK_FEATURES] @ by_token  # sparse: pairs that fire together
         feature = first + np.repeat(np.arange(both.shape[0]), np.diff(both.indptr))
         others = both.indices
         jaccard = both.data / (counts[feature] + counts[others] - both.data)
         jaccard[feature == others] = 0
         jaccard, others = torch.from_numpy(jaccard), torch.from_numpy(others).long()
-        for unit in np.flatnonzero(np.diff(both.indptr) > 1):  # fires together with another one
-            pairs = slice(both.indptr[unit], both.indptr[unit + 1])
+        for i in np.flatnonzero(np.diff(both.indptr) > 1):  # fires together with another one
+            pairs = slice(both.indptr[i], both.indptr[i + 1])
             best = jaccard[pairs].topk(min(k, pairs.stop - pairs.start))
             positive = best.values > 0
             row = torch.where(positive, others[pairs][best.indices], -1)
-            units[first + unit, : len(row)] = row
-            similarity[first + unit, : len(row)] = best.values
+            units[first + i, : len(row)] = row
+            similarity[first + i, : len(row)] = best.values
     return RelatedUnits(units, similarity)

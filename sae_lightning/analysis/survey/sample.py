@@ -1,4 +1,4 @@
-"""A random sample of the text's sequences, of bounded size, with all features that fire in them."""
+"""A random sample of the text's sequences, of bounded size, with all units that fire in them."""
 
 import heapq
 from typing import NamedTuple
@@ -15,8 +15,8 @@ SAMPLE_ENTRIES = 1 << 24  # nonzero strengths of a sample, at most
 
 
 class Sample(NamedTuple):
-    """Sequences, and where features (or neurons) fire in them: an entry is a feature that fires at
-    a place; place = row of the sequence * context + position."""
+    """Sequences, and where units (features or neurons) fire in them: an entry is a unit that fires
+    at a place; place = row of the sequence * context + position."""
 
     tokens: Tensor
     """[sequences, context] int32"""
@@ -25,27 +25,27 @@ class Sample(NamedTuple):
     sequence_indices: Tensor
     """[sequences] index of each sequence in reading order, ascending"""
     starts: Tensor
-    """[features + 1] index of each feature's first entry, then the number of entries"""
+    """[units + 1] index of each unit's first entry, then the number of entries"""
     places: Tensor
-    """[entries] where the feature fires, ascending within each feature, int64"""
+    """[entries] where the unit fires, ascending within each unit, int64"""
     strengths: Tensor
-    """[entries] how strongly the feature fires there"""
+    """[entries] how strongly the unit fires there"""
 
     @property
-    def feature_count(self) -> int:
-        """Number of features, silent ones included."""
+    def unit_count(self) -> int:
+        """Number of units, silent ones included."""
         return len(self.starts) - 1
 
-    def densify(self, feature: int) -> Tensor:
-        """Return a feature's strengths [sequences, context], float32; 0 where it is silent."""
+    def densify(self, unit: int) -> Tensor:
+        """Return a unit's strengths [sequences, context], float32; 0 where it is silent."""
         dense = torch.zeros(self.tokens.numel())
-        entries = slice(int(self.starts[feature]), int(self.starts[feature + 1]))
+        entries = slice(int(self.starts[unit]), int(self.starts[unit + 1]))
         dense[self.places[entries]] = self.strengths[entries]
         return dense.view(self.tokens.shape)
 
-    def owners(self) -> Tensor:
-        """Return the feature of each entry [entries], int64."""
-        return torch.repeat_interleave(torch.arange(self.feature_count), self.starts.diff())
+    def list_entry_units(self) -> Tensor:
+        """List the unit of each entry [entries], int64."""
+        return torch.repeat_interleave(torch.arange(self.unit_count), self.starts.diff())
 
 
 def rank_in_runs(values: np.ndarray) -> np.ndarray:
@@ -60,14 +60,14 @@ class SequenceSampler:
 
     def __init__(
         self,
-        features: int,
+        units: int,
         seed: int,
         tokens: int = SAMPLE_TOKENS,
         entries: int = SAMPLE_ENTRIES,
         read_strengths: StrengthReader = read_feature_strengths,
     ):
         self.read_strengths = read_strengths
-        self.features, self.limits = features, {"tokens": tokens, "entries": entries}
+        self.units, self.limits = units, {"tokens": tokens, "entries": entries}
         self.random = np.random.default_rng(seed)
         self.kept: list[tuple] = []
         """A heap of (key, index of the sequence, tokens, keep, positions, units, strengths)."""
@@ -113,8 +113,8 @@ class SequenceSampler:
         context = tokens[0].size
         places = np.concatenate([n * context + p.astype(np.int64) for n, p in enumerate(positions)])
         units, values = np.concatenate(units), np.concatenate(values)
-        order = np.argsort(units, kind="stable")  # places stay ascending within a feature
-        counts = np.bincount(units, minlength=self.features)
+        order = np.argsort(units, kind="stable")  # places stay ascending within a unit
+        counts = np.bincount(units, minlength=self.units)
         return Sample(
             tokens=torch.from_numpy(np.stack(tokens)),
             keep=torch.from_numpy(np.stack(keep)),

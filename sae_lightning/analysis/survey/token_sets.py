@@ -76,12 +76,12 @@ def _count_halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
     context = sample.tokens.shape[1]
     tokens = sample.tokens.flatten().long().numpy()
     kept = sample.keep.flatten().nonzero().squeeze(1).numpy()
-    places, owners = sample.places.numpy(), sample.owners().numpy()
+    places, entry_units = sample.places.numpy(), sample.list_entry_units().numpy()
     halves = []
     for half in (0, 1):
         in_half = (places // context) % 2 == half
-        pairs = owners[in_half], tokens[places[in_half] - shift]
-        ones, shape = np.ones(len(pairs[0]), np.int64), (sample.feature_count, vocabulary)
+        pairs = entry_units[in_half], tokens[places[in_half] - shift]
+        ones, shape = np.ones(len(pairs[0]), np.int64), (sample.unit_count, vocabulary)
         read = tokens[kept[(kept // context) % 2 == half] - shift]
         firings = csr_array((ones, pairs), shape=shape)  # adds up equal pairs
         halves.append(_Counts(firings, np.bincount(read, minlength=vocabulary)))
