@@ -9,8 +9,8 @@ from sae_lightning.formats.row import (
     Layout,
     Origin,
     SavedFiles,
+    SettingsAndTensors,
     StoredSAE,
-    Written,
     check_readable,
     drop_nulls,
     rename_tensors,
@@ -43,7 +43,7 @@ def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
     return StoredSAE(settings, weights, drop_nulls(metadata))
 
 
-def write_circuit_tracer(sae: SAE, key: str, origin: Origin) -> Written:
+def write_circuit_tracer(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
     """Make the settings of config.yaml, the same for every block. Versions of circuit-tracer before
     April 2026 ignore `activation` and read a TopK as a ReLU."""
     sites, model = origin.require_sites(), origin.metadata.get("model_name")

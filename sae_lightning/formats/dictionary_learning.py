@@ -12,8 +12,8 @@ from sae_lightning.formats.row import (
     Layout,
     Origin,
     SavedFiles,
+    SettingsAndTensors,
     StoredSAE,
-    Written,
     add_groups,
     check_readable,
     drop_nulls,
@@ -59,7 +59,7 @@ def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
     return StoredSAE(settings, weights, drop_nulls(metadata) | trainer, layout.centred)
 
 
-def write_dictionary_learning(sae: SAE, key: str, origin: Origin) -> Written:
+def write_dictionary_learning(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
     """Make the settings of config.json, and tensors for k, the threshold and group sizes."""
     config, tensors = sae.config, {}
     trainer = {

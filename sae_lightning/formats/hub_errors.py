@@ -34,28 +34,27 @@ def convert_hub_errors(
 
 def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
     """The reason and the remedy; None for an error that is not the hub's, such as a full disk."""
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
+    from huggingface_hub import constants, errors
 
     causes = list_causes(error)
-    kinds = {kind for cause in causes for kind in type(cause).__mro__}
-    if hub.OfflineModeIsEnabled in kinds:
+    classes = {base for cause in causes for base in type(cause).__mro__}
+    if errors.OfflineModeIsEnabled in classes:
         return "HF_HUB_OFFLINE=1 forbids requests, and there is no copy in the cache; unset it"
-    if hub.GatedRepoError in kinds:
+    if errors.GatedRepoError in classes:
         page = f"{constants.ENDPOINT}/{repo}"
         return f"gated; accept its terms at {page}, then log in: {LOGIN}"
-    if hub.RevisionNotFoundError in kinds:
+    if errors.RevisionNotFoundError in classes:
         return f"{repo} has no revision {revision}; give a branch, a tag or a commit after @"
-    if hub.RepositoryNotFoundError in kinds:
+    if errors.RepositoryNotFoundError in classes:
         return (
             f"there is no repository {repo}, or it is private; check the name, or log in: {LOGIN}"
         )
-    if hub.EntryNotFoundError in kinds and hub.LocalEntryNotFoundError not in kinds:
+    if errors.EntryNotFoundError in classes and errors.LocalEntryNotFoundError not in classes:
         return f"no such file; see {constants.ENDPOINT}/{repo}/tree/{revision}"
-    if hub.HFValidationError in kinds:
+    if errors.HFValidationError in classes:
         return f"{repo} is not the name of a repository; write owner/name"
     for cause in causes:
-        if isinstance(cause, hub.HfHubHTTPError):
+        if isinstance(cause, errors.HfHubHTTPError):
             return _explain_status(cause.response)
     if any("Consistency check failed" in str(cause) for cause in causes):
         return "the download ended early, and nothing was kept; run the same command again"
@@ -63,11 +62,11 @@ def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
         return None
     if match := re.search(r"Invalid metadata in README.md\W*([^\n]*)", str(error)):
         return f"the hub refuses the head of the model card ({match[1]:.200}); check licence=..."
-    if {JSONDecodeError, hub.FileMetadataError} & kinds:
+    if {JSONDecodeError, errors.FileMetadataError} & classes:
         return f"{constants.ENDPOINT} does not answer as a hub does; is a login page in between?"
-    if {hub.HTTPError, RuntimeError} & kinds:  # hf_xet raises the latter
-        kind = type(causes[0]).__name__
-        return f"no connection to {constants.ENDPOINT}, or it broke off ({kind}); try again"
+    if {errors.HTTPError, RuntimeError} & classes:  # hf_xet raises the latter
+        name = type(causes[0]).__name__
+        return f"no connection to {constants.ENDPOINT}, or it broke off ({name}); try again"
     return None
 
 

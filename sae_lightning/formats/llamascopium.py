@@ -12,8 +12,8 @@ from sae_lightning.formats.row import (
     Layout,
     Origin,
     SavedFiles,
+    SettingsAndTensors,
     StoredSAE,
-    Written,
     check_readable,
     drop_nulls,
     rename_tensors,
@@ -95,7 +95,7 @@ def compute_scale(norm: Any, d: int) -> float:
     return math.sqrt(d) / norm
 
 
-def write_llamascopium(sae: SAE, key: str, origin: Origin) -> Written:
+def write_llamascopium(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
     """Make the settings of config.json; `norm_activation="inference"` says that weights take raw
     activations."""
     sites, d, features = origin.require_sites(), len(sae.W_enc), sae.config.features

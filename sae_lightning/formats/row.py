@@ -94,7 +94,7 @@ class Origin(NamedTuple):
 
 
 # What `Format.write` returns: settings, and tensors beyond those of the layout.
-Written = tuple[dict[str, Any], dict[str, Tensor]]
+SettingsAndTensors = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 class Format(NamedTuple):
@@ -115,7 +115,7 @@ class Format(NamedTuple):
     """Our architecture -> the key in `layouts` under which its autoencoders are written."""
     transcoders: dict[str, str] = {}
     """The same for transcoders."""
-    write: Callable[[SAE, str, Origin], Written] | None = None
+    write: Callable[[SAE, str, Origin], SettingsAndTensors] | None = None
     """Makes the settings, and the tensors that the layout does not name, from an SAE, its key in
     `layouts` and its origin; None for a format that is only read, and for SAELens' (see
     saved_format.py)."""

@@ -7,8 +7,8 @@ from sae_lightning.formats.row import (
     Layout,
     Origin,
     SavedFiles,
+    SettingsAndTensors,
     StoredSAE,
-    Written,
     check_readable,
     drop_nulls,
     read_settings_file,
@@ -49,7 +49,7 @@ def name_hooks(module: str, is_transcoder: bool) -> dict[str, str]:
     return {"hook_name": source, "hook_name_out": module}
 
 
-def write_sparsify(sae: SAE, key: str, origin: Origin) -> Written:
+def write_sparsify(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
     """Make the settings of cfg.json, with the metadata of training, which sparsify ignores."""
     d_in, config = len(sae.W_enc), sae.config
     return origin.metadata | {

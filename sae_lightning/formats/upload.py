@@ -8,7 +8,7 @@ from sae_lightning.terminal import console
 
 
 def has_token() -> bool:
-    """Whether this user is logged in at the hub; the token itself is never read here."""
+    """Whether this user is logged in at the hub; the token itself is not kept."""
     from huggingface_hub import get_token
 
     return bool(get_token())

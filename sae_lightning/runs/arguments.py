@@ -112,8 +112,8 @@ def quote_texts(arguments: list[str]) -> list[str]:
     may be null. A path may also be quoted for Hydra or begin with `~`, which shells do not expand
     after `=`. In a sweep, commas separate values; a value that contains one must be quoted.
     """
-    sweep, text_settings = is_multirun(arguments), find_text_settings()
-    return [_quote_text(argument, sweep, text_settings) for argument in arguments]
+    multirun, text_settings = is_multirun(arguments), find_text_settings()
+    return [_quote_text(argument, multirun, text_settings) for argument in arguments]
 
 
 def allow_new_dict_keys(arguments: list[str]) -> list[str]:
@@ -228,7 +228,7 @@ def is_multirun(arguments: list[str]) -> bool:
     return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
 
 
-def _quote_text(argument: str, sweep: bool, text_settings: dict[str, bool]) -> str:
+def _quote_text(argument: str, multirun: bool, text_settings: dict[str, bool]) -> str:
     """Quote one argument, as `quote_texts` says; `text_settings`: see `find_text_settings`."""
     name, equals, value = argument.partition("=")
     setting = name.lstrip("+")
@@ -240,12 +240,13 @@ def _quote_text(argument: str, sweep: bool, text_settings: dict[str, bool]) -> s
         return argument
     if not is_path and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"{setting}: the text is not UTF-8; use a terminal with a UTF-8 locale")
-    if (is_path or sweep) and HYDRA_SYNTAX.search(value) or (sweep and re.match(r"\w+\(", value)):
+    has_syntax = (is_path or multirun) and HYDRA_SYNTAX.search(value)
+    if has_syntax or (multirun and re.match(r"\w+\(", value)):
         return argument  # the user has written it for Hydra
-    if is_path and "," in value and not sweep and setting not in SINGLE_PATHS:
+    if is_path and "," in value and not multirun and setting not in SINGLE_PATHS:
         return argument  # Hydra will report that several values need -m
     expand = os.path.expanduser if is_path else str
-    values = SWEEP_VALUE.findall(value) if sweep else [("", value)]
+    values = SWEEP_VALUE.findall(value) if multirun else [("", value)]
     return f"{name}=" + ",".join(
         quoted or (text if text == "null" and may_be_null else quote_if_needed(expand(text)))
         for quoted, text in values

@@ -115,14 +115,15 @@ def estimate_memory(
         llm_sites, llm, config.eval.tokens, config.eval.loss_tokens
     )
     row_bytes = sum(map(llm.width_at, llm_sites)) * element_bytes
-    # activations in training or evaluation, and float64 weights in export, original and folded
+    # in training or evaluation
     tokens = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
-    batches = [
+    activation_bytes = [
         tokens * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
         for c in configs
     ]
-    exports = (16 * n for n in parameter_counts)
-    activations, exported = max(zip(batches, exports, strict=True), key=sum)  # of the largest SAE
+    export_bytes = (16 * n for n in parameter_counts)  # float64 weights, original and folded
+    # of the SAE for which the sum of both is largest
+    activations, export = max(zip(activation_bytes, export_bytes, strict=True), key=sum)
     warm_counts = [n for n, c in zip(parameter_counts, configs, strict=True) if c.model.start]
     shared_parts = {
         ("data.pool",): 2 * config.data.pool * row_bytes,  # copied for a checkpoint
@@ -131,15 +132,15 @@ def estimate_memory(
         ("llm.name",): data.shared * element_bytes,
         ("model.features", "trainer.batch"): activations,
         # with copies while the SAE of a warm start is opened
-        ("model.features",): exported + 12 * max(warm_counts, default=0),
+        ("model.features",): export + 12 * max(warm_counts, default=0),
     }
     blocks_above = [  # blocks that the gradient of loss.kl passes through
         llm.layers - pair.target.layer for c, pair in zip(configs, sites, strict=True) if c.loss.kl
     ]
     if blocks_above:
-        kept = data.rows * max(blocks_above) * KEPT_WIDTHS * llm.width
-        logits = 8 * LOGIT_ROWS * llm.vocabulary  # beside those of evaluation
-        shared_parts[("loss.kl", "llm.batch")] = (kept + logits) * element_bytes
+        kept_elements = data.rows * max(blocks_above) * KEPT_WIDTHS * llm.width
+        logit_elements = 8 * LOGIT_ROWS * llm.vocabulary  # beside those of evaluation
+        shared_parts[("loss.kl", "llm.batch")] = (kept_elements + logit_elements) * element_bytes
     head_bytes = [_count_head_bytes(c, pair, llm) for c, pair in zip(configs, sites, strict=True)]
     return PassMemory(shared_parts, head_bytes, data.per_sae * element_bytes)
 

@@ -101,7 +101,8 @@ class TrainerConfig:
     large for one device), all, or none. The others are shared out, each to one device."""
     threads: int | None = None
     """CPU threads of each process, on which the last bits of a result depend; null is
-    OMP_NUM_THREADS if set, else torch's number, divided among the processes of a machine."""
+    OMP_NUM_THREADS if set, else torch's default, divided among the processes that the run starts.
+    """
     patience: int = 600
     """Seconds without an answer after which a process takes another one for lost."""
     precision: Precision = Precision.auto
