@@ -45,11 +45,11 @@ class HeadCheckpoints(CheckpointIO):
         """Write a checkpoint for each head that has not failed; `path` is not used."""
         stream = _get_loader_states(checkpoint).pop()
         step = checkpoint["global_step"]
-        training = {i: head for i, head in enumerate(self.heads) if head.failure is None}
-        paths = [locate_stream(head.folder, step) for head in training.values() if head.writes]
+        heads = {i: head for i, head in enumerate(self.heads) if head.failure is None}
+        paths = [locate_stream(head.folder, step) for head in heads.values() if head.writes]
         checksum = _write_stream(stream, paths) if paths else None
         with ExitStack() as renames:  # at its end, all files are renamed into place
-            for index, head in training.items():
+            for index, head in heads.items():
                 part = _extract_head(checkpoint, index)
                 file = Path()
                 if head.writes:
@@ -67,18 +67,18 @@ class HeadCheckpoints(CheckpointIO):
         """Load all heads' checkpoints, joined into one; `path` is not used."""
         options = {"map_location": map_location or "cpu", "weights_only": weights_only}
         parts = [_load_part(head, options) for head in self.heads]
-        whole = _join_heads(parts)
-        paths = [locate_stream(head.folder, whole["global_step"]) for head in self.heads]
+        checkpoint = _join_heads(parts)
+        paths = [locate_stream(head.folder, checkpoint["global_step"]) for head in self.heads]
         stream, *others = [torch.load(path, **options) for path in _list_distinct_files(paths)]
         for other in others:  # heads of other passes read other sites
             stream["pool"]["rows"] |= other["pool"]["rows"]
             if "files" in stream["rows"]:  # of data=activations, by site
                 stream["rows"]["files"] |= other["rows"]["files"]
-        for head, current in zip(self.heads, paths, strict=True):
+        for head, path in zip(self.heads, paths, strict=True):
             if head.writes:  # a run that was killed while saving may have left old stream files
-                _remove_old_streams(current)
-        _get_loader_states(whole).append(stream)
-        return whole
+                _remove_old_streams(path)
+        _get_loader_states(checkpoint).append(stream)
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         """Never called: each checkpoint overwrites the last one."""

@@ -25,10 +25,12 @@ def evaluate_heads(heads: Sequence[Head], held_out: HeldOutData, tokens: int) ->
     for (_, source, target), same_sites in groupby(sorted(heads, key=make_key), key=make_key):
         group = list(same_sites)
         functions = [head.reconstruct_raw for head in group]
-        weights = [head.fold_weights for head in group]
+        weight_functions = [head.fold_weights for head in group]
         decoders = [head.sae.W_dec for head in group]
         splits = [head.sae.split for head in group]
-        cards = score_saes(functions, decoders, held_out, source, target, weights, splits=splits)
+        cards = score_saes(
+            functions, decoders, held_out, source, target, weight_functions, splits=splits
+        )
         for head, card in zip(group, cards, strict=True):
             _record_scores(head, card, tokens)
 
