@@ -41,9 +41,9 @@ class Writer(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class ExportTask(DashboardSettings):
-    """Write the SAE in another tool's format, or dashboards of its features; only the formats of
-    dashboards (neuronpedia, saedashboard, circuit_tracer_features) take settings besides `format`
-    and `to`."""
+    """Write the SAE in another tool's format, or dashboards of its features. Settings other than
+    `format` and `to` are for the formats of dashboards: neuronpedia, saedashboard and
+    circuit_tracer_features."""
 
     format: str | None = None
     """Format to write."""
@@ -104,7 +104,7 @@ def check_target(folder: Path) -> None:
 
 
 def _list_settings(task: type[Task]) -> frozenset[str]:
-    """Names of the settings that `task` has besides those of every task."""
+    """List the names of the settings that `task` has besides those of every task."""
     return frozenset(field.name for field in fields(task)) - {field.name for field in fields(Task)}
 
 

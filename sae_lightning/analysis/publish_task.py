@@ -74,8 +74,8 @@ class PublishTask(Task):
 
     def _check(self, given_settings: Collection[str]) -> None:
         """UserError if the command cannot succeed, before anything is read or uploaded."""
-        known = {"run", "task", "repo", "private", "ask", "licence"}
-        if others := sorted({*given_settings} - known):
+        allowed = {"run", "task", "repo", "private", "ask", "licence"}
+        if others := sorted({*given_settings} - allowed):
             raise UserError(f"{others[0]} has no meaning for task=publish: leave it out")
         if is_sweep(Path(self.run)):
             raise UserError(
@@ -134,6 +134,7 @@ def collect_files(folder: Path) -> dict[str, bytes | Path]:
     for file in filter(Path.is_file, results):
         texts[file.relative_to(folder).as_posix()] = cut_paths(read_regular_file(file), paths)
     files = {name: text.encode() for name, text in texts.items()}
+    # data of a page that is too large for one file
     blocks = [file for file in folder.glob("analysis/index-*/*.js") if file.is_file()]
     return (
         {f"sae/{WEIGHTS}": sae_folder / WEIGHTS}

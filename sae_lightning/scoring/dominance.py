@@ -45,13 +45,13 @@ def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
     then further ones up to the next gap in the norms. None if there are none, or x is not finite.
 
         |x|      100  97     11  10   9  ...   1
-                 dominant    └─── others ─────┘     max_norm x median: between 11 and 97
+                 dominant    └─── others ─────┘     max_norm * median: between 11 and 97
     """
     norms, order = compute_norms(x).cpu().sort(descending=True)
     mean = x.mean(dim=0, dtype=torch.float32)
-    distances = torch.cat([(part.float() - mean).square().sum(dim=1) for part in x.split(4096)])
+    squares = torch.cat([(part.float() - mean).square().sum(dim=1) for part in x.split(4096)])
     # remaining[j]: sum of squared distances from the mean, without the j tokens of largest norm
-    remaining = distances.cpu().double()[order].flip(0).cumsum(0).flip(0)
+    remaining = squares.cpu().double()[order].flip(0).cumsum(0).flip(0)
     limits = [(math.ceil(share * len(x)), limit) for share, limit in VARIANCE_LIMITS.items()]
     dominated = sum(_is_dominated(remaining, k, limit) for k, limit in limits) > 0
     median = norms.median().item()
@@ -91,12 +91,12 @@ class DominantDimension(NamedTuple):
     """Explained variance over all other dimensions."""
 
 
-def find_dominant_dimension(residual: Tensor, total: Tensor) -> DominantDimension | None:
+def find_dominant_dimension(residual: Tensor, variance: Tensor) -> DominantDimension | None:
     """Find the dimension that dominates, given each dimension's squared error `residual` [d] and
-    variance `total` [d]; None if none does."""
-    share, index = (total / total.sum()).max(dim=0)
-    if not share > max(DOMINANT_SHARE, 10 / len(total)):
+    variance [d], both summed over tokens; None if none does."""
+    share, index = (variance / variance.sum()).max(dim=0)
+    if not share > max(DOMINANT_SHARE, 10 / len(variance)):
         return None
-    others = torch.arange(len(total)) != index
-    unexplained = residual[others].sum() / total[others].sum()
+    others = torch.arange(len(variance)) != index
+    unexplained = residual[others].sum() / variance[others].sum()
     return DominantDimension(index.item(), share.item(), 1 - unexplained.item())

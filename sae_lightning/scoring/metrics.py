@@ -40,7 +40,8 @@ class Quality(NamedTuple):
 
 class QualitySums:
     """Sums over batches, from which `Quality` is computed: `residual` of squared errors and `total`
-    of squared distances from `shift`, over all dimensions and for each [d]."""
+    of squared distances from `shift`, over all dimensions and for each [d]; `sum` of distances [d].
+    """
 
     def __init__(self):
         self.tokens = 0
@@ -112,6 +113,7 @@ class FidelitySums:
         self.tokens = 0
         self.residual = 0.0
         self.reconstruction = torch.zeros_like(self.mean)  # sum over tokens [d]
+        # the six numbers of `_sum_over_tokens`, without and with the mean subtracted
         self.uncentred = self.centred = torch.zeros(6, dtype=torch.float64)
 
     @torch.no_grad()

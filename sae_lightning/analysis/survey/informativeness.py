@@ -36,22 +36,24 @@ def rate_informativeness(
     )
     mean_rarity = weighted / np.maximum(total, np.finfo(float).tiny)
     words = [_find_words(tokens, vocabulary) for tokens in token_sets.tokens.tolist()]
-    count = np.array([*map(len, words)])
-    rating = token_sets.score.clamp(min=0).numpy() * mean_rarity * (count / (count + 1))
-    rating /= 1 + _count_better(rating, [next(iter(of_feature), "") for of_feature in words])
+    counts = np.array([*map(len, words)])
+    rating = token_sets.score.clamp(min=0).numpy() * mean_rarity * (counts / (counts + 1))
+    first_words = [next(iter(words_of_feature), "") for words_of_feature in words]
+    rating /= 1 + _count_better(rating, first_words)
     return torch.from_numpy(rating).float()
 
 
 def _measure_rarity(ids: np.ndarray, sample: Sample, vocabulary: Sequence[str]) -> np.ndarray:
     """Compute the rarity [places], 0 to 1, of the token at each place of the sample: its surprisal
-    -log2 p minus the entropy, clipped at 0, over the greatest in the vocabulary; 0 if it is no
-    word. Pieces of words are weighted by PIECE_WEIGHT."""
+    -log2 p minus the entropy, clipped at 0, divided by the greatest such difference in the
+    vocabulary; 0 if the token is no word. A piece of a word has PIECE_WEIGHT times that."""
     share = np.bincount(ids.ravel(), minlength=len(vocabulary)) / ids.size
     surprisal = -np.log2(share.clip(min=1 / ids.size))
     above_mean = surprisal - (share * surprisal).sum()
     rarity = above_mean.clip(min=0) / max(above_mean.max(), 1e-9)
     rarity[[not _is_word(token) for token in vocabulary]] = 0
-    # scripts with upper and lower case write spaces between words
+    # Scripts with upper and lower case write spaces between words: where two such letters meet, two
+    # tokens are pieces of one word.
     opens = np.array([_has_case(token[:1]) for token in vocabulary])
     closes = np.array([_has_case(token[-1:]) for token in vocabulary])
     tokens = sample.tokens.numpy()
@@ -77,9 +79,9 @@ def _find_words(tokens: Sequence[int], vocabulary: Sequence[str]) -> list[str]:
 
 
 def _count_better(value: np.ndarray, word: Sequence[str]) -> np.ndarray:
-    """Count the features of the same word that have a greater value [features]."""
-    _, number = np.unique(word, return_inverse=True)
-    order = np.lexsort((-value, number))
+    """Count, for each feature, those with the same word and a greater value [features]."""
+    _, word_index = np.unique(word, return_inverse=True)
+    order = np.lexsort((-value, word_index))
     better = np.empty(len(order), np.int64)
-    better[order] = rank_in_runs(number[order])
+    better[order] = rank_in_runs(word_index[order])
     return better

@@ -107,6 +107,7 @@ def _draw_entries(
     # all units share the random keys; the order within each unit is random nevertheless
     sequence_keys = np.stack([rng.permutation(sequences) for _ in range(INTERVALS)])
     place_keys = rng.random((sequences, context)).argsort(axis=1).ravel()
+    # one number for each pair of a group and a sequence
     pair = group * sequences + sequence_keys[interval, place // context]
     order = (pair * context + place_keys[place]).argsort()
     order = order[np.diff(pair[order], prepend=-1) > 0]  # first of each sequence

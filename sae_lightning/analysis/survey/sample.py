@@ -84,23 +84,17 @@ class SequenceSampler:
             value = values[i][position, unit].cpu().numpy()
             # copied, because a slice would keep the whole batch in memory
             fires = position.cpu().int().numpy(), units[unit.cpu()].int().numpy()
-            entry = (
-                key,
-                int(batch.sequence_indices[i]),
-                tokens[i].copy(),
-                keep[i].copy(),
-                *fires,
-                value,
-            )
-            heapq.heappush(self.kept, entry)
-            self._count(entry, 1)
+            index = int(batch.sequence_indices[i])
+            item = (key, index, tokens[i].copy(), keep[i].copy(), *fires, value)
+            heapq.heappush(self.kept, item)
+            self._count(item, 1)
             while self._is_full() and len(self.kept) > 1:
                 dropped = heapq.heappop(self.kept)
                 self.least_key = dropped[0]
                 self._count(dropped, -1)
 
-    def _count(self, entry: tuple, sign: int) -> None:
-        _, _, tokens, _, positions, *_ = entry
+    def _count(self, item: tuple, sign: int) -> None:
+        _, _, tokens, _, positions, *_ = item
         self.size["tokens"] += sign * tokens.size
         self.size["entries"] += sign * positions.size
 
@@ -108,7 +102,7 @@ class SequenceSampler:
         return any(self.size[name] > limit for name, limit in self.limits.items())
 
     def result(self) -> Sample:
-        kept = sorted(self.kept, key=lambda entry: entry[1])
+        kept = sorted(self.kept, key=lambda item: item[1])
         _, indices, tokens, keep, positions, units, values = zip(*kept, strict=True)
         context = tokens[0].size
         places = np.concatenate([n * context + p.astype(np.int64) for n, p in enumerate(positions)])

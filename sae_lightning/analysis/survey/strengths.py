@@ -1,4 +1,4 @@
-"""Read the strengths of units from a batch: of the SAE's features, or of the neurons of its source
+"""Reads the strengths of units from a batch: of the SAE's features, or of the neurons of its source
 site."""
 
 from collections.abc import Callable
