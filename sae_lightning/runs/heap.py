@@ -5,25 +5,37 @@ import sys
 from collections.abc import Callable
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+MIB = 1 << 20
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep the memory of freed tensors for the next ones, from now on in this process.
+    """Make glibc keep the memory of freed tensors for the next ones, until it is given back.
 
     By default glibc returns large blocks to the system at once, and the system zeroes every page
     that the next tensor gets. This takes an eighth of the LLM's time and a third of an SAE's. With
     other C libraries, which have no `mallopt`, nothing changes.
     """
-    mallopt = _find_in_glibc("mallopt")
     # glibc before 2.35 accepts at most 32 MiB
-    if mallopt and (mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 1 << 25)):
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    if _set_option(M_MMAP_THRESHOLD, 1024 * MIB) or _set_option(M_MMAP_THRESHOLD, 32 * MIB):
+        _set_option(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def give_back_freed_memory() -> None:
-    """Return the kept memory to the system, for other processes and estimates of free memory."""
+    """Return the kept memory to the system, and stop keeping that of freed tensors.
+
+    Kept memory is fragmented: what follows, with tensors of other sizes, would need much more.
+    """
+    # glibc raises its thresholds up to these by itself, unless they are set
+    if _set_option(M_MMAP_THRESHOLD, 32 * MIB):
+        _set_option(M_TRIM_THRESHOLD, 64 * MIB)
     if trim := _find_in_glibc("malloc_trim"):
         trim(0)
+
+
+def _set_option(option: int, value: int) -> bool:
+    """Set an option of glibc's malloc; False if it has no such option or refuses the value."""
+    mallopt = _find_in_glibc("mallopt")
+    return bool(mallopt and mallopt(option, value))
 
 
 def _find_in_glibc(name: str) -> Callable[..., int] | None:
