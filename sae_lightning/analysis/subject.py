@@ -18,7 +18,7 @@ from sae_lightning.formats.fetch import fetch_saved, is_hub_address, name_hub_fo
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.llm.load import LLM, LLMConfig, load_llm, load_tokenizer, pick_device
 from sae_lightning.llm.sites import LayerConfig, SitePair
-from sae_lightning.report.sweep_page import describe_source
+from sae_lightning.report.sweep_page import describe_activations
 from sae_lightning.runs.config import Config
 from sae_lightning.runs.jobs import CONFIG_FILE, TRUST_SETTING, is_sweep, read_job
 from sae_lightning.sae import SAE
@@ -106,7 +106,7 @@ class Subject:
 
     def describe(self) -> dict[str, str]:
         """LLM, text, site, architecture, size and folder, by label, for the top of a page."""
-        return describe_source(self.config.to_flat_dict()) | {
+        return describe_activations(self.config.to_flat_dict()) | {
             "SAE": self.sae.config.name,
             "features": f"{self.features:,}",
             "folder": self.run,

@@ -32,7 +32,7 @@ class Comparison(NamedTuple):
     """A metric of a trained SAE, compared with that of the control that is best in it."""
 
     trained: int
-    """Row of the trained SAE in the table."""
+    """Row of the trained SAE in the `MeansTable`."""
     control: int
     """Row of the control."""
     metric: str
@@ -70,7 +70,8 @@ def compare_with_controls(means: MeansTable) -> list[Comparison]:
 
 
 def has_same_l0(control: float, trained: float) -> bool:
-    """Whether the L0 of a control is within 10 % of its trained SAE's, so that they compare."""
+    """Whether the L0 of a control is within 10 % of its trained SAE's; only then can other metrics
+    of the two be compared."""
     return abs(control - trained) <= SAME_L0 * trained
 
 

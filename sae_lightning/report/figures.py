@@ -85,8 +85,8 @@ def plot_tradeoff(
     points: "pd.DataFrame", quality: str, grouping: str | None = None
 ) -> "Figure | None":
     """Plot `quality` against L0 with the Pareto front of trained SAEs as a line, and that of
-    controls as a dashed one; None without finite points. Over seeds, points are means with their
-    spreads, and the front is a band.
+    controls as a dotted line; None without finite points. With several seeds, points are means with
+    their spreads, and a front has a band of them.
 
     Columns of `points`: `l0`, `quality` (higher is better), their spreads `l0_spread` and `spread`,
     `seeds` (number of runs), `control` ("" for a trained SAE), `group` ("" if there are no groups),

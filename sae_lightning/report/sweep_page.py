@@ -59,12 +59,13 @@ def describe_runs(runs: list[SweepRun]) -> dict[str, str]:
     """Describe the data and SAEs of the runs, by label; up to four different values are listed."""
     values: dict[str, list[str]] = {}
     for settings in (run.settings for run in runs if run.settings):
-        for name, value in {
-            **describe_source(settings),
+        described = {
+            **describe_activations(settings),
             "SAE": settings["model.name"],
             "features": f"{settings['model.features']:,}",
             "tokens": f"{settings['trainer.tokens']:,}",
-        }.items():
+        }
+        for name, value in described.items():
             if str(value) not in values.setdefault(name, []):
                 values[name].append(str(value))
     return {
@@ -73,7 +74,7 @@ def describe_runs(runs: list[SweepRun]) -> dict[str, str]:
     }
 
 
-def describe_source(settings: dict) -> dict[str, str]:
+def describe_activations(settings: dict) -> dict[str, str]:
     """Describe where a run's activations come from: LLM, site and text, or concepts."""
     get = settings.get
     if get("data.concepts"):

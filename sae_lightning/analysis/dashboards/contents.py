@@ -129,10 +129,10 @@ class Dashboards(NamedTuple):
 
 
 def open_dashboards(task: DashboardSettings, given_settings: Collection[str]) -> Dashboards:
-    """Open SAE, LLM and text, and find or make the catalogue. UserError for synthetic concepts."""
+    """Open SAE, LLM and text, and find or make the catalogue. UserError for data without an LLM."""
     subject = task.load_subject(given_settings)
     features = subject.check_features(sorted({*(task.feature or range(subject.features))}))
-    _ = subject.tokenizer  # UserError for synthetic concepts
+    _ = subject.tokenizer  # UserError for data without an LLM
     catalogue = task.find_catalogue(subject, given_settings)
     histograms = [catalogue.linear_histogram, catalogue.effect and catalogue.effect.histogram]
     if any(part is None for part in [*histograms, catalogue.neighbours]):

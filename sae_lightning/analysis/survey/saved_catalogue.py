@@ -7,7 +7,7 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.catalogue import Catalogue
 from sae_lightning.report.parquet_reader import read_catalogue, read_header
-from sae_lightning.report.sweep_page import describe_source
+from sae_lightning.report.sweep_page import describe_activations
 from sae_lightning.terminal import console, shorten_path
 
 
@@ -17,7 +17,9 @@ def describe_origin(subject: Subject) -> dict[str, str]:
     for name, weight in sorted(subject.sae.weights().items()):
         weights.update(name.encode())
         weights.update(weight.cpu().numpy())
-    return describe_source(subject.config.to_flat_dict()) | {"weights": weights.hexdigest()[:16]}
+    return describe_activations(subject.config.to_flat_dict()) | {
+        "weights": weights.hexdigest()[:16]
+    }
 
 
 def read_saved_catalogue(subject: Subject, path: Path) -> Catalogue | None:
