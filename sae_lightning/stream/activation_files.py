@@ -30,31 +30,32 @@ from sae_lightning.stream.states import LLM_DTYPES
 SUFFIXES = (".safetensors", ".npy", ".parquet")
 UNNAMED = Site(0, Kind.resid)  # site of a matrix whose name is not that of a site
 FINGERPRINT_ROWS = 1024  # rows in a fingerprint
-OPEN_SHARDS = 128  # files that are kept open at a time: a process may often have 1024
+OPEN_SHARDS = 128  # files that are kept open at a time: many systems allow a process 1024
+# dtypes by their names in safetensors and in NumPy
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-FLOATS |= {str(kind).removeprefix("torch."): kind for kind in FLOATS.values()}
+FLOATS |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
 
-Reader = Callable[[int, int], Tensor]
+Reader = Callable[[int, int], Tensor]  # start, stop -> rows [stop - start, width]
 
 
 class MatrixFile(NamedTuple):
-    """A matrix [rows, width] in one file."""
+    """A tensor or column of a file: a matrix [rows, width], unless `refusal` says why it is not."""
 
     file: str
     name: str | None
-    """Of the tensor or column; None in an .npy file and in a parquet file of plain columns."""
+    """Its name in the file; None in an .npy file and in a parquet file of plain columns."""
     shape: tuple[int, ...]
     dtype: torch.dtype | str
     """A str if the numbers are not floating-point."""
     names: tuple[str, ...]
-    """Names that it can be called by: of the tensor, the file, its folder and those above."""
+    """Names that `data.sites` can give for it: `name`, and those of the file and its folders."""
 
     def __str__(self) -> str:
         return f"{self.name} in {self.file}" if self.name else self.file
 
     @property
     def refusal(self) -> str | None:
-        """Why it cannot be activations, with the remedy; None if it can."""
+        """Why it cannot hold activations, with the remedy; None if it can."""
         if isinstance(self.dtype, str):
             return (
                 f"holds {self.dtype}, not floats; save it as float32, float16 or (safetensors) "
@@ -65,7 +66,7 @@ class MatrixFile(NamedTuple):
         return None
 
     def make_reader(self) -> Reader:
-        """Return a function of two row numbers that reads the rows between them, from an mmap."""
+        """Return a function that reads the rows from `start` to `stop` - 1, from an mmap."""
         if self.file.lower().endswith(".safetensors"):
             tensor = safe_open(self.file, "pt").get_slice(self.name)
             return lambda start, stop: tensor[start:stop]
@@ -73,58 +74,57 @@ class MatrixFile(NamedTuple):
         if file.lower().endswith(".parquet"):
             file = str(copy_column(file, self.name, *self.shape))
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-        native = array.dtype.newbyteorder("=")
-        return lambda start, stop: torch.from_numpy(np.array(array[start:stop], native, order="C"))
+        dtype = array.dtype.newbyteorder("=")
+        return lambda start, stop: torch.from_numpy(np.array(array[start:stop], dtype, order="C"))
 
 
 class SavedMatrix:
-    """The activations [rows, width] at one site, in the order of its files.
-
-    `open_shard` is `MatrixFile.make_reader`, with a cache that the sites share.
-    """
+    """The activations [rows, width] at one site: the shards, which are its `MatrixFile`s, one after
+    another."""
 
     def __init__(
         self, site: Site, shards: Sequence[MatrixFile], open_shard: Callable[[MatrixFile], Reader]
     ) -> None:
+        """`open_shard` is `MatrixFile.make_reader`, with a cache that the sites share."""
         self.site, self.shards, self._open_shard = site, shards, open_shard
         self.row_count, self.width = sum(shard.shape[0] for shard in shards), shards[0].shape[1]
         dtypes = {shard.dtype for shard in shards}
-        same = len(dtypes) == 1 and dtypes <= {*LLM_DTYPES}
-        self.dtype = shards[0].dtype if same else torch.float32
-        self._ends = np.cumsum([shard.shape[0] for shard in shards])
+        keeps_dtype = len(dtypes) == 1 and dtypes <= {*LLM_DTYPES}
+        self.dtype = shards[0].dtype if keeps_dtype else torch.float32
+        self._ends = np.cumsum([shard.shape[0] for shard in shards])  # rows up to each shard's end
 
     def read_rows(self, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """Read the rows start to stop - 1 of each range -> [n, width].
 
         UserError: one of them is not finite, or a file is gone."""
-        parts = [part for start, stop in ranges for part in self._read_pieces(start, stop)]
-        x = torch.cat(parts)
+        pieces = [piece for start, stop in ranges for piece in self._read_pieces(start, stop)]
+        x = torch.cat(pieces)
         if not x.isfinite().all():
-            row = int((~x.isfinite()).any(dim=1).nonzero()[0])
-            number = np.concatenate([np.arange(*limits) for limits in ranges])[row]
-            shard, row = self._locate_row(number)
+            first = int((~x.isfinite()).any(dim=1).nonzero()[0])
+            row = np.concatenate([np.arange(*limits) for limits in ranges])[first]
+            shard, index = self._locate_row(row)
             raise UserError(
-                f"data.path: row {row} (from 0) of {self.shards[shard]} holds NaN or infinity; "
+                f"data.path: row {index} (from 0) of {self.shards[shard]} holds NaN or infinity; "
                 "leave such rows out"
             )
         return x
 
     def try_files(self) -> None:
         """Open every file once. UserError: one cannot be read."""
-        for number in range(len(self.shards)):
-            self._get_reader(number)
+        for shard in range(len(self.shards)):
+            self._get_reader(shard)
 
     def summarise_content(self) -> str:
-        """Shape, and a checksum of rows spread evenly."""
+        """Shape, and a checksum of at most FINGERPRINT_ROWS rows, evenly spaced."""
         checksum = 0
         count = min(self.row_count, FINGERPRINT_ROWS)
         for row in np.linspace(0, self.row_count - 1, count).astype(np.int64):
-            (part,) = self._read_pieces(row, row + 1)
-            checksum = zlib.crc32(part.contiguous().view(torch.uint8).numpy(), checksum)
+            (x,) = self._read_pieces(row, row + 1)
+            checksum = zlib.crc32(x.contiguous().view(torch.uint8).numpy(), checksum)
         return f"{self.row_count} rows of {self.width}, crc32 {checksum:08x}"
 
     def _locate_row(self, row: int) -> tuple[int, int]:
-        """The shard that holds a row, and the row's number in it."""
+        """Index of the shard that holds a row, and of the row in that shard."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
         return shard, int(row - self._ends[shard] + self.shards[shard].shape[0])
 
@@ -135,9 +135,9 @@ class SavedMatrix:
             yield self._get_reader(shard)(row, row + count).to(self.dtype)
             start += count
 
-    def _get_reader(self, number: int) -> Reader:
-        with _explain_errors(self.shards[number].file):
-            return self._open_shard(self.shards[number])
+    def _get_reader(self, shard: int) -> Reader:
+        with _explain_errors(self.shards[shard].file):
+            return self._open_shard(self.shards[shard])
 
 
 @contextmanager
@@ -163,21 +163,22 @@ def parse_site(name: str) -> Site | None:
 def find_matrices(path: Path, names: Mapping[str, str], where: str) -> dict[Site, SavedMatrix]:
     """Find the matrices below `path`, reading only headers -> {site: matrix}.
 
-    names: {site: name of a tensor, column, file or folder}; empty if the names are those of sites.
-    If no name matches a site, the only matrix is at `UNNAMED`. UserError: there is no file; there
-    is no matrix, or several without a site; the shards of a site differ in width.
+    names: {site: name of a tensor, column, file or folder}; empty if these are named by sites. If
+    no name is that of a site, the only matrix is at `UNNAMED`. `where` names the data in messages.
+    UserError: there is no file; there is no matrix, or several without a site; the shards of a site
+    differ in width.
     """
     files = [file for file in list_files(path) if file.lower().endswith(SUFFIXES)]
     if not files:
         raise UserError(f"{where}: no file there that ends in {', '.join(SUFFIXES)}")
     shards = [shard for file in files for shard in _list_shards(file, path)]
-    sites = {name: parse_site(site) for site, name in names.items()}
+    site_by_name = {name: parse_site(site) for site, name in names.items()}
+    find_site = site_by_name.get if names else parse_site
     by_site: dict[Site, list[MatrixFile]] = {}
     for shard in shards:
-        named = (sites.get(name) if sites else parse_site(name) for name in shard.names)
-        if site := next(filter(None, named), None):
+        if site := next(filter(None, map(find_site, shard.names)), None):
             by_site.setdefault(site, []).append(shard)
-    if missing := [name for name, site in sites.items() if site not in by_site]:
+    if missing := [name for name, site in site_by_name.items() if site not in by_site]:
         names_there = dict.fromkeys(name for shard in shards for name in shard.names)
         raise UserError(
             f"data.sites: {where} holds nothing that is called {missing[0]}; "
@@ -223,29 +224,32 @@ def _check_shards(site: Site, shards: list[MatrixFile], where: str) -> list[Matr
 def _list_shards(file: str, path: Path) -> list[MatrixFile]:
     """List what a file below `path` holds, with the names that it can be called by."""
     base = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
-    below = Path(os.path.relpath(file, base))
-    outer = (below.stem, *reversed(below.parts[:-1]))
+    relative = Path(os.path.relpath(file, base))
+    path_names = (relative.stem, *reversed(relative.parts[:-1]))
     with _explain_errors(file):
         entries = _read_headers(file)
     return [
-        MatrixFile(file, name, tuple(shape), dtype, (name, *outer) if name else outer)
+        MatrixFile(file, name, tuple(shape), dtype, (name, *path_names) if name else path_names)
         for name, (shape, dtype) in entries.items()
     ]
 
 
 def _read_headers(file: str) -> dict[str | None, tuple[Sequence[int], Any]]:
-    """List what a file holds -> {name: (shape, dtype)}; a dtype that is not of floats is a str."""
+    """List what a file holds -> {name: (shape, dtype)}; a dtype is a str if it is not a float's."""
     if file.lower().endswith(".safetensors"):
         with safe_open(file, "pt") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
-            kinds = {name: part.get_dtype() for name, part in slices.items()}
-            return {
-                name: (part.get_shape(), FLOATS.get(kinds[name], kinds[name]))
-                for name, part in slices.items()
-            }
+            entries = {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
+            return _parse_dtypes(entries)
     if file.lower().endswith(".npy"):
         array = np.load(file, mmap_mode="r", allow_pickle=False)
         entries = {None: (array.shape, array.dtype.newbyteorder("=").name)}
     else:
         entries = find_columns(file)
-    return {name: (shape, FLOATS.get(kind, kind)) for name, (shape, kind) in entries.items()}
+    return _parse_dtypes(entries)
+
+
+def _parse_dtypes(
+    entries: dict[str | None, tuple[Sequence[int], str]],
+) -> dict[str | None, tuple[Sequence[int], Any]]:
+    return {name: (shape, FLOATS.get(dtype, dtype)) for name, (shape, dtype) in entries.items()}

@@ -103,10 +103,11 @@ class ActivationsSource(NoLLMSource):
 
     def check_data(self, sites: Sequence[Site], batch: int) -> None:
         by_site = self.read_headers()
-        self._split([by_site[site] for site in sites], batch)
+        self._hold_out([by_site[site] for site in sites], batch)
 
-    def _split(self, matrices: Sequence[SavedMatrix], batch: int = 1) -> RowBlocks:
-        """Split the rows. UserError: sites differ in their number of rows, or there are too few."""
+    def _hold_out(self, matrices: Sequence[SavedMatrix], batch: int = 1) -> RowBlocks:
+        """Hold out blocks of rows. UserError: sites differ in their number of rows, or fewer than
+        `batch` are left."""
         first, where = matrices[0], f"data.path={self.data.path}"
         for other in matrices:
             if other.row_count != first.row_count:
@@ -115,11 +116,11 @@ class ActivationsSource(NoLLMSource):
                     f"{other.row_count:,}; row i has to be the same token at every site"
                 )
         blocks = split_rows(first.row_count, self.data.held_out)
-        left = int(blocks.count_rows(blocks.train).sum())
-        if left < batch:
+        remaining = int(blocks.count_rows(blocks.train).sum())
+        if remaining < batch:
             raise UserError(
                 f"{where}: {first.row_count:,} rows, of which data.held_out={self.data.held_out} "
-                f"leaves {left:,} to train on; a batch (trainer.batch={batch}) needs more"
+                f"leaves {remaining:,} to train on; a batch (trainer.batch={batch}) needs more"
             )
         return blocks
 
@@ -131,8 +132,9 @@ class ActivationsSource(NoLLMSource):
     def check_stream_state(
         self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int
     ) -> None:
-        names = {str(site): str for site in sites}
-        expect(state, {"rows": {"served": ANY_COUNT, "rows": ANY_COUNT, "files": names}}, "stream")
+        files = {str(site): str for site in sites}
+        expect(state, {"rows": {"served": ANY_COUNT, "rows": ANY_COUNT, "files": files}}, "stream")
+        # each row counts as a sequence
         max_rows, sequences = self.data.pool + SERVED_ROWS, state["rows"]["served"]
         widths = {site: shape.width_at(site) for site in sites}
         expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)
@@ -143,7 +145,7 @@ class ActivationsSource(NoLLMSource):
             matrices = {site: by_site[site] for site in own_sites}
             for matrix in matrices.values():
                 matrix.try_files()
-        return matrices, self._split([by_site[site] for site in sites])
+        return matrices, self._hold_out([by_site[site] for site in sites])
 
     def open_data(self, needs: Needs) -> OpenedData:
         own_sites = needs.sites if needs.own_sites is None else needs.own_sites
@@ -151,10 +153,10 @@ class ActivationsSource(NoLLMSource):
         device = pick_device(self.llm)
         rows = SavedRows(matrices, blocks, seed=self.seed, device=device)
         held_out = HeldOutRows(matrices, blocks, tokens=needs.tokens, device=device)
-        kinds = {str(matrix.dtype).removeprefix("torch.") for matrix in matrices.values()}
+        dtypes = {str(matrix.dtype).removeprefix("torch.") for matrix in matrices.values()}
         about = {
             "activations": f"{self.data.path}, {rows.rows_per_epoch:,} rows to train on, "
-            f"{blocks.n - rows.rows_per_epoch:,} held out, {' and '.join(sorted(kinds))}"
+            f"{blocks.row_count - rows.rows_per_epoch:,} held out, {' and '.join(sorted(dtypes))}"
         }
         return OpenedData(rows, held_out, about)
 

@@ -47,11 +47,11 @@ class BatchStream:
         assert batch <= pool, f"batches of {batch} rows from a pool of {pool}"
         self.rows, self.batch, self.total_batches, self.pool_rows = rows, batch, total_batches, pool
         self.device = rows.device
-        self.seconds = 0.0
+        self.seconds = 0.0  # spent on making batches
         self._pool = Pool(sites or rows.sites, pool + rows.max_rows, seed=seed, device=rows.device)
         self._served = 0  # batches
         self._started = False
-        self._ids = torch.empty(0, dtype=torch.int64)  # sequence of each row of the last batch
+        self._sequence_ids = torch.empty(0, dtype=torch.int64)  # of the last batch's rows
 
     def __len__(self) -> int:
         return self.total_batches
@@ -62,7 +62,7 @@ class BatchStream:
                 self._fill()
                 with record_function("pool"):
                     taken = self._pool.take(self.batch)
-            self._ids = taken.sequence_ids
+            self._sequence_ids = taken.sequence_ids
             self._served += 1  # first: a state saved at the yield continues after this batch
             yield taken.activations
 
@@ -80,7 +80,8 @@ class BatchStream:
 
     @property
     def distinct_sequences(self) -> int:
-        return len(self._ids.unique())
+        """Number of sequences that the rows of the last batch come from."""
+        return len(self._sequence_ids.unique())
 
     @property
     def epoch(self) -> int:
@@ -90,7 +91,7 @@ class BatchStream:
         self.rows.close()
 
     def _count_missing(self) -> int:
-        """Count the rows that the run still needs besides those in the pool."""
+        """Count the rows that the run still needs in addition to those in the pool."""
         return (self.total_batches - self._served) * self.batch - len(self._pool)
 
     def _fill(self) -> None:

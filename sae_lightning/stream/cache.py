@@ -56,9 +56,9 @@ class CachedRows(RowStream):
         resumed: bool,
         own_sites: Sequence[Site] | None = None,
     ) -> None:
-        """`folder` holds the shards of one key, the hash of `settings`; `width` is that of an
-        activation; a `resumed` run goes on without writing where a new one would stop with an
-        error; rows are read at the sites `own_sites` only (None: at all)."""
+        """`folder` holds the shards of one key, the hash of `settings`; `width`: d of the
+        activations; a `resumed` run goes on without writing where a new one would stop with an
+        error; `own_sites`: the sites at which rows are read (None: at all)."""
         self.live = live
         self.sites, self.device, self.max_rows = live.sites, live.device, live.max_rows
         self.folder, self.settings, self.resumed = folder, settings, resumed
@@ -68,12 +68,12 @@ class CachedRows(RowStream):
         self.shards: list[Shard] = []  # in order
         self.epoch = live.epoch
         self._position = 0  # LLM batches served
-        self._stop: int | None = 0  # end of this stretch; None: not known yet
+        self._stop: int | None = 0  # LLM batch that ends this stretch; None: not known yet
         self._shard: Shard | None = None  # being read
         self._buffer: list[tuple[Rows, int, int]] | None = None  # rows, epoch, crc32
         self._earlier_state = live.state_dict()  # of `live`, at `_position` or before
         self._is_checked = False  # whether shards and disk space were looked at
-        self._lock, self._writes = ExitStack(), None  # None: lock not tried yet
+        self._lock, self._writes = ExitStack(), None  # bool once `_may_write` has decided
 
     @property
     def llm_seconds(self) -> float:
@@ -111,10 +111,10 @@ class CachedRows(RowStream):
         self.epoch = self.live.epoch
         self._position += 1
         if self._buffer is not None:
-            kept = Rows({site: x.cpu() for site, x in rows.activations.items()}, rows.sequence_ids)
-            self._buffer.append((kept, self.epoch, self.live.tokens_crc32))
-            buffered = sum(len(kept.sequence_ids) for kept, _, _ in self._buffer)
-            if buffered * self.row_bytes >= SHARD_BYTES:
+            batch = rows._replace(activations={s: x.cpu() for s, x in rows.activations.items()})
+            self._buffer.append((batch, self.epoch, self.live.tokens_crc32))
+            row_count = sum(len(batch.sequence_ids) for batch, _, _ in self._buffer)
+            if row_count * self.row_bytes >= SHARD_BYTES:
                 self._stop = self._position
         return rows
 
@@ -159,10 +159,10 @@ class CachedRows(RowStream):
             if self.resumed:
                 raise
             self._refuse_text()
-        while (number := self.live.llm_batches) < self._position:
+        while (llm_batch := self.live.llm_batches) < self._position:
             self.live.read_sequences()
-            shard = self._find_shard(number)
-            if shard and shard.texts[number - shard.first] != self.live.tokens_crc32:
+            shard = self._find_shard(llm_batch)
+            if shard and shard.tokens_crc32[llm_batch - shard.first] != self.live.tokens_crc32:
                 self._refuse_text()
 
     def _refuse_text(self) -> NoReturn:
@@ -196,8 +196,10 @@ class CachedRows(RowStream):
         self._is_checked = True
         self._list_shards()
         needed_rows = self._position, self.max_rows, remaining
-        if count_cached(self.shards, *needed_rows) < remaining and self._may_write():
-            needed = (remaining - count_cached(self.shards, *needed_rows)) * self.row_bytes
+        cached = count_cached(self.shards, *needed_rows)
+        if cached < remaining and self._may_write():  # which may list the shards anew
+            cached = count_cached(self.shards, *needed_rows)
+            needed = (remaining - cached) * self.row_bytes
             free = read_free_space(self.folder)
             console.print(
                 f"the activation cache takes about {_format_size(needed)} in {self.folder}, "
@@ -211,9 +213,9 @@ class CachedRows(RowStream):
             elif not (self.folder / MANIFEST).is_file():
                 with self._stop_writing_on_error():
                     write_json(self.folder / MANIFEST, self.settings)
-        if cached := count_cached(self.shards, *needed_rows):
-            share = f"{cached:,} of {remaining:,} tokens"
-            console.print(f"{share} are read from the activation cache in {self.folder}")
+        if cached:
+            tokens = f"{cached:,} of {remaining:,} tokens"
+            console.print(f"{tokens} are read from the activation cache in {self.folder}")
 
     def _list_shards(self) -> None:
         """List the shards on disk; checksums are verified when a shard is opened."""
@@ -223,12 +225,12 @@ class CachedRows(RowStream):
             try:
                 self.shards.append(Shard(path))
             except DAMAGE_ERRORS:
-                if self._writes:  # and so will replace it
+                if self._writes:  # only then will this process replace it
                     console.print(f"{path} is damaged: the LLM computes it again")
 
     def _may_write(self) -> bool:
-        """Whether this process may write; the first call locks the folder and removes leftovers. Of
-        several ranks, only rank 0 writes."""
+        """Whether this process may write: of several ranks, only rank 0. The first call, which all
+        ranks make, locks the folder and removes leftovers."""
         if self._writes is None:
             writes = world().broadcast_value(world().is_first and self._try_lock())
             self._writes = writes and world().is_first
@@ -283,7 +285,7 @@ class CachedRows(RowStream):
         return state | {"text": self.live.tokens.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after `llm_batches` LLM batches; skips their text only if the LLM must run.
+        """Continue after `llm_batches` LLM batches; their text is skipped only if the LLM must run.
 
         UserError: the text is not the one that the state was saved with.
         """

@@ -16,8 +16,8 @@ ROLES = {"human": "user", "gpt": "assistant"}  # of `from`, in ShareGPT's format
 
 
 def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":
-    """Make each row's conversation a document, {"messages": ..., "origin": file and row}; the copy
-    is reused until a file changes.
+    """Copy the conversation of each row as a document, the JSON of {"messages": ..., "origin": file
+    and row}; the copy is reused until a file changes.
 
     UserError: files of this kind hold no conversations, or a row has none.
     """
@@ -27,7 +27,7 @@ def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":
             "a column of messages"
         )
 
-    def lines() -> Iterator[str]:
+    def format_chats() -> Iterator[str]:
         for file in files:
             read_rows = _read_parquet if pick_loader(file) == "parquet" else read_valid_json
             for number, row in read_rows(file, where):
@@ -35,7 +35,7 @@ def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":
                 messages = _read_messages(row, column, f"{where}: {origin}")
                 yield json.dumps({"messages": messages, "origin": origin})
 
-    return copy_documents(files, lines(), f"chats {column}")
+    return copy_documents(files, format_chats(), f"chats {column}")
 
 
 def _read_parquet(file: str, where: str) -> Iterator[tuple[int, Any]]:

@@ -1,4 +1,4 @@
-"""Superposition with known concepts: activations are sparse sums of known directions.
+"""Superposition with known concepts: activations are sparse sums of the concepts' directions.
 
 Shapes: n = samples, concepts, dim = length of an activation (fewer than concepts).
 """
@@ -38,25 +38,26 @@ class ConceptWorld(NamedTuple):
     def sample(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Sample activations [n, dim] and the strengths [n, concepts] of their concepts: log-normal
         with median 1, or 0 where a concept is not active."""
-        active = self._active(n, generator)
+        active = self._draw_active(n, generator)
         strengths = torch.zeros(active.shape)
         normal = torch.randn(int(active.sum()), generator=generator)
         strengths[active] = torch.exp(LOG_STRENGTH_STD * normal)
         return strengths @ self.directions, strengths
 
-    def _active(self, n: int, generator: Generator) -> Tensor:
-        """Draw which concepts fire -> [n, concepts] bool.
+    def _draw_active(self, n: int, generator: Generator) -> Tensor:
+        """Draw which concepts are active -> [n, concepts] bool.
 
-        A one-factor Gaussian copula: concept i fires where sqrt(r) g + sqrt(1 - r) e_i, with g
-        common to its group, is below the quantile of its rate. So correlation changes no rate.
-        A child fires with probability rate / (its parent's rate), but only where its parent fires.
+        A one-factor Gaussian copula: concept i is active where sqrt(r) g + sqrt(1 - r) e_i, with r
+        the `correlation`, g common to its group and g and e_i normal, is below the quantile of its
+        rate. So correlation changes no rate. Where its parent is active, a child is active with
+        probability rate / (its parent's rate); elsewhere it is not.
         """
-        parents = self.parent == torch.arange(len(self.rates))
-        conditional = torch.where(parents, self.rates, self.rates / self.rates[self.parent])
+        is_child = self.parent != torch.arange(len(self.rates))
+        conditional = torch.where(is_child, self.rates / self.rates[self.parent], self.rates)
         latent = torch.randn(n, len(self.rates), generator=generator)
         if self.correlation > 0:
             common = torch.randn(n, int(self.group.max()) + 1, generator=generator)[:, self.group]
-            share = self.correlation * parents
+            share = self.correlation * ~is_child  # r
             latent = share.sqrt() * common + (1 - share).sqrt() * latent
         drawn = latent < torch.special.ndtri(conditional)
         return drawn & drawn[:, self.parent]
@@ -77,13 +78,13 @@ def make_concept_world(
     generator = Generator().manual_seed(seed)
     directions = torch.randn(concepts, dim, generator=generator)
     index = torch.arange(concepts)
-    parents = concepts - int(hierarchy * concepts)
+    parent_count = concepts - int(hierarchy * concepts)
     return ConceptWorld(
         directions=directions / directions.norm(dim=1, keepdim=True),
         rates=make_zipf_rates(concepts, l0, zipf),
-        parent=torch.where(index < parents, index, (index - parents) % parents),
+        parent=torch.where(index < parent_count, index, (index - parent_count) % parent_count),
         # each group has frequent and rare concepts
-        group=index % math.ceil(parents / GROUP_CONCEPTS),
+        group=index % math.ceil(parent_count / GROUP_CONCEPTS),
         correlation=correlation,
     )
 

@@ -1,4 +1,4 @@
-"""Splits the documents of a text into training and held-out ones; one column, `text`."""
+"""Splits the documents of a text into training and held-out ones, in data sets of one column."""
 
 import hashlib
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class SplitDocuments(NamedTuple):
     """What only evaluation reads; one column, `text`; may be empty."""
 
     where: str = "data"
-    """The setting that names the text, with its value, for messages."""
+    """The setting that names the text, with its value: the beginning of messages."""
 
     assistant_only: bool | None = None
     """None if documents are text. If they are conversations (see `copy_chats`), whether to train
@@ -47,10 +47,10 @@ class Documents(NamedTuple):
     """Documents with all their columns."""
 
     data: "Dataset | IterableDataset"
-    first: dict | None
-    """The first row, perhaps without its values; None if there is no document."""
+    first_row: dict | None
+    """Column -> value or, for local files, None; None if there is no document."""
     where: str
-    """The setting that names the data, with its value, for messages."""
+    """The setting that names the data, with its value: the beginning of messages."""
 
 
 def make_documents(texts: list[str]) -> "Dataset":
@@ -61,8 +61,8 @@ def make_documents(texts: list[str]) -> "Dataset":
 
 
 def prepare_text_cache() -> Path:
-    """Create our folder for copies of text in the cache of `datasets` (a saved data set may be in a
-    read-only folder), and remove what killed writers left."""
+    """Create and return our folder for copies of text, in the cache of `datasets` (a saved data set
+    may be in a read-only folder), and remove what killed writers left there."""
     from datasets.config import HF_DATASETS_CACHE
 
     folder = Path(HF_DATASETS_CACHE) / "sae_lightning"
@@ -74,26 +74,26 @@ def prepare_text_cache() -> Path:
 def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitDocuments:
     """Hold out about `share` of the text's bytes: a fixed random sample of the documents.
 
-    It is the first of these whose bytes are near `share`: that share of the documents; as many as
-    just reach it; one fewer. If none is near, a document is cut and its end is held out. With
-    `whole`, that share of the documents is held out in any case.
+    Three sizes of the sample are tried: `share` of the documents, as many as just reach `share` of
+    the bytes, and one fewer. The first one whose bytes are near `share` of all is taken. If there
+    is none, a document is cut and its end held out. With `whole`, the first size is taken anyway.
     """
     import pyarrow.compute as pc
 
     column = data.with_format("arrow")[:].column("text")
     sizes = pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64)
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(data))
-    held = np.concatenate([[0], np.cumsum(sizes[order])])  # bytes of the first n in `order`
+    sums = np.concatenate([[0], np.cumsum(sizes[order])])  # bytes of the first n in `order`
     count = min(max(1, round(share * len(data))), len(data) - 1)
-    last = int(np.searchsorted(held[1:], share * held[-1]))  # the document that reaches the share
+    last = int(np.searchsorted(sums[1:], share * sums[-1]))  # the document that reaches the share
     lowest, highest = share / 2, min(4 * share, (1 + share) / 2)
     for n in (count,) if whole else (count, last + 1, last):
-        if whole or lowest * held[-1] <= held[n] <= highest * held[-1]:
-            # in the files' own order: reading stays sequential, shuffling comes later
+        if whole or lowest * sums[-1] <= sums[n] <= highest * sums[-1]:
+            # in the order of the files: reading stays sequential, shuffling comes later
             return SplitDocuments(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
     row, size = int(order[last]), sizes[order[last]]
     (text,) = view_texts(column.slice(row, 1))
-    cut = _cut(text, share * (held[-1] / size) - held[last] / size)
+    cut = _find_cut(text, share * (sums[-1] / size) - sums[last] / size)
     parts = (order[last + 1 :], text[:cut]), (order[:last], text[cut:])
     return SplitDocuments(
         *(_append_part(data, np.sort(rows), part, f"{row} {cut}") for rows, part in parts)
@@ -114,12 +114,13 @@ def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
             yield texts[start:end] if is_text and end > start else pa.py_buffer(b"")
 
 
-def _cut(text: "Buffer", share: float) -> int:
+def _find_cut(text: "Buffer", share: float) -> int:
     """Find the byte at which to cut off the last `share` of a text's characters. The cut moves back
-    to a line's or word's beginning, by at most `share` and at most half of the rest."""
+    to the beginning of a line or else of a word, by at most `share` of the text and at most half of
+    what is left of it."""
     size = sum(np.count_nonzero(begins) for begins in _mark_characters(text))
     cut = int(size * (1 - share))
-    first, last = (_find_byte(text, n) for n in (max(cut // 2, 2 * cut - size), cut))
+    first, last = (_find_byte(text, index) for index in (max(cut // 2, 2 * cut - size), cut))
     return _find_last(b"\n", text, first, last) or _find_last(b" ", text, first, last) or last
 
 
@@ -129,28 +130,30 @@ def _mark_characters(text: "Buffer") -> Iterator[np.ndarray]:
         yield np.frombuffer(text[start : start + SCANNED_BYTES], np.uint8) & 0xC0 != 0x80
 
 
-def _find_byte(text: "Buffer", character: int) -> int:
-    """Find the byte at which a character begins; past the last one, the text's length."""
+def _find_byte(text: "Buffer", index: int) -> int:
+    """Find the byte at which the character of this index begins; past the last one, the text's
+    length."""
     start = 0
     for begins in _mark_characters(text):
-        bytes_of_characters = np.flatnonzero(begins)
-        if character < len(bytes_of_characters):
-            return start + int(bytes_of_characters[character])
-        character, start = character - len(bytes_of_characters), start + len(begins)
+        first_bytes = np.flatnonzero(begins)
+        if index < len(first_bytes):
+            return start + int(first_bytes[index])
+        index, start = index - len(first_bytes), start + len(begins)
     return start
 
 
-def _find_last(what: bytes, text: "Buffer", first: int, last: int) -> int:
-    """Find the byte after the last `what` between two bytes; 0 if there is none."""
+def _find_last(character: bytes, text: "Buffer", first: int, last: int) -> int:
+    """Find the byte after the last `character` between two bytes; 0 if there is none."""
     for end in range(last, first, -SCANNED_BYTES):
         start = max(first, end - SCANNED_BYTES)
-        if after := text[start:end].to_pybytes().rfind(what) + 1:
+        if after := text[start:end].to_pybytes().rfind(character) + 1:
             return start + after
     return 0
 
 
 def _append_part(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -> "Dataset":
-    """Append a part of a document to rows of its data set, without copies."""
+    """Append a part of a document to some `rows` of its data set, without copies; `name` tells the
+    fingerprints of different cuts apart."""
     import pyarrow as pa
     from datasets import Dataset, concatenate_datasets
     from datasets.table import concat_tables
@@ -210,6 +213,6 @@ def concerns_copy(error: Exception) -> bool:
     error = error.__cause__ or error
     if not isinstance(error, OSError):
         return False
-    cache, named = Path(HF_DATASETS_CACHE), Path(str(error.filename))
-    in_cache = cache.is_relative_to(named) or named.is_relative_to(cache)
+    cache, path = Path(HF_DATASETS_CACHE), Path(str(error.filename))
+    in_cache = cache.is_relative_to(path) or path.is_relative_to(cache)
     return error.errno in {*WRITE_ERRORS, *LOCKS_UNSUPPORTED} or in_cache

@@ -16,8 +16,8 @@ def exchange_rows(
     like: Tensor,
     ranks: Ranks | None = None,
 ) -> list[dict[Site, Tensor]]:
-    """Exchange the rows of one round of LLM batches, of which rank r captured batch r; returns the
-    rows {site: [counts[r], d]} of each batch at the sites that this rank wants.
+    """Exchange the rows of one round of LLM batches, in which rank r has captured batch r; returns
+    the rows {site: [counts[r], d]} of each batch r at the sites that this rank wants.
 
     rows: of this rank's batch, {site: [counts[rank], d]}, at all sites that any rank wants; empty
     for a rank without a batch. counts: rows of each batch (every rank passes the same list); a last
@@ -29,8 +29,8 @@ def exchange_rows(
     if ranks.size == 1:
         return [rows]
     own_sites = sorted(wanted[ranks.rank])
-    sent = {tuple(sorted(sites)) for sites in wanted if rows and sites}
-    stacks = {sites: torch.stack([rows[site] for site in sites]) for sites in sent}
+    requests = {tuple(sorted(sites)) for sites in wanted if rows and sites}
+    stacks = {sites: torch.stack([rows[site] for site in sites]) for sites in requests}
     outgoing = [
         None if other == ranks.rank else stacks.get(tuple(sorted(sites)))
         for other, sites in enumerate(wanted)
@@ -49,17 +49,17 @@ def exchange_rows(
 
 
 def apply_together(
-    function: Callable[[Tensor], Tensor], x: Tensor, rows: int, ranks: Ranks
+    function: Callable[[Tensor], Tensor], x: Tensor, rows_per_call: int, ranks: Ranks
 ) -> Tensor:
     """function(x) [n, d_out] of this rank's rows x [n, d_in], for a function that all ranks have to
-    call together: each call gets rows of all ranks, at most `rows` of them."""
+    call together: each call gets at most `rows_per_call` rows, of all ranks."""
     if ranks.size == 1:
-        return torch.cat([function(part) for part in x.split(rows)])
-    most = max(ranks.gather_values(len(x)))
-    padded = x.new_zeros(most, x.shape[1])
+        return torch.cat([function(part) for part in x.split(rows_per_call)])
+    longest = max(ranks.gather_values(len(x)))
+    padded = x.new_zeros(longest, x.shape[1])
     padded[: len(x)] = x
     results = []
-    for part in padded.split(max(1, rows // ranks.size)):
+    for part in padded.split(max(1, rows_per_call // ranks.size)):
         y = function(ranks.stack(part).flatten(0, 1))
         results.append(y[ranks.rank * len(part) :][: len(part)])
     return torch.cat(results)[: len(x)]

@@ -31,7 +31,7 @@ from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.stream.documents import prepare_text_cache, view_texts
 from sae_lightning.terminal import phase
 
-PIECE_BYTES = 1 << 18  # bytes; a longer document is cut
+PIECE_BYTES = 1 << 18  # a longer document is cut
 TOKENISED_CHARACTERS = 1 << 20  # characters tokenised at a time
 FINGERPRINT_TOKENS = 1 << 12  # length of each sample in a long text's fingerprint
 WRITTEN_TOKENS = 1 << 22  # tokens written at a time
@@ -41,14 +41,14 @@ CUT_PATTERNS = [
 ]
 
 
-class Cut(NamedTuple):
+class DocumentPiece(NamedTuple):
     """A document, or a piece of one."""
 
     text: str
     share: float
     """Fraction of the document."""
-    first: bool
-    last: bool
+    is_first: bool
+    is_last: bool
 
 
 def tokenise_documents(
@@ -59,46 +59,52 @@ def tokenise_documents(
     A document without tokens gives an empty array.
     """
     contents = ((text or "").encode("utf-8", "surrogatepass") for text in texts)
-    documents, pieces = [], []
-    for cut, tokens in _tokenise(tokenizer, contents, separator):
-        pieces.append(tokens)
-        if cut.last:
-            documents.append(np.concatenate(pieces))
-            pieces = []
+    documents, parts = [], []
+    for piece, tokens in _tokenise(tokenizer, contents, separator):
+        parts.append(tokens)
+        if piece.is_last:
+            documents.append(np.concatenate(parts))
+            parts = []
     return documents
 
 
 def _tokenise(
     tokenizer: Any, documents: Iterable[Any], separator: int
-) -> Iterator[tuple[Cut, np.ndarray]]:
+) -> Iterator[tuple[DocumentPiece, np.ndarray]]:
     """Yield the pieces of UTF-8 documents and their tokens [n] int32.
 
-    The last piece of a document with any tokens ends with the separator. `verbose=False` mutes the
-    warning that a text is longer than the LLM's context: it is cut into sequences later.
+    The separator ends the last piece of a document, unless the document has no tokens.
+    `verbose=False` mutes the warning that a text is longer than the LLM's context: it is cut into
+    sequences later.
     """
-    has_tokens, adds_space = False, None
-    for cuts in _group_pieces(documents):
-        if adds_space is None and not all(cut.first for cut in cuts):
-            adds_space = _adds_space(tokenizer)
-        ids = tokenizer(
-            [c.text.removeprefix(" ") if adds_space and not c.first else c.text for c in cuts],
+    has_tokens, prepends_space = False, None
+    for pieces in _group_pieces(documents):
+        if prepends_space is None and not all(piece.is_first for piece in pieces):
+            prepends_space = _prepends_space(tokenizer)
+        token_ids = tokenizer(
+            [
+                piece.text.removeprefix(" ")
+                if prepends_space and not piece.is_first
+                else piece.text
+                for piece in pieces
+            ],
             add_special_tokens=False,
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
-        for cut, tokens in zip(cuts, ids, strict=True):
-            has_tokens = bool(tokens) or has_tokens and not cut.first
-            ends = has_tokens and cut.last
-            yield cut, np.asarray([*tokens, separator] if ends else tokens, np.int32)
+        for piece, tokens in zip(pieces, token_ids, strict=True):
+            has_tokens = bool(tokens) or has_tokens and not piece.is_first
+            ends = has_tokens and piece.is_last
+            yield piece, np.asarray([*tokens, separator] if ends else tokens, np.int32)
 
 
-def _group_pieces(documents: Iterable[Any]) -> Iterator[list[Cut]]:
+def _group_pieces(documents: Iterable[Any]) -> Iterator[list[DocumentPiece]]:
     """Yield all pieces in order, in groups of about TOKENISED_CHARACTERS characters."""
     group, size = [], 0
     for number, document in enumerate(documents, 1):
-        for cut in _cut_document(memoryview(document), number):
-            group.append(cut)
-            size += len(cut.text)
+        for piece in _cut_document(memoryview(document), number):
+            group.append(piece)
+            size += len(piece.text)
             if size >= TOKENISED_CHARACTERS:
                 yield group
                 group, size = [], 0
@@ -106,27 +112,30 @@ def _group_pieces(documents: Iterable[Any]) -> Iterator[list[Cut]]:
         yield group
 
 
-def _cut_document(document: memoryview, number: int) -> Iterator[Cut]:
+def _cut_document(document: memoryview, number: int) -> Iterator[DocumentPiece]:
+    """Yield the pieces of document `number` (from 1); UserError if it is not UTF-8."""
     start, size = 0, len(document)
     while True:
-        piece = bytes(document[start : start + PIECE_BYTES])
+        content = bytes(document[start : start + PIECE_BYTES])
         stop = size
         if start + PIECE_BYTES < size:
-            stop = start + next(m.end() for cut in CUT_PATTERNS if (m := cut.match(piece)))
+            matches = (pattern.match(content) for pattern in CUT_PATTERNS)
+            stop = start + next(match.end() for match in matches if match)
         try:
-            text = piece[: stop - start].decode("utf-8", "surrogatepass")
+            text = content[: stop - start].decode("utf-8", "surrogatepass")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"data: document {number} of the text is not UTF-8 (byte 0x{piece[error.start]:02x}"
-                f" after {start + error.start} bytes); convert it, or leave it out"
+                f"data: document {number} of the text is not UTF-8 (byte 0x"
+                f"{content[error.start]:02x} after {start + error.start} bytes); convert it, or "
+                "leave it out"
             ) from error
-        yield Cut(text, (stop - start) / (size or 1), start == 0, stop == size)
+        yield DocumentPiece(text, (stop - start) / (size or 1), start == 0, stop == size)
         if stop == size:
             return
         start = stop
 
 
-def _adds_space(tokenizer: Any) -> bool:
+def _prepends_space(tokenizer: Any) -> bool:
     """Whether a tokenizer prepends a space to every text, even to one that begins with a space."""
     texts = ["a b", "a", " b", "b"]
     whole, a, space_b, b = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -137,20 +146,20 @@ def tokenise_indexed(
     data: Any,
     tokenizer: Any,
     separator: int,
-    what: str = "text",
+    name: str = "text",
     chat: ChatEncoder | None = None,
 ) -> pa.ChunkedArray:
-    """Tokenise an indexed data set -> [tokens] int32, kept on disk if the data set is on disk.
-    `chat` encodes conversations.
+    """Tokenise an indexed (map-style) data set -> [tokens] int32, in a file if the data set is on
+    disk. `name` is shown while it is tokenised; `chat` encodes conversations.
 
-    The file's name is a hash of the data, the tokenizer's behaviour and the separator: the next run
-    with the same three opens that file. Slices read through the mmap.
+    The file's name is a hash of all that determines the tokens, so that the next run with the same
+    data, tokenizer and separator opens that file. Slices are read through its mmap.
     """
     key = hashlib.sha256()
     parts = (data._fingerprint, hash_tokenizer(tokenizer), str(separator), str(PIECE_BYTES))
     for part in (*parts, chat.key) if chat else parts:
         key.update(part.encode())
-    with mute_libraries(), phase(f"tokenising the {what}", total=len(data)) as advance:
+    with mute_libraries(), phase(f"tokenising the {name}", total=len(data)) as advance:
 
         def tokenise() -> Iterator[np.ndarray]:
             if chat:
@@ -158,9 +167,9 @@ def tokenise_indexed(
                     yield chat.encode_chat(json.loads(bytes(document)), separator)
                     advance(1)
                 return
-            for cut, tokens in _tokenise(tokenizer, _read_documents(data), separator):
+            for piece, tokens in _tokenise(tokenizer, _read_documents(data), separator):
                 yield tokens
-                advance(cut.share)
+                advance(piece.share)
 
         if not data.cache_files:
             return pa.chunked_array(_join_arrays(tokenise()), pa.int32())

@@ -29,7 +29,7 @@ class HeldOut(HeldOutData):
     """Activations of text that training never sees, and the LLM's loss on it.
 
     Tokens that training drops are neither scored nor replaced: position 0, special tokens, those of
-    a chat that are not the assistant's (`data.assistant_only`), and those with a norm above
+    a chat that the assistant has not written (`data.assistant_only`), and those with a norm above
     `max_norm` x median (of this text) at any site. What does not depend on the SAE is computed
     once, by all ranks together.
     """
@@ -57,8 +57,8 @@ class HeldOut(HeldOutData):
         self.llm, self.sites, self.batch, self.max_norm = llm, sites, batch, max_norm
         chosen = text.pick_sequences(-(-tokens // text.packing.window_size))
         self.tokens = read_ids(chosen)  # [sequences, context]
-        dropped = torch.tensor([] if keep_special else find_special_ids(llm.tokenizer))
-        self._keep = ~torch.isin(self.tokens, dropped) & (chosen >= 0)
+        dropped_ids = torch.tensor([] if keep_special else find_special_ids(llm.tokenizer))
+        self._keep = ~torch.isin(self.tokens, dropped_ids) & (chosen >= 0)
         self._keep[:, 0] = False
         count = min(len(self.tokens), -(-loss_tokens // text.packing.window_size))
         # indices of sequences
@@ -90,12 +90,12 @@ class HeldOut(HeldOutData):
             return
         rows = self._capture()
         if self.max_norm is not None:
-            usual = torch.ones(int(self._keep.sum()), dtype=torch.bool)  # [n]
+            is_usual = torch.ones(int(self._keep.sum()), dtype=torch.bool)  # [n]
             if rows:
-                usual = find_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
-            usual = torch.stack(world().gather_values(usual)).all(dim=0)
-            self._keep = self._keep.masked_scatter(self._keep, usual)
-            rows = {site: x[usual.to(x.device)] for site, x in rows.items()}
+                is_usual = find_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
+            is_usual = torch.stack(world().gather_values(is_usual)).all(dim=0)
+            self._keep = self._keep.masked_scatter(self._keep, is_usual)
+            rows = {site: x[is_usual.to(x.device)] for site, x in rows.items()}
         self._rows = rows
 
     def _capture(self) -> dict[Site, Tensor]:
@@ -155,27 +155,27 @@ class HeldOut(HeldOutData):
         target: Site,
         saes: Sequence[Callable[[Tensor], Any]],
         weights: Sequence[Callable[[], dict[str, Tensor]]],
-        rows: int,
+        rows_per_call: int,
         splits: Sequence[FeatureSplit] = (),
         means: Sequence[Tensor] = (),
     ) -> list[SpliceScores | None]:
-        """Measure the LLM's loss with each SAE's reconstruction in place of `target`; `weights` are
-        not used. None for each SAE if no loss is measured. If the SAEs are split over ranks, the
-        LLM's batches are shared out over these ranks."""
+        """Measure the LLM's loss with each SAE's reconstruction in place of `target`, or None for
+        each SAE if no loss is measured; `weights` are not used. If the SAEs are split over ranks,
+        the LLM's batches are shared out over these ranks."""
         if not len(self._loss_sequences):
             return [None] * len(saes)
         ranks = splits[0].ranks if splits else ALONE
 
         def reconstruct(sae: Callable[[Tensor], Any], x: Tensor) -> Tensor:
             return apply_together(
-                lambda part: sae(part).reconstruction.to(x.device), x, rows, ranks
+                lambda part: sae(part).reconstruction.to(x.device), x, rows_per_call, ranks
             )
 
         functions = [partial(reconstruct, sae) for sae in saes]
         baseline = self.measure_baseline(target)
         tokens, keep = self._select_loss_text()
-        what = "the SAE" if len(functions) == 1 else f"{len(functions)} SAEs"
-        with phase(f"LLM loss with {what}", total=len(tokens)) as advance:
+        replaced_by = "the SAE" if len(functions) == 1 else f"{len(functions)} SAEs"
+        with phase(f"LLM loss with {replaced_by}", total=len(tokens)) as advance:
             return score_splices(
                 self.llm.model,
                 tokens,

@@ -73,7 +73,8 @@ class HubConfig(TextConfig):
             )
 
     def hash_files(self) -> str | None:
-        """Hash the files' names and commit, or local files' names and times; None if downloaded."""
+        """Hash the files' names and commit, or local files' names and times; None if they are
+        downloaded or cannot be listed."""
         if not self.streaming:
             return None
         from datasets import load_dataset_builder
@@ -90,7 +91,7 @@ class HubConfig(TextConfig):
 
 
 class HubSource(TextSource):
-    """Trains on one split; holds out another split, or the first documents of the same."""
+    """Trains on one split, and holds out another split or the first documents of the same one."""
 
     data: HubConfig
     settings = HubConfig

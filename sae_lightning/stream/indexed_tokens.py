@@ -25,31 +25,31 @@ class IndexedTokens(TokenStream):
         if not len(flat):
             raise UserError(NO_TOKENS)
         self.flat, self.packing, self.seed = flat, packing, seed
-        self.windows = -(-len(flat) // packing.window_size)
+        self.window_count = -(-len(flat) // packing.window_size)
         self._fingerprint = ""
         self._begin(1)
 
     def _begin(self, epoch: int, cursor: int = 0) -> None:
         self.epoch, self.cursor = epoch, cursor
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        self._order = random.permutation(self.windows)
+        self._order = random.permutation(self.window_count)
 
     @property
     def served(self) -> int:
-        return (self.epoch - 1) * self.windows + self.cursor
+        return (self.epoch - 1) * self.window_count + self.cursor
 
     def next(self, n: int) -> Sequences:
         """Serve the next n sequences [n, context], beginning a new epoch where one ends."""
-        windows, ids = [], []
+        windows, sequence_ids = [], []
         while len(windows) < n:
-            if self.cursor == self.windows:
+            if self.cursor == self.window_count:
                 report_epoch(f"the text ran out after {len(self.flat):,} tokens", self.epoch + 1)
                 self._begin(self.epoch + 1)
             start = self._order[self.cursor] * self.packing.window_size
             windows.append(self.flat.slice(start, self.packing.window_size).to_numpy())
-            ids.append(self.served)
+            sequence_ids.append(self.served)
             self.cursor += 1
-        return self.packing.pack_sequences(windows, torch.tensor(ids, dtype=torch.int64))
+        return self.packing.pack_sequences(windows, torch.tensor(sequence_ids, dtype=torch.int64))
 
     def reopen(self) -> "IndexedTokens":
         return IndexedTokens(self.flat, self.packing, self.seed)

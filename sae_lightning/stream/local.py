@@ -105,11 +105,11 @@ class LocalSource(TextSource):
 
     def open_documents(self) -> SplitDocuments:
         if not self.data.weights:
-            return _open_split(self.data)
+            return _open_text(self.data)
         self._check_files()
         total, texts = sum(self.data.weights.values()), []
-        for config, weight in zip(self._split_mixture(), self.data.weights.values(), strict=True):
-            text = _open_split(config)
+        for config, weight in zip(self._list_texts(), self.data.weights.values(), strict=True):
+            text = _open_text(config)
             texts.append(text._replace(weight=weight / total, where=f"data.path={config.path}"))
         return texts[0]._replace(others=tuple(texts[1:]))
 
@@ -125,37 +125,37 @@ class LocalSource(TextSource):
                 f"label={label}: probes read one text, and data.weights names several; give one of "
                 "them as data.path, and leave data.weights out"
             )
-        return _load_table(config)
+        return _load_or_explain(config)
 
     def _check_files(self) -> None:
         """UserError: a text is missing, or a file belongs to two texts of a mixture."""
-        owners: dict[str, str] = {}
-        for config, name in zip(self._split_mixture(), self.data.weights or [""], strict=True):
-            for file in _find_text(config) or [config.path]:  # a saved data set is a folder
-                other = owners.setdefault(os.path.realpath(file), name)
+        text_of_file: dict[str, str] = {}
+        for config, name in zip(self._list_texts(), self.data.weights or [""], strict=True):
+            for file in _find_text_files(config) or [config.path]:  # a saved data set is a folder
+                other = text_of_file.setdefault(os.path.realpath(file), name)
                 if other != name:  # one would train on what the other holds out
                     raise UserError(
                         f"data.weights: {file} is in both {other} and {name}; give it to one"
                     )
 
-    def _split_mixture(self) -> list[LocalConfig]:
-        """The settings of each text of a mixture, or of the only text."""
+    def _list_texts(self) -> list[LocalConfig]:
+        """The settings of each text of the mixture, or of the only text."""
         folder = os.path.expanduser(self.data.path)
         paths = [os.path.join(folder, name) for name in self.data.weights] or [self.data.path]
         return [replace(self.data, path=path, weights={}) for path in paths]
 
 
-def _open_split(config: LocalConfig) -> SplitDocuments:
-    """Open the text of `config`, and hold out a part of it."""
-    documents = _load_table(config)
+def _open_text(config: LocalConfig) -> SplitDocuments:
+    """Open the one text of `config`, and hold out a part of it."""
+    documents = _load_or_explain(config)
     if config.chat:
-        split = hold_out(documents.data, config.held_out, whole=True)
-        return split._replace(where=documents.where, assistant_only=bool(config.assistant_only))
+        text = hold_out(documents.data, config.held_out, whole=True)
+        return text._replace(where=documents.where, assistant_only=bool(config.assistant_only))
     return hold_out(keep_text_column(documents, config.column), config.held_out)
 
 
-def _load_table(config: LocalConfig) -> Documents:
-    """Call `load_documents`, with a UserError for any error."""
+def _load_or_explain(config: LocalConfig) -> Documents:
+    """Call `load_documents`; UserError in place of any error."""
     where = f"data.path={config.path}"
     try:
         data = load_documents(config)
@@ -173,7 +173,7 @@ def _load_table(config: LocalConfig) -> Documents:
 def load_documents(config: LocalConfig) -> "Dataset":
     """Load every document, with all columns: from a saved data set, file, folder or glob."""
     path, where = Path(config.path).expanduser(), f"data.path={config.path}"
-    files = _find_text(config)
+    files = _find_text_files(config)
     if config.chat:
         column = None if config.column == "text" else config.column
         with phase("reading the conversations"):
@@ -185,13 +185,14 @@ def load_documents(config: LocalConfig) -> "Dataset":
     except UserError:
         raise
     except Exception as error:
-        if not concerns_copy(error) and pick_loader(files[0]) != "parquet":  # it has no lines
+        # a parquet file has no lines to check
+        if not concerns_copy(error) and pick_loader(files[0]) != "parquet":
             check_files(files, where)
         raise
 
 
-def _find_text(config: LocalConfig) -> list[str]:
-    """Find the files at `config.path`, none if it is a saved data set. UserError if there is
+def _find_text_files(config: LocalConfig) -> list[str]:
+    """Find the files at `config.path`, or none if a saved data set is there. UserError if there is
     neither."""
     path = Path(config.path).expanduser()
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
@@ -202,22 +203,24 @@ def _load_files(files: list[str], column: str, where: str) -> "Dataset":
     from datasets import load_dataset_builder
     from datasets.data_files import DataFilesList
 
-    # what datasets makes from patterns; plain names would be parsed as patterns
-    listed = DataFilesList(files, [(str(os.stat(file).st_mtime),) for file in files])
-    name = pick_loader(files[0])
+    # plain names would be parsed as patterns, from which datasets makes such a list
+    data_files = DataFilesList(files, [(str(os.stat(file).st_mtime),) for file in files])
+    loader = pick_loader(files[0])
     with phase("reading the text"):
-        if name == "text":
+        if loader == "text":
             return copy_text_files(files)
-        builder = load_dataset_builder(name, data_files=listed, **_make_options(name, files[0]))
-        if name == "json" and not os.path.exists(builder.cache_dir):  # not prepared before
+        builder = load_dataset_builder(
+            loader, data_files=data_files, **_make_options(loader, files[0])
+        )
+        if loader == "json" and not os.path.exists(builder.cache_dir):  # not prepared before
             check_json(files, column, where)
         builder.download_and_prepare()
         return builder.as_dataset("train")
 
 
-def _make_options(name: str, file: str) -> dict[str, Any]:
-    """Options of the loader, which read all columns of a CSV file as text."""
-    if name != "csv":
+def _make_options(loader: str, file: str) -> dict[str, Any]:
+    """Options of a loader: that of CSV files reads all columns as text."""
+    if loader != "csv":
         return {}
     import pandas as pd
     from datasets import Features, Value

@@ -28,7 +28,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # decompressed as they are read
 
 
 def pick_loader(file: str) -> str:
-    """Pick the builder of the `datasets` library that reads a file."""
+    """Pick the loader of the `datasets` library, by its name, that reads a file."""
     return LOADERS[_read_suffix(file)]
 
 
@@ -106,19 +106,20 @@ def match_glob(pattern: Path) -> Iterator[str]:
 
 
 def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]]]:
-    """Yield `top` and each folder below it once, also through links, with its files' names."""
+    """Yield `top` and each folder below it once, also through links, with the names of its files;
+    without hidden folders unless `hidden`."""
     seen = set()
-    for folder, folders, files in os.walk(top, followlinks=True):
+    for folder, subfolders, files in os.walk(top, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
+            subfolders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
+        subfolders[:] = sorted(name for name in subfolders if hidden or not name.startswith("."))
         yield folder, files
 
 
 def _read_suffix(file: str) -> str:
-    """The suffix in lower case, without that of a compression: `.txt` for Notes.TXT.gz."""
+    """The suffix in lower case, not counting that of a compression: `.txt` for Notes.TXT.gz."""
     name = Path(Path(file).name.lower())
     inner = Path(name.stem).suffix if name.suffix in COMPRESSED else ""
     return inner or name.suffix or "(none)"
@@ -130,15 +131,15 @@ def check_files(files: list[str], where: str) -> None:
     for file in files:
         for _ in _read_lines(file, where):
             pass
-    kind, types = pick_loader(files[0]), {}
+    loader, types = pick_loader(files[0]), {}
     for file in files:
-        if kind == "json":
-            _check_rows(file, types, where)
-        elif kind == "csv":
+        if loader == "json":
+            _check_json_rows(file, types, where)
+        elif loader == "csv":
             _check_csv(file, where)
 
 
-def _check_rows(file: str, types: dict[str, type], where: str) -> None:
+def _check_json_rows(file: str, types: dict[str, type], where: str) -> None:
     """Raise UserError for the first row that is not an object, or whose columns differ in type from
     those of earlier rows; `types` holds these by column."""
     for number, row in read_valid_json(file, where):
@@ -149,8 +150,8 @@ def _check_rows(file: str, types: dict[str, type], where: str) -> None:
                 "out"
             )
         for name, value in row.items():
-            kind = float if type(value) is int else type(value)  # both are numbers of a column
-            if value is not None and kind is not types.setdefault(name, kind):
+            column_type = float if type(value) is int else type(value)  # a column may mix these
+            if value is not None and column_type is not types.setdefault(name, column_type):
                 raise UserError(
                     f"{at} holds {type(value).__name__} in {name}, and an earlier row "
                     f"{types[name].__name__}; a column has one type"
@@ -171,24 +172,24 @@ def _check_csv(file: str, where: str) -> None:
 
 
 def check_json(files: list[str], column: str, where: str) -> None:
-    """Raise UserError for the first row whose column holds something other than text.
+    """Raise UserError for the first row that holds something other than text in `column`.
 
-    The `datasets` library would silently turn it, and the column's other rows, into JSON strings.
-    Invalid JSON is left to `datasets`, which reports it.
+    The `datasets` library would silently turn the whole column into JSON strings. Invalid JSON is
+    left to `datasets`, which reports it.
     """
     for file in files:
         with suppress(json.JSONDecodeError):
-            for row, content in read_json_rows(file, where):
-                value = content.get(column) if isinstance(content, dict) else None
+            for number, row in read_json_rows(file, where):
+                value = row.get(column) if isinstance(row, dict) else None
                 if not isinstance(value, str | None):
                     raise UserError(
                         f"data.column={column}: {where} holds {type(value).__name__} there, not "
-                        f"text, in row {row} of {file}; its columns are {', '.join(content)}"
+                        f"text, in row {number} of {file}; its columns are {', '.join(row)}"
                     )
 
 
 def read_json_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
-    """Yield (number, row) of JSON lines or a JSON array. JSONDecodeError if it is neither."""
+    """Yield (number from 1, row) of JSON lines or a JSON array; JSONDecodeError: it is neither."""
     lines = _read_lines(file, where)
     for number, line in enumerate(lines, 1):
         if number == 1 and line.lstrip().startswith("["):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 READ_CHARACTERS = 1 << 20  # characters read at a time
 WRITTEN_BYTES = 1 << 24  # short documents are joined up to this size and written together
-WRITTEN_DOCUMENTS = 1000
+WRITTEN_DOCUMENTS = 1000  # documents of `copy_documents` written at a time
 SCHEMA = pa.schema({"text": pa.large_string()})  # of any length; a `string` array holds 2 GB
 
 
@@ -34,24 +34,27 @@ def copy_text_files(files: list[str]) -> "Dataset":
     return _copy(files, "", lambda folder: _read_documents(files, folder))
 
 
-def copy_documents(files: list[str], documents: Iterator[str], what: str) -> "Dataset":
+def copy_documents(files: list[str], documents: Iterator[str], reader_key: str) -> "Dataset":
     """Copy documents that are read from files; the copy is reused until a file's name, size or time
-    changes, or `what`, which describes how they are read."""
+    changes, or `reader_key`, which says how documents are read from files."""
 
-    def arrays(_: Path) -> Iterator[pa.Array]:
+    def make_arrays(_: Path) -> Iterator[pa.Array]:
         while group := list(islice(documents, WRITTEN_DOCUMENTS)):
             yield pa.array(group, pa.large_string())
 
-    return _copy(files, what, arrays)
+    return _copy(files, reader_key, make_arrays)
 
 
 def _copy(
-    files: list[str], what: str, make_arrays: Callable[[Path], Iterator[pa.Array]]
+    files: list[str], reader_key: str, make_arrays: Callable[[Path], Iterator[pa.Array]]
 ) -> "Dataset":
+    """Write arrays of documents to a file in the cache, unless it is there, and open it;
+    `make_arrays` takes a folder for temporary files."""
     from datasets import Dataset
 
-    identity = [(file, stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file))]
-    key = hashlib.sha256(repr((identity, what) if what else identity).encode()).hexdigest()[:32]
+    stats = [(file, stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file))]
+    identity = (stats, reader_key) if reader_key else stats
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
     cached = prepare_text_cache() / f"documents-{key}.arrow"
     if not cached.exists():
         with make_private_folder(cached) as folder:
@@ -66,14 +69,15 @@ def _copy(
 
 
 def _read_documents(files: list[str], folder: Path) -> Iterator[pa.Array]:
-    """Yield groups of files as arrays, each a view of a temporary file that joins them."""
+    """Yield groups of files as arrays with a document for each file; an array is a view of a
+    temporary file in `folder` that joins the group."""
     remaining = iter(files)
     while True:
         with tempfile.TemporaryFile(dir=folder) as joined:
             ends = [0]
             while ends[-1] < WRITTEN_BYTES and (file := next(remaining, None)):
-                with open_file(file, "r", encoding="utf-8-sig") as source:
-                    while piece := source.read(READ_CHARACTERS):
+                with open_file(file, "r", encoding="utf-8-sig") as content:
+                    while piece := content.read(READ_CHARACTERS):
                         joined.write(piece.encode())
                 ends.append(joined.tell())
             if len(ends) == 1:

@@ -1,10 +1,10 @@
 """Mixtures of texts (data.weights): sequences of several texts, interleaved by their weights.
 
     weights      books 0.75, code 0.25
-    sequences    b1  b2  c1  b3  b4  b5  c2  b6  b7  ...      the text that lags most is next
+    sequences    b1  b2  c1  b3  b4  b5  c2  b6  b7  ...    next: the text furthest behind its share
 
 So each text has its share of the tokens at every point of the stream, to within a few sequences.
-Each has epochs of its own: a small text with a large weight is repeated sooner.
+Each text has epochs of its own: a small text with a large weight is repeated sooner.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class MixedTokens(TokenStream):
         return min(text.epoch for text in self.texts)
 
     def next(self, n: int) -> Sequences:
-        """Serve the next n sequences [n, context], each of the text that lags most."""
+        """Serve the next n sequences [n, context], each of the text furthest behind its share."""
         counts = [text.served for text in self.texts]
         first, parts = sum(counts), []
         for total in range(first + 1, first + n + 1):
@@ -37,7 +37,8 @@ class MixedTokens(TokenStream):
             chosen = lags.index(max(lags))
             counts[chosen] += 1
             parts.append(self.texts[chosen].next(1))
-        tokens, is_text = (torch.cat([part[field] for part in parts]) for field in (0, 1))
+        tokens = torch.cat([part.tokens for part in parts])
+        is_text = torch.cat([part.is_text for part in parts])
         return Sequences(tokens, is_text, torch.arange(first, first + n))
 
     def reopen(self) -> "MixedTokens":
@@ -79,8 +80,8 @@ class MixedHeldOut(HeldOutStream):
 
 
 def mix_texts(
-    opened: Sequence[tuple[Any, Any]], weights: Sequence[float]
+    texts: Sequence[tuple[Any, Any]], weights: Sequence[float]
 ) -> tuple[MixedTokens, MixedHeldOut]:
-    """Mix the training and held-out parts of texts by `weights`, which add up to 1."""
-    train, held_out = zip(*opened, strict=True)
+    """Mix texts, each a `SplitTokens`, by `weights`, which add up to 1."""
+    train, held_out = zip(*texts, strict=True)
     return MixedTokens(train, weights), MixedHeldOut(held_out, weights)

@@ -17,14 +17,14 @@ class NoLLMSource(DataSource):
 
     def check_settings(self, layer: LayerConfig) -> None:
         dtype = Dtype.auto if self.llm.dtype is Dtype.auto else Dtype.float32
-        unset = LLMConfig(name=NO_LLM, dtype=dtype, device=self.llm.device)
-        self.refuse_settings("llm", self.llm, unset)
+        defaults = LLMConfig(name=NO_LLM, dtype=dtype, device=self.llm.device)
+        self.refuse_settings("llm", self.llm, defaults)
 
-    def refuse_settings(self, group: str, config: Any, unset: Any) -> None:
-        """UserError for the first setting of a group that differs from `unset`."""
+    def refuse_settings(self, group: str, config: Any, defaults: Any) -> None:
+        """UserError for the first setting of a group that differs from its default."""
         values = asdict(config)
-        for name, value in asdict(unset).items():
-            if values[name] != value:
+        for name, default in asdict(defaults).items():
+            if values[name] != default:
                 shown = getattr(values[name], "name", values[name])
                 raise UserError(
                     f"{group}.{name}={shown} has no meaning with {self.where}, whose "
@@ -32,4 +32,4 @@ class NoLLMSource(DataSource):
                 )
 
     def check_data(self, sites: Sequence[Site], batch: int) -> None:
-        """Nothing to check: there is one site, of any number of rows."""
+        """Nothing to check in samples: any number can be drawn, at one site."""

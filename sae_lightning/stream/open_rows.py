@@ -27,7 +27,7 @@ from sae_lightning.stream.shared import SharedRows
 from sae_lightning.stream.source import RowStream, TextConfig
 
 NEW_SETTINGS = ("chat", "assistant_only", "weights")  # unknown to earlier versions
-CACHE_FORMAT = 2  # part of the key: after a change older caches are not used
+CACHE_FORMAT = 2  # part of the key, so that caches of older formats are not used
 HASHED_NUMBERS = 1 << 14  # maximum number of elements of a tensor that are hashed
 SUMMED_NUMBERS = 1 << 24  # elements summed at a time: a 64-bit copy of all may not fit in memory
 INTEGERS_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,10 +46,9 @@ def open_rows(
 ) -> RowStream:
     """Open the rows at `sites`: from the LLM, or from the cache if `data.cache` is set.
 
-    With several ranks, which run the LLM in turn, this one gets the rows at its `own_sites` sites.
-
-    On a GPU `ahead` rows are prefetched while SAEs train, but not with a cache, whose writes wait
-    for the LLM anyway. UserError: no disk space for the cache of a run that is not `resumed`.
+    With several ranks, which run the LLM in turn, this one gets the rows at `own_sites`. On a GPU
+    `ahead` rows are prefetched while SAEs train, but not with a cache, whose writes wait for the
+    LLM anyway. UserError: no disk space for the cache of a run that is not `resumed`.
     """
     settings = {
         "batch": config.batch,
@@ -71,7 +70,8 @@ def open_rows(
 
 
 def pick_cache_folder(chosen: str | None) -> Path:
-    """Pick the folder that holds all caches: `data.cache_folder`, or one in the user's cache."""
+    """Pick the folder that holds all caches: `chosen`, which is `data.cache_folder`, or one in the
+    user's cache folder."""
     if chosen is None:
         return platformdirs.user_cache_path("sae_lightning") / "activations"
     return Path(make_absolute(chosen))
@@ -115,7 +115,8 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
 
 
 def _name_site(model: nn.Module, site: Site) -> str:
-    """Name a site, with the factor of a scaled branch, which earlier versions did not apply."""
+    """Name a site. A branch that its block scales is named with the factor, because caches of
+    earlier versions, which did not apply it, have the plain name."""
     scale = measure_branch_scale(model, site)
     return str(site) if scale == 1 else f"{scale} {site}"
 

@@ -31,6 +31,8 @@ NO_TOKENS = (
 
 
 class Sequences(NamedTuple):
+    """Packed sequences, in the order in which the LLM reads them."""
+
     tokens: Tensor
     """[n, context] int64; column 0 is BOS."""
 
@@ -38,11 +40,11 @@ class Sequences(NamedTuple):
     """[n, context] bool; false for BOS in column 0, padding, and tokens that are not trained on."""
 
     sequence_ids: Tensor
-    """[n] int64; a number that is unique within the run."""
+    """[n] int64; numbers that are unique within the run."""
 
-    def mark_kept(self, dropped: Tensor) -> Tensor:
-        """[n, context] bool: the tokens of the text that are not among `dropped` [ids]."""
-        return self.is_text & ~torch.isin(self.tokens, dropped)
+    def mark_kept(self, dropped_ids: Tensor) -> Tensor:
+        """[n, context] bool: tokens of the text whose ids are not among `dropped_ids`."""
+        return self.is_text & ~torch.isin(self.tokens, dropped_ids)
 
 
 class Packing(NamedTuple):
@@ -76,9 +78,10 @@ class Packing(NamedTuple):
         positions = torch.arange(self.context)
         return (positions > 0) & (positions < stops[:, None])
 
-    def pack_sequences(self, windows: list[np.ndarray], ids: Tensor) -> Sequences:
+    def pack_sequences(self, windows: list[np.ndarray], sequence_ids: Tensor) -> Sequences:
+        """Pack windows, whose tokens that are not trained on are complements, into `Sequences`."""
         tokens = self.pack(windows)
-        return Sequences(read_ids(tokens), self.mark_text(windows) & (tokens >= 0), ids)
+        return Sequences(read_ids(tokens), self.mark_text(windows) & (tokens >= 0), sequence_ids)
 
 
 class HeldOutStream(Protocol):
@@ -118,6 +121,6 @@ class TokenStream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def report_epoch(what: str, epoch: int) -> None:
-    """Print `what`, that the data ran out, and that another epoch begins."""
-    console.print(f"{what}; going round again in a new order (epoch {epoch})")
+def report_epoch(reason: str, epoch: int) -> None:
+    """Print that `epoch` begins, and the `reason`: that the data ran out."""
+    console.print(f"{reason}; going round again in a new order (epoch {epoch})")

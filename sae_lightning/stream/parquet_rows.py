@@ -6,7 +6,6 @@ order; an .npy file is memory-mapped.
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,8 @@ ARROW_FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}
 
 def find_columns(file: str) -> dict[str | None, tuple[list[int], str]]:
     """List the matrices of a parquet file -> {name: (shape, dtype)}: each column of lists, or else
-    all columns of floats together, as one without a name."""
+    all columns of floats together, as one without a name. If there are neither, list the columns,
+    for messages that say why they are no matrices."""
     import pyarrow.parquet as pq
 
     content = pq.ParquetFile(file)
@@ -34,17 +34,17 @@ def find_columns(file: str) -> dict[str | None, tuple[list[int], str]]:
     matrices: dict[str | None, tuple[list[int], str]] = {}
     for field in schema:
         if _is_list(field.type):
-            kind = str(field.type.value_type)
-            first = next(content.iter_batches(1, columns=[field.name]), None) if rows else None
-            value = first.column(0)[0].as_py() if first else None
-            matrices[field.name] = [rows, len(value or [])], ARROW_FLOATS.get(kind, kind)
+            dtype = str(field.type.value_type)
+            batch = next(content.iter_batches(1, columns=[field.name]), None) if rows else None
+            first_list = batch.column(0)[0].as_py() if batch else None
+            matrices[field.name] = [rows, len(first_list or [])], ARROW_FLOATS.get(dtype, dtype)
     if matrices:
         return matrices
     floats = [field for field in schema if str(field.type) in ARROW_FLOATS]
-    kinds = {ARROW_FLOATS[str(field.type)] for field in floats}
+    dtypes = {ARROW_FLOATS[str(field.type)] for field in floats}
     if not floats:
         return {field.name: ([rows], str(field.type)) for field in schema}
-    return {None: ([rows, len(floats)], kinds.pop() if len(kinds) == 1 else "float32")}
+    return {None: ([rows, len(floats)], dtypes.pop() if len(dtypes) == 1 else "float32")}
 
 
 def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
@@ -73,8 +73,8 @@ def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
         np.lib.format.write_array_header_1_0(copy, header)
         done = 0
         for batch in content.iter_batches(READ_ROWS, columns=names if name is None else [name]):
-            for array in _convert(batch, name, width, f"{file}: row", done):
-                copy.write(np.ascontiguousarray(array, dtype).tobytes())
+            array = _convert(batch, name, width, f"{file}: row", done)
+            copy.write(np.ascontiguousarray(array, dtype).tobytes())
             done += len(batch)
             advance(len(batch))
     return target
@@ -82,8 +82,9 @@ def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
 
 def _convert(
     batch: "RecordBatch", name: str | None, width: int, where: str, first: int
-) -> Iterator[np.ndarray]:
-    """Yield a batch as one array [rows, width]; `first` is the number of its first row."""
+) -> np.ndarray:
+    """Convert a batch to an array [rows, width]. UserError, which begins with `where`, if a row is
+    missing or has another width; `first` is the index of the batch's first row."""
     import pyarrow.compute as pc
 
     columns = batch.columns
@@ -92,18 +93,17 @@ def _convert(
             if column.null_count:
                 row = first + column.is_null().index(True).as_py()
                 raise UserError(f"data.path: {where} {row} (from 0) lacks {field.name}")
-        yield np.stack([column.to_numpy() for column in columns], axis=1)
-        return
+        return np.stack([column.to_numpy() for column in columns], axis=1)
     lengths = pc.fill_null(pc.list_value_length(columns[0]), -1).to_numpy()
     values = columns[0].flatten()
     if (lengths != width).any() or values.null_count:
-        bad = np.flatnonzero(lengths != width)
-        row = int(bad[0]) if len(bad) else values.is_null().index(True).as_py() // width
+        wrong = np.flatnonzero(lengths != width)
+        row = int(wrong[0]) if len(wrong) else values.is_null().index(True).as_py() // width
         raise UserError(
             f"data.path: {where} {first + row} (from 0) of {name} is not a list of {width} "
             "numbers, as the first one is; leave it out"
         )
-    yield values.to_numpy().reshape(-1, width)
+    return values.to_numpy().reshape(-1, width)
 
 
 def _is_list(kind: "DataType") -> bool:

@@ -37,18 +37,20 @@ class PlaysSource(TextSource):
 
     def open_documents(self) -> SplitDocuments:
         plays = {file.stem: file for file in find_plays()}
-        wanted = self.data.held_out
-        if unknown := [name for name in wanted if name not in plays]:
+        held_out_names = self.data.held_out
+        if unknown := [name for name in held_out_names if name not in plays]:
             raise UserError(
                 f"data.held_out: no play named {', '.join(unknown)}; there are {', '.join(plays)}"
             )
         train = make_documents(
-            [f.read_text("utf-8") for name, f in plays.items() if name not in wanted]
+            [file.read_text("utf-8") for name, file in plays.items() if name not in held_out_names]
         )
         if not len(train):
             raise UserError("data.held_out names every play; leave some to train on")
-        held_out = [f.read_text("utf-8") for name, f in plays.items() if name in wanted]
-        return SplitDocuments(train, make_documents(held_out))
+        held_out = make_documents(
+            [file.read_text("utf-8") for name, file in plays.items() if name in held_out_names]
+        )
+        return SplitDocuments(train, held_out)
 
 
 def find_plays() -> list[Path]:

@@ -14,13 +14,15 @@ import torch
 from sae_lightning.stream.source import Rows, RowStream
 
 
-class _Prefetched(NamedTuple):
-    """Rows that the GPU may still be computing, the state before and the epoch after them."""
+class _PrefetchedBatch(NamedTuple):
+    """The rows of an LLM batch, which the GPU may still be computing."""
 
     rows: Rows
-    before: dict[str, Any]
+    state_before: dict[str, Any]
     epoch: int
+    """The epoch after them."""
     done: torch.cuda.Event | None
+    """When the GPU has computed them; None on a CPU."""
 
 
 class PrefetchedRows(RowStream):
@@ -32,11 +34,11 @@ class PrefetchedRows(RowStream):
     """
 
     def __init__(self, inner: RowStream, ahead: int) -> None:
-        """`ahead`: how many rows to prefetch, as many as an update needs."""
+        """`ahead`: the number of rows to prefetch, which should be that of an update."""
         self.inner, self.ahead = inner, ahead
         self.sites, self.device, self.max_rows = inner.sites, inner.device, inner.max_rows
         self.epoch = inner.epoch
-        self._waiting: deque[_Prefetched] = deque()
+        self._waiting: deque[_PrefetchedBatch] = deque()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if self._stream is not None:  # the default stream copied the LLM to the GPU
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -47,14 +49,12 @@ class PrefetchedRows(RowStream):
 
     def next(self, remaining: int) -> Rows:
         """Return the rows of the next LLM batch, and start on the following ones."""
-        left = remaining - sum(len(batch.rows.sequence_ids) for batch in self._waiting)
+        not_begun = remaining - self._count_waiting()
         if not self._waiting:
-            left -= self._begin(left)
+            not_begun -= self._begin(not_begun)
         rows, _, self.epoch, done = self._waiting.popleft()
-        while (
-            left > 0 and sum(len(batch.rows.sequence_ids) for batch in self._waiting) < self.ahead
-        ):
-            left -= self._begin(left)
+        while not_begun > 0 and self._count_waiting() < self.ahead:
+            not_begun -= self._begin(not_begun)
         if done is not None:
             # Wait for this batch only: the whole stream includes batches started after it.
             current = torch.cuda.current_stream(self.device)
@@ -63,18 +63,21 @@ class PrefetchedRows(RowStream):
                 x.record_stream(current)  # or the LLM could reuse its memory before it is read
         return rows
 
+    def _count_waiting(self) -> int:
+        return sum(len(batch.rows.sequence_ids) for batch in self._waiting)
+
     def _begin(self, remaining: int) -> int:
         """Start computing an LLM batch; returns its number of rows."""
-        before = self.inner.state_dict()
+        state_before = self.inner.state_dict()
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             rows = self.inner.next(remaining)
             done = self._stream.record_event() if self._stream else None
-        self._waiting.append(_Prefetched(rows, before, self.inner.epoch, done))
+        self._waiting.append(_PrefetchedBatch(rows, state_before, self.inner.epoch, done))
         return len(rows.sequence_ids)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of `inner` before the prefetched rows."""
-        return self._waiting[0].before if self._waiting else self.inner.state_dict()
+        return self._waiting[0].state_before if self._waiting else self.inner.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._waiting.clear()

@@ -15,7 +15,7 @@ RECOVERED_COSINE = 0.9  # above this cosine a feature counts as its concept (26 
 
 
 class Recovery(NamedTuple):
-    """Features compared with concepts, which are matched one to one so that the sum of the cosines
+    """Features compared with concepts. They are matched one to one, so that the sum of the cosines
     of decoder rows and concepts is as large as possible.
 
     Precision, recall and readouts are means over the concepts that are active on at least one
@@ -42,7 +42,7 @@ class Recovery(NamedTuple):
     """Mean cosine of encoder column and decoder row of recovered features; NaN if none."""
     negative_bias: float
     """Share of recovered features that are off at an activation of 0: encoder bias < threshold (0
-    for classes without one), in weights that take raw activations. NaN if none are recovered."""
+    for architectures without one), in weights for raw activations. NaN if none are recovered."""
 
 
 CONCEPT_METRICS = {"concept_overlap", "projection_readout"}
@@ -86,20 +86,21 @@ def measure_concept_overlap(directions: Tensor) -> float:
         strict=True,
     ):
         cosines = compute_cosines(part, directions).abs()
-        own = torch.arange(len(part))
-        cosines[own, start + own] = 0
+        index = torch.arange(len(part))
+        cosines[index, start + index] = 0  # of each concept with itself
         largest.append(cosines.amax(dim=1))
     return torch.cat(largest).mean().item()
 
 
 class Detection:
-    """Float64 sums over batches of samples, for precision, recall and readouts of features."""
+    """Float64 sums over batches of samples, from which precision, recall and readouts follow."""
 
     def __init__(self, matching: Matching, directions: Tensor):
         self.matching, self.directions = matching, directions
         concepts = len(directions)
         self.n = 0
-        self.active, self.fired, self.both = torch.zeros(3, concepts, dtype=torch.float64)
+        # numbers of samples, by concept: where it is active, where its feature fires, and both
+        self.active, self.fires, self.both = torch.zeros(3, concepts, dtype=torch.float64)
         # sums for strength, feature and projection: of values, squares, products with strength
         self.sums, self.squares, self.products = torch.zeros(3, 3, concepts, dtype=torch.float64)
 
@@ -108,10 +109,10 @@ class Detection:
         matched = torch.zeros_like(strengths)
         matched[:, self.matching.concepts] = features[:, self.matching.features]
         self.n += len(x)
-        active, fired = (strengths > 0).float(), (matched > 0).float()
+        active, fires = (strengths > 0).float(), (matched > 0).float()
         self.active += active.sum(dim=0)
-        self.fired += fired.sum(dim=0)
-        self.both += (active * fired).sum(dim=0)
+        self.fires += fires.sum(dim=0)
+        self.both += (active * fires).sum(dim=0)
         for k, values in enumerate((strengths, matched, x @ self.directions.T)):
             self.sums[k] += values.sum(dim=0)
             self.squares[k] += values.square().sum(dim=0)
@@ -122,17 +123,17 @@ class Detection:
         seen = self.active > 0
         variance = self.squares - self.sums.square() / self.n  # [3, concepts], times n
         covariance = self.products - self.sums * self.sums[0] / self.n
-        agreement = _ratio(covariance.square(), variance * variance[0])
+        squared_correlation = _divide(covariance.square(), variance * variance[0])
         by_concept = {
-            "precision": _ratio(self.both, self.fired),
-            "recall": _ratio(self.both, self.active),
-            "feature_readout": agreement[1],
-            "projection_readout": agreement[2],
+            "precision": _divide(self.both, self.fires),
+            "recall": _divide(self.both, self.active),
+            "feature_readout": squared_correlation[1],
+            "projection_readout": squared_correlation[2],
         }
         return {name: values[seen].mean().item() for name, values in by_concept.items()}
 
 
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
+def _divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b; 0 where b is 0, up to rounding."""
     return torch.where(b > 1e-12, a / b, 0.0)
 

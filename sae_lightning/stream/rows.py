@@ -34,11 +34,11 @@ from sae_lightning.stream.source import Rows, RowStream
 MAX_EMPTY_BATCHES = 20  # consecutive LLM batches without a usable row before we give up
 
 
-class Selected(NamedTuple):
-    """The sequences of an LLM batch, and the tokens in them to train on."""
+class SelectedTokens(NamedTuple):
+    """The sequences of an LLM batch, and which of their tokens are trained on."""
 
     tokens: Tensor
-    """[n, context]"""
+    """[sequences, context]"""
 
     positions: Tensor
     """[rows] indices into the flattened tokens."""
@@ -75,10 +75,10 @@ class LLMRows(RowStream):
         self.llm_batches = 0  # served so far
         self.tokens_crc32 = 0  # of the last LLM batch
         self.llm_seconds = 0.0
-        dropped = [] if keep_special else find_special_ids(llm.tokenizer)
-        self._dropped = torch.tensor(dropped, dtype=torch.int64)
+        dropped_ids = [] if keep_special else find_special_ids(llm.tokenizer)
+        self._dropped_ids = torch.tensor(dropped_ids, dtype=torch.int64)
         self._medians: dict[Site, float] | None = None  # median norms
-        self._empty = 0
+        self._empty_batches = 0  # consecutive ones
 
     @property
     def epoch(self) -> int:
@@ -87,28 +87,25 @@ class LLMRows(RowStream):
     def next(self, remaining: int) -> Rows:
         """Run a whole LLM batch, whatever `remaining` is; its rows are on the LLM's device."""
         selected = self.select_tokens()
-        rows = self.run_llm(selected)
-        if self.max_norm is not None and len(selected.sequence_ids):
+        rows, sequence_ids = self.run_llm(selected), selected.sequence_ids
+        if self.max_norm is not None and len(sequence_ids):
             # The medians of the first LLM batch serve the whole run.
             self._medians = self._medians or compute_medians(rows)
-            kept = self.find_usual(rows)
-            rows, selected = (
-                keep_rows(rows, kept),
-                selected._replace(sequence_ids=selected.sequence_ids[kept]),
-            )
-        self.check_not_empty(len(selected.sequence_ids))
-        return Rows(rows, selected.sequence_ids)
+            kept = self.find_usual_indices(rows)
+            rows, sequence_ids = keep_rows(rows, kept), sequence_ids[kept]
+        self.check_not_empty(len(sequence_ids))
+        return Rows(rows, sequence_ids)
 
-    def select_tokens(self) -> Selected:
+    def select_tokens(self) -> SelectedTokens:
         """Read the sequences of the next LLM batch and select tokens, without running the LLM."""
         with record_function("pool"):
             sequences = self.read_sequences()
-            keep = sequences.mark_kept(self._dropped)  # [n, context]
+            keep = sequences.mark_kept(self._dropped_ids)  # [n, context]
             positions = keep.flatten().nonzero().squeeze(1)
-            ids = sequences.sequence_ids.repeat_interleave(keep.sum(1))
-        return Selected(sequences.tokens, positions, ids)
+            sequence_ids = sequences.sequence_ids.repeat_interleave(keep.sum(1))
+        return SelectedTokens(sequences.tokens, positions, sequence_ids)
 
-    def run_llm(self, selected: Selected) -> dict[Site, Tensor]:
+    def run_llm(self, selected: SelectedTokens) -> dict[Site, Tensor]:
         """Run the LLM -> activations {site: [rows, d]} of the selected tokens, on its device."""
         with record_function("pool"):
             tokens = move_to_device(selected.tokens, self.device)
@@ -118,11 +115,11 @@ class LLMRows(RowStream):
         self.llm_seconds += perf_counter() - started
         return rows
 
-    def find_usual(self, rows: dict[Site, Tensor]) -> Tensor:
-        """Indices, on the CPU, of the rows {site: [n, d]} without a large norm."""
+    def find_usual_indices(self, rows: dict[Site, Tensor]) -> Tensor:
+        """Indices, on the CPU, of the rows of `find_usual_rows`."""
         with record_function("pool"):
-            usual = find_usual_rows(rows, self._medians, self.max_norm)
-            return usual.cpu().nonzero().squeeze(1)
+            is_usual = find_usual_rows(rows, self._medians, self.max_norm)
+            return is_usual.cpu().nonzero().squeeze(1)
 
     def read_sequences(self) -> Sequences:
         """Read the sequences of the next LLM batch, without running the LLM."""
@@ -132,9 +129,9 @@ class LLMRows(RowStream):
         return sequences
 
     def check_not_empty(self, rows: int) -> None:
-        """UserError after too many LLM batches without rows."""
-        self._empty = 0 if rows else self._empty + 1
-        if self._empty == MAX_EMPTY_BATCHES:
+        """Take the number of rows of an LLM batch; UserError after too many batches without any."""
+        self._empty_batches = 0 if rows else self._empty_batches + 1
+        if self._empty_batches == MAX_EMPTY_BATCHES:
             nothing = (
                 f"no activation of the last {MAX_EMPTY_BATCHES} LLM batches was left after dropping"
             )
@@ -150,8 +147,8 @@ class LLMRows(RowStream):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """LLM batches served; of how many the token stream has read the text (here: all), and its
-        state; median norms."""
+        """`llm_batches`: LLM batches served; `read`: how many of them the token stream has read
+        (all here, fewer with a cache); `tokens`: the state of the token stream; median norms."""
         medians = self._medians and {str(site): median for site, median in self._medians.items()}
         return {
             "llm_batches": self.llm_batches,
@@ -161,8 +158,8 @@ class LLMRows(RowStream):
         } | ({"scaled": self._scaled} if self._scaled else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after `llm_batches` LLM batches. Where the saved token stream had read fewer (a
-        cache served the others), the text of those is read and dropped.
+        """Continue after `llm_batches` LLM batches. If the saved token stream had read the text of
+        fewer, as a cache served the others, the text of these is read and dropped.
 
         UserError: an earlier version, which did not apply a branch's scale, saved the state.
         """
@@ -199,14 +196,14 @@ def find_usual_rows(
 
     A row that is too large at one site is dropped at all of them, so that rows stay aligned.
     """
-    usual = [compute_norms(x) <= max_norm * medians[site] for site, x in rows.items()]
-    return torch.stack(usual).all(dim=0)
+    is_usual = [compute_norms(x) <= max_norm * medians[site] for site, x in rows.items()]
+    return torch.stack(is_usual).all(dim=0)
 
 
-def keep_rows(rows: dict[Site, Tensor], kept: Tensor) -> dict[Site, Tensor]:
-    """The rows of {site: [n, d]} at the indices `kept`, which are on the CPU."""
-    indices = {x.device: move_to_device(kept, x.device) for x in rows.values()}
-    return {site: x.index_select(0, indices[x.device]) for site, x in rows.items()}
+def keep_rows(rows: dict[Site, Tensor], indices: Tensor) -> dict[Site, Tensor]:
+    """The rows of {site: [n, d]} at `indices`, which are on the CPU."""
+    by_device = {x.device: move_to_device(indices, x.device) for x in rows.values()}
+    return {site: x.index_select(0, by_device[x.device]) for site, x in rows.items()}
 
 
 def compute_norms(x: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ from sae_lightning.stream.source import HeldOutData, Rows, RowStream
 from sae_lightning.stream.states import TextChanged
 
 SERVED_ROWS = 2048  # rows served at a time
-NEIGHBOURS = 64  # rows that lie together in the files are read together
-LEAST_BLOCKS = 200  # blocks are smaller if there are few rows
+ROWS_PER_BLOCK = 64  # which lie together in the files and are read together
+MIN_BLOCKS = 200  # if there are few rows, blocks are smaller, so that there are as many
 
 
 class RowBlocks(NamedTuple):
-    """Rows 0 to n - 1 in blocks of neighbours, of which a fixed random sample is held out.
+    """Rows 0 to `row_count` - 1 in blocks of neighbours. Some blocks, a fixed random sample, are
+    held out.
 
         rows     0 .. 63 | 64 .. 127 | 128 .. 191 | 192 .. 255 | ...
         block        0         1          2            3
@@ -34,21 +35,22 @@ class RowBlocks(NamedTuple):
     training would see their neighbours.
     """
 
-    n: int
+    row_count: int
     size: int
     """Rows in a block; the last one may have fewer."""
     train: np.ndarray
-    """Numbers of the blocks, ascending."""
+    """Indices of the training blocks, ascending."""
     held_out: np.ndarray
+    """Indices of the held-out blocks, ascending."""
 
     def count_rows(self, blocks: np.ndarray) -> np.ndarray:
-        """Count the rows of each of the blocks."""
-        return np.minimum(self.size, self.n - blocks * self.size)
+        """Count the rows of each of the `blocks`, given by their indices."""
+        return np.minimum(self.size, self.row_count - blocks * self.size)
 
 
 def split_rows(n: int, share: float) -> RowBlocks:
-    """Hold out about `share` of n rows: the same for every seed of a run."""
-    size = max(1, min(NEIGHBOURS, n // LEAST_BLOCKS))
+    """Hold out about `share` of n rows: the same rows for every seed of a run."""
+    size = max(1, min(ROWS_PER_BLOCK, n // MIN_BLOCKS))
     blocks = -(-n // size)
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(blocks)
     count = max(1, round(share * blocks))
@@ -79,7 +81,7 @@ class SavedRows(RowStream):
         self.max_rows, self.llm_seconds = SERVED_ROWS, 0.0
         self.rows_per_epoch = int(blocks.count_rows(blocks.train).sum())
         self._served = 0  # rows
-        self._content: dict[str, str] = {}  # fingerprint by site, computed when it is needed
+        self._fingerprints: dict[str, str] = {}  # by site, computed when they are needed
         self._begin_epoch(1)
 
     def _begin_epoch(self, epoch: int) -> None:
@@ -97,16 +99,17 @@ class SavedRows(RowStream):
             self._begin_epoch(epoch + 1)
         stop = min(position + SERVED_ROWS, self.rows_per_epoch)
         ranges = self._find_ranges(position, stop)
-        x = {
+        activations = {
             site: move_to_device(matrix.read_rows(ranges), self.device)
             for site, matrix in self.matrices.items()
         }
-        ids = torch.arange(self._served, self._served + stop - position)
+        sequence_ids = torch.arange(self._served, self._served + stop - position)
         self._served += stop - position
-        return Rows(x, ids)
+        return Rows(activations, sequence_ids)
 
     def _find_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Find the rows of the files that are at `start` to `stop` - 1 in this epoch's order."""
+        """Find the ranges (begin, end) of the files' rows that are at the positions `start` to
+        `stop` - 1 of this epoch."""
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
         chosen = self._order[first : last + 1]
         begins = chosen * self.blocks.size
@@ -117,10 +120,10 @@ class SavedRows(RowStream):
 
     def summarise_files(self) -> dict[str, str]:
         """What identifies the rows, by site."""
-        self._content = self._content or {
+        self._fingerprints = self._fingerprints or {
             str(site): matrix.summarise_content() for site, matrix in self.matrices.items()
         }
-        return self._content
+        return self._fingerprints
 
     def state_dict(self) -> dict[str, Any]:
         """Rows served, and what identifies the files."""
@@ -154,7 +157,8 @@ class HeldOutRows(HeldOutData):
         tokens: int,
         device: torch.device | str,
     ) -> None:
-        """Holds `tokens` rows, from blocks spread evenly over all that are held out, or fewer."""
+        """Holds `tokens` rows, or all if there are fewer, from held-out blocks that are spread
+        evenly."""
         self.matrices, self.device = matrices, torch.device(device)
         held_out = blocks.held_out
         count = min(len(held_out), -(-tokens // blocks.size))
@@ -163,10 +167,10 @@ class HeldOutRows(HeldOutData):
         ends = begins + blocks.count_rows(chosen)
         self._ranges = list(zip(begins.tolist(), ends.tolist(), strict=True))
         self._tokens = tokens
-        self._read: dict[Site, Tensor] = {}
+        self._activations: dict[Site, Tensor] = {}  # of the sites read so far
 
     def activations(self, site: Site) -> Tensor:
-        if site not in self._read:
-            rows = self.matrices[site].read_rows(self._ranges)[: self._tokens]
-            self._read[site] = rows.to(self.device)
-        return self._read[site]
+        if site not in self._activations:
+            x = self.matrices[site].read_rows(self._ranges)[: self._tokens]
+            self._activations[site] = x.to(self.device)
+        return self._activations[site]

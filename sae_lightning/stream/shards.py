@@ -62,17 +62,17 @@ class Shard:
         about = json.loads(self._about)
         state = {"tokens": dict, "llm_batches": self.first}
         expect(about, {"rows": list, "epochs": list, "texts": list, "state": state}, "about")
-        for name, counts in (
+        for name, allowed in (
             ("rows", range(2**31)),
             ("epochs", ANY_COUNT),
             ("texts", range(2**32)),
         ):
             expect(len(about[name]), len(about["rows"]), name)
             for number in about[name]:
-                expect(number, counts, name)
+                expect(number, allowed, name)
         self.row_counts: list[int] = about["rows"]  # of each LLM batch
         self.epochs: list[int] = about["epochs"]  # after each LLM batch
-        self.texts: list[int] = about["texts"]  # crc32 of the tokens of each LLM batch
+        self.tokens_crc32: list[int] = about["texts"]  # of each LLM batch
         self._state: dict[str, Any] = about["state"]
         self.stop = self.first + len(self.row_counts)
         self._starts = np.cumsum([0, *self.row_counts])
@@ -80,10 +80,10 @@ class Shard:
 
     def map_tensors(self, sites: Sequence[Site], width: int, **packing: int) -> bool:
         """Mmap the tensors; returns False if the checksum is wrong, or if they do not fit an LLM of
-        this `width` and text in this `packing` (see `expect_rows`)."""
+        this `width` and the `batch`, `context` and `vocabulary` of `expect_rows`."""
         try:
             self._tensors = load_file(self.path)
-            if _checksum(self._about, self._tensors) != self._crc32:
+            if _compute_checksum(self._about, self._tensors) != self._crc32:
                 raise ValueError("its checksum is wrong")
             rows = int(self._starts[-1])
             expect_activations(self._tensors, dict.fromkeys(sites, width), rows, "rows")
@@ -106,16 +106,16 @@ class Shard:
     def read_batch(self, llm_batch: int, sites: Iterable[Site]) -> Rows:
         """Return the rows of an LLM batch of a mapped shard; they are read from disk when used."""
         index = llm_batch - self.first
-        batch = slice(self._starts[index], self._starts[index + 1])
-        rows = {site: self._tensors[str(site)][batch] for site in sites}
-        return Rows(rows, self._tensors["ids"][batch])
+        place = slice(self._starts[index], self._starts[index + 1])
+        activations = {site: self._tensors[str(site)][place] for site in sites}
+        return Rows(activations, self._tensors["ids"][place])
 
 
 def write_shard(
-    folder: Path, state: dict[str, Any], batches: list[Rows], epochs: list[int], texts: list[int]
+    folder: Path, state: dict[str, Any], batches: list[Rows], epochs: list[int], crc32s: list[int]
 ) -> Shard:
     """Write the rows of LLM batches (tensors on the CPU), the row stream's `state` before them
-    and, for each batch, the epoch after it and the crc32 of its tokens (`texts`)."""
+    and, for each batch, the epoch after it and the crc32 of its tokens."""
     tensors = {"ids": torch.cat([batch.sequence_ids for batch in batches])}
     for site in batches[0].activations:
         tensors[str(site)] = torch.cat([batch.activations[site] for batch in batches])
@@ -123,16 +123,18 @@ def write_shard(
     about = {
         "rows": [len(batch.sequence_ids) for batch in batches],
         "epochs": epochs,
-        "texts": texts,
+        "texts": crc32s,
     }
     header = json.dumps(about | {"state": state}, default=lambda tensor: None)
     path = folder / f"{state['llm_batches']:08d}{SHARD_SUFFIX}"
     with write_atomically(path) as temporary:
-        save_file(tensors, temporary, {"about": header, "crc32": _checksum(header, tensors)})
+        save_file(
+            tensors, temporary, {"about": header, "crc32": _compute_checksum(header, tensors)}
+        )
     return Shard(path)
 
 
-def _checksum(about: str, tensors: dict[str, Tensor]) -> str:
+def _compute_checksum(about: str, tensors: dict[str, Tensor]) -> str:
     crc = zlib.crc32(about.encode())
     for name, x in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {x.dtype} {tuple(x.shape)}".encode(), crc)

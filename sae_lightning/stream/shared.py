@@ -17,14 +17,17 @@ from sae_lightning.stream.exchange import exchange_rows
 from sae_lightning.stream.rows import LLMRows, compute_medians, keep_rows
 from sae_lightning.stream.source import Rows
 
+NO_INDICES = torch.empty(0, dtype=torch.int64)
 
-class _Computed(NamedTuple):
-    """Rows of one LLM batch, the state before it, and the epoch and text checksum after it."""
+
+class _ComputedBatch(NamedTuple):
+    """An LLM batch that is computed but not served yet."""
 
     rows: Rows
-    before: dict[str, Any]
+    state_before: dict[str, Any]
     epoch: int
-    crc32: int
+    """The epoch after it."""
+    tokens_crc32: int
 
 
 class SharedRows(LLMRows):
@@ -39,7 +42,7 @@ class SharedRows(LLMRows):
         """`own_sites`: the sites whose rows this rank needs; the rest is as in `LLMRows`."""
         super().__init__(*args, **options)
         self._wanted = world().gather_values(set(own_sites))
-        self._waiting: deque[_Computed] = deque()
+        self._waiting: deque[_ComputedBatch] = deque()
         self._epoch = super().epoch
         model = self.llm.model
         width = model.config.get_text_config().hidden_size
@@ -53,45 +56,49 @@ class SharedRows(LLMRows):
         """Serve the rows of the next LLM batch, at this rank's sites only."""
         if not self._waiting:
             self._compute_round(remaining)
-        computed = self._waiting.popleft()
+        batch = self._waiting.popleft()
         self.llm_batches += 1
-        self.tokens_crc32, self._epoch = computed.crc32, computed.epoch
-        self.check_not_empty(len(computed.rows.sequence_ids))
-        return computed.rows
+        self.tokens_crc32, self._epoch = batch.tokens_crc32, batch.epoch
+        self.check_not_empty(len(batch.rows.sequence_ids))
+        return batch.rows
 
     def _compute_round(self, remaining: int) -> None:
-        """Compute one LLM batch per rank, fewer if the `remaining` rows need fewer."""
+        """Compute one LLM batch per rank, or fewer if the `remaining` rows need fewer."""
         ranks, served = world(), self.llm_batches
-        before, chosen, ends = [], [], []
-        while len(chosen) < ranks.size and (not chosen or remaining > 0):
-            before.append(super().state_dict())
-            chosen.append(self.select_tokens())
+        selected, states_before, ends = (
+            [],
+            [],
+            [],
+        )  # of each batch; ends: epoch and checksum after it
+        while len(selected) < ranks.size and (not selected or remaining > 0):
+            states_before.append(super().state_dict())
+            selected.append(self.select_tokens())
             ends.append((self.tokens.epoch, self.tokens_crc32))
-            remaining -= len(chosen[-1].sequence_ids)
-        self.llm_batches = served
-        own_rows = self.run_llm(chosen[ranks.rank]) if ranks.rank < len(chosen) else {}
-        ids = [selected.sequence_ids for selected in chosen]
-        if self.max_norm is not None and any(map(len, ids)):
+            remaining -= len(selected[-1].sequence_ids)
+        self.llm_batches = served  # `next` counts them
+        own_rows = self.run_llm(selected[ranks.rank]) if ranks.rank < len(selected) else {}
+        ids_by_batch = [batch.sequence_ids for batch in selected]
+        if self.max_norm is not None and any(map(len, ids_by_batch)):
             if self._medians is None:  # of the first LLM batch with rows
-                first = next(rank for rank, batch_ids in enumerate(ids) if len(batch_ids))
-                computed = compute_medians(own_rows) if ranks.rank == first else None
-                self._medians = ranks.gather_values(computed)[first]
+                first = next(rank for rank, ids in enumerate(ids_by_batch) if len(ids))
+                own_medians = compute_medians(own_rows) if ranks.rank == first else None
+                self._medians = ranks.gather_values(own_medians)[first]
                 medians = {str(site): median for site, median in self._medians.items()}
-                after = [state | {"medians": medians} for state in before[first + 1 :]]
-                before = before[: first + 1] + after
-            kept = self.find_usual(own_rows) if own_rows else torch.empty(0, dtype=torch.int64)
+                for state in states_before[first + 1 :]:
+                    state["medians"] = medians
+            kept = self.find_usual_indices(own_rows) if own_rows else NO_INDICES
             own_rows = keep_rows(own_rows, kept)
-            all_kept = ranks.gather_values(kept)
-            ids = [batch_ids[kept] for batch_ids, kept in zip(ids, all_kept, strict=False)]
-        rows = exchange_rows(
-            own_rows, [len(batch_ids) for batch_ids in ids], self._wanted, self._no_rows
-        )
-        for part, batch_ids, state, end in zip(rows, ids, before, ends, strict=True):
-            self._waiting.append(_Computed(Rows(part, batch_ids), state, *end))
+            kept_by_rank = ranks.gather_values(kept)
+            ids_by_batch = [
+                ids[kept] for ids, kept in zip(ids_by_batch, kept_by_rank, strict=False)
+            ]
+        rows = exchange_rows(own_rows, list(map(len, ids_by_batch)), self._wanted, self._no_rows)
+        for part, ids, state, end in zip(rows, ids_by_batch, states_before, ends, strict=True):
+            self._waiting.append(_ComputedBatch(Rows(part, ids), state, *end))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of one device before the first batch that is not served yet."""
-        return self._waiting[0].before if self._waiting else super().state_dict()
+        return self._waiting[0].state_before if self._waiting else super().state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._waiting.clear()

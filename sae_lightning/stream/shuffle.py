@@ -35,18 +35,18 @@ class Pool:
         self.sites, self.capacity, self.device = tuple(sites), capacity, torch.device(device)
         self._random = np.random.Generator(np.random.PCG64(seed))
         self._rows: dict[Site, Tensor] = {}  # {site: [capacity, d]}
-        self._ids = torch.empty(capacity, dtype=torch.int64)
-        self._filled = 0
+        self._sequence_ids = torch.empty(capacity, dtype=torch.int64)
+        self._filled = 0  # rows
 
     def __len__(self) -> int:
         return self._filled
 
-    def add(self, activations: Mapping[Site, Tensor], ids: Tensor) -> None:
-        """Append rows {site: [n, d]} of sequences `ids` [n], in the activations' own dtype.
+    def add(self, activations: Mapping[Site, Tensor], sequence_ids: Tensor) -> None:
+        """Append rows {site: [n, d]} of the sequences `sequence_ids` [n], in their dtype.
 
         UserError: the pool holds rows of another dtype (possible only after a resume).
         """
-        start, stop = self._filled, self._filled + len(ids)
+        start, stop = self._filled, self._filled + len(sequence_ids)
         assert stop <= self.capacity, f"{stop} rows in a pool of {self.capacity}"
         for site in self.sites:
             new = activations[site]
@@ -63,7 +63,7 @@ class Pool:
                     f"{saved}; set llm.dtype={saved}, as it was, or start a new run"
                 )
             self._rows[site][start:stop] = new
-        self._ids[start:stop] = ids
+        self._sequence_ids[start:stop] = sequence_ids
         self._filled = stop
 
     def take(self, batch: int) -> Rows:
@@ -74,9 +74,9 @@ class Pool:
         self._filled -= batch
         # Rows that were not taken and lie beyond the new end fill the holes before it.
         holes = torch.from_numpy(chosen[chosen < self._filled])
-        last = np.arange(self._filled, self._filled + batch)
-        movers = torch.from_numpy(np.setdiff1d(last, chosen, assume_unique=True))
-        self._ids[holes] = self._ids[movers]
+        beyond = np.arange(self._filled, self._filled + batch)
+        movers = torch.from_numpy(np.setdiff1d(beyond, chosen, assume_unique=True))
+        self._sequence_ids[holes] = self._sequence_ids[movers]
         holes, movers = move_to_device(holes, self.device), move_to_device(movers, self.device)
         for rows in self._rows.values():
             rows.index_copy_(0, holes, rows.index_select(0, movers))
@@ -94,7 +94,7 @@ class Pool:
         on_device = move_to_device(indices, self.device)
         # on a CPU, ten times as fast as indexing with brackets
         rows = {site: self._rows[site].index_select(0, on_device) for site in self.sites}
-        return Rows(rows, self._ids[indices])
+        return Rows(rows, self._sequence_ids[indices])
 
     def state_dict(self) -> dict[str, Any]:
         """The filled rows, on the CPU, and the RNG's state: plain values and tensors."""
@@ -103,7 +103,7 @@ class Pool:
                 str(site): rows[: self._filled].to("cpu", copy=True)
                 for site, rows in self._rows.items()
             },
-            "ids": self._ids[: self._filled].clone(),
+            "ids": self._sequence_ids[: self._filled].clone(),
             "random": self._random.bit_generator.state,
         }
 

@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """Activations of one LLM batch, of the tokens kept for training, in text order."""
+    """Activations of tokens: those of an LLM batch that training keeps, or a shuffled batch."""
 
     activations: dict[Site, Tensor]
     """{site: [n, d]}; row i is the same token at every site."""
     sequence_ids: Tensor
-    """[n] int64 on the CPU; the sequence that each row came from."""
+    """[n] int64 on the CPU: the sequence that each row comes from"""
 
 
 class RowStream(Protocol):
-    """An endless stream of LLM batches that does not depend on a run's length, batch or pool.
+    """An endless stream of the rows of LLM batches (without an LLM: of groups of any size), which
+    does not depend on a run's length, batch or pool.
 
     A state loads into any other stream of the same rows: a run resumes exactly whether the LLM
     computes the rows or a cache holds them.
@@ -148,20 +149,20 @@ class HeldOutData(Protocol):
         target: Site,
         saes: Sequence[Callable[[Tensor], Any]],
         weights: Sequence[Callable[[], dict[str, Tensor]]],
-        rows: int,
+        rows_per_call: int,
         splits: Sequence[FeatureSplit],
         means: Sequence[Tensor] = (),
     ) -> list[Any]:
-        """Measure SAEs, which map [n, d_in] of `source` to [n, d_out] of `target`, on `rows` tokens
-        at a time; each of `weights` returns an SAE's weights for raw activations; `splits`: how the
-        features of each are spread over ranks; `means`: the mean reconstruction [d_out] of each, if
-        an LLM's loss is to be measured with the error alone, too. None for each if there is nothing
-        to measure but the error."""
+        """Scores of each SAE that only this kind of data has; None for each SAE if it has none.
+
+        saes: [n, d_in] of `source` -> `Output` [n, d_out] of `target`, for n <= rows_per_call;
+        weights: functions that return weights for raw activations; splits: how the features are
+        spread over ranks; means: mean reconstructions [d_out], if the LLM's loss is to be measured
+        with the error alone, too."""
         return [None] * len(saes)
 
     def prepare(self, targets: Collection[Site]) -> None:
-        """Do the part of scoring, if any, that all ranks must do together, for SAEs whose target
-        is in `targets`."""
+        """Do what all ranks must do together for the scores of SAEs with these `targets`."""
 
 
 class Needs(NamedTuple):
@@ -175,7 +176,7 @@ class Needs(NamedTuple):
     ahead: int = 0
     """Rows to prefetch while SAEs train."""
     resumed: bool = False
-    """Whether the run goes on without a cache if the disk has no space for it."""
+    """Whether the run was begun earlier: it goes on without a cache if there is no disk space."""
     own_sites: Sequence[Site] | None = None
     """With several ranks, the sites whose rows this one needs (None: all)."""
 
@@ -209,7 +210,7 @@ class DataSource(ABC):
 
     settings: ClassVar[type[DataConfig]]
     noun: ClassVar[str]
-    """What activations are made from: text, samples, rows of files."""
+    """What activations are made from: text, samples, rows."""
     where: ClassVar[str]
     """How messages name the data: text, data=synthetic."""
     has_llm: ClassVar[bool]
@@ -217,7 +218,7 @@ class DataSource(ABC):
     origin: ClassVar[str]
     """What SAEs were trained on, for messages."""
     fits_text: ClassVar[bool] = True
-    """Whether an LLM may have computed its activations; analysis then accepts `llm` and `data`."""
+    """Whether an LLM may have computed the activations; analysis then accepts `llm` and `data`."""
     metrics: ClassVar[frozenset[str]]
     """Held-out metrics that only this kind of data has and that depend on the SAE."""
     headline: ClassVar[str]
@@ -233,8 +234,7 @@ class DataSource(ABC):
         """Raise UserError for settings that have no meaning here; reads only the config."""
 
     def list_metrics(self, loss_tokens: int) -> tuple[frozenset[str], str]:
-        """List the `metrics` that are measured with this `eval.loss_tokens`; and the end of a
-        message: on which data, or with which setting none is."""
+        """The `metrics` that are measured, and where others are not, in words for a message."""
         return self.metrics, f"on {self.where}"
 
     def resolve_llm(self) -> LLMConfig:
@@ -243,7 +243,7 @@ class DataSource(ABC):
 
     @abstractmethod
     def read_shape(self) -> LLMShape:
-        """Read the LLM's dimensions without loading weights; without an LLM, make up such."""
+        """Read the LLM's dimensions without loading weights; data without an LLM makes them up."""
 
     def find_sites(self, layer: LayerConfig, shape: LLMShape) -> SitePair:
         """Source and target of an SAE; UserError if there are no such sites."""

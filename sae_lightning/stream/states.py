@@ -49,7 +49,7 @@ def _describe_tensor(x: Tensor) -> str:
 
 
 def expect_ids(ids: Any, n: int, stop: int, name: str, dtype: torch.dtype = torch.int64) -> None:
-    """Raise ValueError unless `ids` [n] are from 0 to `stop` - 1."""
+    """Raise ValueError unless `ids` [n], of tokens or sequences, are from 0 to `stop` - 1."""
     expect(ids, torch.empty(n, dtype=dtype, device="meta"), name)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < stop:
         raise ValueError(f"{name} holds {int(ids.min())} to {int(ids.max())}, not below {stop}")
@@ -68,19 +68,19 @@ def expect_rows(
         if not all(0 < median < inf for median in state["medians"].values()):
             raise ValueError("rows.medians: a median norm is not positive and finite")
     tokens, read = state["tokens"], state["read"] * batch
-    fields = {"epoch": range(1, ANY_COUNT.stop)}
+    pattern = {"epoch": range(1, ANY_COUNT.stop)}
     if "texts" in tokens or "cursor" in tokens:  # of indexed texts
         texts, position = tokens.get("texts", [tokens]), 0
         expect(texts, list, "tokens.texts")
         for text in texts:
-            expect(text, fields | {"tokens": range(1, ANY_COUNT.stop)}, "tokens")
+            expect(text, pattern | {"tokens": range(1, ANY_COUNT.stop)}, "tokens")
             windows = -(-text["tokens"] // (context - 1))
             expect(text, {"cursor": range(windows + 1)}, "tokens")
             position += (text["epoch"] - 1) * windows + text["cursor"]
         expect(position, read, "the text's position")
     else:
-        fields |= {"documents": ANY_COUNT, "read": ANY_COUNT, "served": read, "carry": Tensor}
-        expect(tokens, fields, "tokens")
+        pattern |= {"documents": ANY_COUNT, "read": ANY_COUNT, "served": read, "carry": Tensor}
+        expect(tokens, pattern, "tokens")
         carry = tokens["carry"]
         expect_ids(carry, carry.numel(), vocabulary, "tokens.carry", torch.int32)
     return state["llm_batches"] * batch
@@ -112,14 +112,14 @@ def expect_stream(
 
 
 class TextChanged(UserError):
-    """The text is not the one that a run or cache was made from."""
+    """The text, or file of activations, is not the one that a run or cache was made from."""
 
 
-def check_text(state: dict[str, Any], text: str | int) -> None:
-    """Raise TextChanged if `state` was saved with a text other than `text`."""
-    if state.get("text", text) != text:
+def check_text(state: dict[str, Any], fingerprint: str | int) -> None:
+    """Raise TextChanged if `state` was saved with a text of another `fingerprint`."""
+    if state.get("text", fingerprint) != fingerprint:
         raise TextChanged(
-            f"data: the text is no longer the one that the run to be resumed read ({text}, not "
-            f"{state['text']}); resume with the same data settings and files, and the version of "
-            "sae_lightning that it was begun with"
+            "data: the text is no longer the one that the run to be resumed read "
+            f"({fingerprint}, not {state['text']}); resume with the same data settings and files, "
+            "and the version of sae_lightning that it was begun with"
         )

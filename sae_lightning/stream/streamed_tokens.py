@@ -42,7 +42,7 @@ class StreamedTokens(TokenStream):
         self._begin(1)
 
     def _begin(self, epoch: int) -> None:
-        self.epoch, self.documents, self.tokens_read, self.documents_crc32 = epoch, 0, 0, 0
+        self.epoch, self.documents_read, self.tokens_read, self.documents_crc32 = epoch, 0, 0, 0
         self.carry = np.empty(0, dtype=np.int32)
         data = self.data
         if self.seed is not None:
@@ -51,11 +51,11 @@ class StreamedTokens(TokenStream):
         self._rows = iter(data)
 
     def _read_texts(self) -> Iterator[str]:
-        """Yield the documents that follow, and count them."""
+        """Yield the documents that follow in this epoch, and count them."""
         try:
             for row in self._rows:
                 text = "" if row["text"] is None else row["text"]
-                self.documents += 1
+                self.documents_read += 1
                 if not isinstance(text, str):
                     raise UserError(
                         f"{self.where}: a row holds {type(text).__name__} in place of text "
@@ -83,10 +83,10 @@ class StreamedTokens(TokenStream):
                 break
         if not texts:
             return False
-        new = tokenise_documents(self.tokenizer, texts, self.packing.separator)
-        self.carry = np.concatenate([self.carry, *new])
+        documents = tokenise_documents(self.tokenizer, texts, self.packing.separator)
+        self.carry = np.concatenate([self.carry, *documents])
         check_ids(self.tokenizer, self.carry, self.where)
-        self.tokens_read += sum(map(len, new))
+        self.tokens_read += sum(map(len, documents))
         return True
 
     def next_window(self) -> np.ndarray | None:
@@ -129,7 +129,7 @@ class StreamedTokens(TokenStream):
     def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
-            "documents": self.documents,
+            "documents": self.documents_read,
             "text": self.documents_crc32,
             "read": self.tokens_read,
             "served": self.served,

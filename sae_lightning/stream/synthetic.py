@@ -176,7 +176,7 @@ class HeldOutConcepts(HeldOutData):
     def __init__(
         self, world: ConceptWorld, *, seed: int, tokens: int, device: torch.device | str
     ) -> None:
-        """Draw `tokens` samples with the world's `seed`: all runs in that world share them."""
+        """Draw `tokens` samples with the `seed` of the world: all runs in this world share them."""
         self.world = world
         generator = make_generator("held out", seed)
         counts = [min(SAMPLED_ROWS, tokens - done) for done in range(0, tokens, SAMPLED_ROWS)]
@@ -194,28 +194,30 @@ class HeldOutConcepts(HeldOutData):
         target: Site,
         saes: Sequence[Callable[[Tensor], Any]],
         weights: Sequence[Callable[[], dict[str, Tensor]]],
-        rows: int,
+        rows_per_call: int,
         splits: Sequence[FeatureSplit],
         means: Sequence[Tensor] = (),
     ) -> list[Recovery]:
         return [
             measure_recovery(
-                self.world.directions, _join_weights(w(), split), self._encode(sae, rows, split)
+                self.world.directions,
+                _join_weights(get_weights(), split),
+                self._encode(sae, rows_per_call, split),
             )
-            for sae, w, split in zip(saes, weights, splits, strict=True)
+            for sae, get_weights, split in zip(saes, weights, splits, strict=True)
         ]
 
     def _encode(
         self, sae: Callable[[Tensor], Any], rows: int, split: FeatureSplit
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Yield activations, concept strengths and features [rows, ...] of all samples."""
+        """Yield activations, concept strengths and feature strengths [rows, ...] of all samples."""
         for x, strengths in zip(self._x.split(rows), self.strengths.split(rows), strict=True):
             yield x.cpu(), strengths, split.join(sae(x).features.cpu().T).T
 
 
 def _join_weights(weights: dict[str, Tensor], split: FeatureSplit) -> dict[str, Tensor]:
-    """The weights that `measure_recovery` reads, gathered from all ranks: data of few concepts
-    needs so few features that all of them fit on one rank."""
+    """The weights that `measure_recovery` reads, gathered from all ranks. They fit on one rank, as
+    there are few concepts and so few features."""
     dims = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
     return {
         name: split.join(x.movedim(dims[name], 0)).movedim(0, dims[name]) if x.ndim else x
@@ -239,7 +241,7 @@ class SyntheticSource(NoLLMSource):
         self.refuse_settings("layer", layer, LayerConfig(index=0))
 
     def read_shape(self) -> LLMShape:
-        """Samples stand for the output of an LLM with one block."""
+        """The shape of an LLM with one block, whose output the samples stand for."""
         return LLMShape(layers=1, width=self.data.dim, context=None, vocabulary=0)
 
     def estimate_data_memory(

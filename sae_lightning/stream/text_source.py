@@ -66,19 +66,22 @@ class TextSource(DataSource):
             raise UserError("llm=none: text needs an LLM to read it; choose one")
 
     def list_metrics(self, loss_tokens: int) -> tuple[frozenset[str], str]:
-        return super().list_metrics(0) if loss_tokens else (frozenset(), "with eval.loss_tokens=0")
+        if not loss_tokens:
+            return frozenset(), "with eval.loss_tokens=0"
+        return super().list_metrics(loss_tokens)
 
     def resolve_llm(self) -> LLMConfig:
-        """Resolve `auto` attention to eager in bf16 on a CPU, where it is a tenth faster (SmolLM2),
-        but only for short contexts: its memory grows with the square of the context."""
+        """Also resolve `auto` attention: eager in bf16 on a CPU, where it is a tenth faster
+        (SmolLM2), but only for short contexts, as its memory grows with the square of the context.
+        """
         llm = super().resolve_llm()
-        eager = (
+        use_eager = (
             llm.attn is Attention.auto
             and pick_device(llm).type == "cpu"
             and llm.dtype is Dtype.bfloat16
             and self.data.context <= EAGER_CONTEXT
         )
-        return replace(llm, attn=Attention.eager) if eager else llm
+        return replace(llm, attn=Attention.eager) if use_eager else llm
 
     def read_shape(self) -> LLMShape:
         return read_llm_shape(self.llm)
@@ -100,7 +103,7 @@ class TextSource(DataSource):
             find_bos_id(load_tokenizer(self.llm))  # fail before the text is read
 
     def _check_cache(self) -> None:
-        """UserError if the cache is neither writable nor one that can be read (a colleague's)."""
+        """UserError if the cache can neither be written nor, as a colleague's cache, read."""
         folder = ancestor = pick_cache_folder(self.data.cache_folder)
         while not os.path.exists(ancestor):
             ancestor = ancestor.parent

@@ -18,7 +18,7 @@ from sae_lightning.stream.streamed_tokens import StreamedTokens
 
 
 class HeldOutTokens(HeldOutStream):
-    """The text that only evaluation reads, as sequences."""
+    """Sequences of the text that only evaluation reads."""
 
     def __init__(
         self,
@@ -45,9 +45,9 @@ class HeldOutTokens(HeldOutStream):
                 self.data, self.tokenizer, separator, "held-out text", self.chat
             )
             _check_flat(self.tokenizer, flat, self.where)
-            width, count = self.packing.window_size, max(1, len(flat) // self.packing.window_size)
+            size, count = self.packing.window_size, max(1, len(flat) // self.packing.window_size)
             chosen = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
-            windows = [flat.slice(n * width, width).to_numpy() for n in chosen if len(flat)]
+            windows = [flat.slice(i * size, size).to_numpy() for i in chosen if len(flat)]
         else:
             stream = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
             windows = [w for _ in range(sequences) if (w := stream.next_window()) is not None]
@@ -57,7 +57,8 @@ class HeldOutTokens(HeldOutStream):
                 "(data.held_out, data.held_out_split or data.held_out_documents)"
             )
         full = [window for window in windows if len(window) == self.packing.window_size]
-        return self.packing.pack(full or windows)[:, : 1 + len((full or windows)[0])]
+        windows = full or windows
+        return self.packing.pack(windows)[:, : 1 + len(windows[0])]
 
 
 class SplitTokens(NamedTuple):

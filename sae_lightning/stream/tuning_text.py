@@ -3,8 +3,8 @@
     text           s0 s1 s2 s3 | s4 s5 s6 s7 | s8 ...     as training reads it, from its beginning
     update         first       | first + 1   | ...
 
-The number of an update and that of the first update with KL determine its sequences: so no state is
-saved, resuming is exact, and the training batches are not affected.
+Which sequences an update reads depends only on its number and that of the first update with KL: so
+no state is saved, resuming is exact, and the training batches are not affected.
 """
 
 from collections.abc import Sequence
@@ -43,16 +43,16 @@ class TuningText:
         per forward pass; `max_norm`: a multiple of the median norm at each of `sites`."""
         self.llm, self.tokens, self.sites = llm, tokens, sites
         self.batch, self.max_norm = batch, max_norm
-        dropped = [] if keep_special else find_special_ids(llm.tokenizer)
-        self._dropped = torch.tensor(dropped, dtype=torch.int64)
+        dropped_ids = [] if keep_special else find_special_ids(llm.tokenizer)
+        self._dropped_ids = torch.tensor(dropped_ids, dtype=torch.int64)
         # first update -> a stream, and the update whose sequences come next in it
         self._opened: dict[int, tuple[TokenStream, int]] = {}
 
     def run_update(self, first: int, update: int, tokens: int) -> list[CleanRun]:
-        """Run the LLM on the sequences of an `update`, about `tokens` tokens, for SAEs whose first
-        such update is `first`."""
+        """Run the LLM on the sequences of update number `update`, about `tokens` tokens, for SAEs
+        whose first update with KL has the number `first`."""
         sequences = self._read(first, update, -(-tokens // self.tokens.packing.window_size))
-        keep = sequences.mark_kept(self._dropped)
+        keep = sequences.mark_kept(self._dropped_ids)
         parts = zip(sequences.tokens.split(self.batch), keep.split(self.batch), strict=True)
         model = self.llm.model
         return [run_clean(model, ids, self._drop_large_norms(ids, kept)) for ids, kept in parts]
@@ -73,5 +73,5 @@ class TuningText:
             return keep
         positions = keep.flatten().nonzero().squeeze(1)
         rows = capture(self.llm.model, tokens, self.sites, positions)
-        usual = find_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
-        return keep.masked_scatter(keep, usual)
+        is_usual = find_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
+        return keep.masked_scatter(keep, is_usual)

@@ -120,6 +120,6 @@ def test_a_transcoders_batch_holds_both_sites(tiny, words, target):
 def test_a_text_shorter_than_what_is_asked_for_is_read_once(words, capsys):
     source = words(600)
     parts, total = excerpt(source, 10**6, 4)
-    assert sum(len(part.tokens) for part in parts) == total == source.windows
+    assert sum(len(part.tokens) for part in parts) == total == source.window_count
     assert source.epoch == 1
     assert "the text has fewer than 1,000,000 tokens: all of it is read" in capsys.readouterr().out

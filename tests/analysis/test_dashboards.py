@@ -121,7 +121,7 @@ def truth(here):
     sae, llm = load_sae(here / "sae"), load_llm(config)
     data = LocalConfig(path=str(here / "text"), context=16, held_out=0.34)
     tokens = open_tokens(open_text(data), llm.tokenizer, context=16, seed=0).train
-    read = tokens.next(tokens.windows)
+    read = tokens.next(tokens.window_count)
     ids = read.tokens[read.is_text & (read.tokens > 1)]
     strengths = sae.encode(llm.model.get_input_embeddings().weight.detach())
     strengths[:2] = 0  # BOS and EOS are not read

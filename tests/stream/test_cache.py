@@ -276,7 +276,9 @@ def rewrite(path: Path, change) -> None:
     tensors = load_file(path)
     change(about, tensors)
     told = about.pop("all of it", None) or json.dumps(about)
-    save_file(tensors, path, {"about": told, "crc32": shards_module._checksum(told, tensors)})
+    save_file(
+        tensors, path, {"about": told, "crc32": shards_module._compute_checksum(told, tensors)}
+    )
 
 
 def put(place: str, value):

@@ -58,7 +58,7 @@ def open_chats(file, template=PLAIN, context=64, **settings):
 
 def read_epoch(tokens) -> list[tuple[str, str]]:
     """(text, the part of it that is trained on) of each sequence of an epoch."""
-    sequences, decode = tokens.train.next(tokens.train.windows), byte_tokenizer().decode
+    sequences, decode = tokens.train.next(tokens.train.window_count), byte_tokenizer().decode
     return [
         tuple(decode(part, skip_special_tokens=True) for part in (row, row[kept]))
         for row, kept in zip(sequences.tokens, sequences.is_text, strict=True)
@@ -171,7 +171,7 @@ def test_another_template_tokenises_anew(tmp_path):
 def test_rows_and_evaluation_are_of_the_assistants_tokens(tmp_path, llm):
     chats = LLM(model=llm.model, tokenizer=with_template(MARKED), name="tiny")
     tokens = open_chats(write(tmp_path, *[TALK] * 8), MARKED, context=16, assistant_only=True)
-    rows = LLMRows(chats, tokens.train, [], batch=tokens.train.windows)
+    rows = LLMRows(chats, tokens.train, [], batch=tokens.train.window_count)
     selected = rows.select_tokens()
     kept = selected.tokens.flatten()[selected.positions]
     decode = byte_tokenizer().decode

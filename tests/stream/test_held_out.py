@@ -49,7 +49,7 @@ def planted(llm, monkeypatch) -> list[int]:
 def scores_of(held_out, source, target, functions):
     """Scores of the LLM with each function spliced in as if it were an SAE."""
     saes = [lambda x, f=f: SimpleNamespace(reconstruction=f(x)) for f in functions]
-    return held_out.measure_saes(source, target, saes, (), rows=1000)
+    return held_out.measure_saes(source, target, saes, (), rows_per_call=1000)
 
 
 def test_special_tokens_and_position_0_are_left_out(llm):

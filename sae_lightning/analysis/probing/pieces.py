@@ -145,7 +145,7 @@ def _read_rows(
 ) -> Iterator[tuple[str, str]]:
     """Yield the text, up to what is tokenised, and the class of at most MAX_DOCUMENTS documents:
     random ones, or the first ones of a streamed data set."""
-    data, columns, where = documents.data, list(documents.first or {}), documents.where
+    data, columns, where = documents.data, list(documents.first_row or {}), documents.where
     for setting, column in {"data.column": config.column, "label": label}.items():
         if column not in columns:
             hint = "; the packaged plays have it: data=shakespeare"
