@@ -29,7 +29,7 @@ from sae_lightning.report.printer import print_lead, print_section, print_units
 from sae_lightning.report.section import Section
 
 PROBE_TOKENS = 65_536  # tokens of labelled text that probes read
-PROBE_FEATURES = 32_768  # above this number, so much fewer: half for twice as many features
+PROBE_FEATURES = 32_768  # up to this number of features; for twice as many, half the tokens
 
 
 @dataclass(slots=True, kw_only=True)

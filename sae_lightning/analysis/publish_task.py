@@ -79,8 +79,8 @@ class PublishTask(Task):
             raise UserError(f"{others[0]} has no meaning for task=publish: leave it out")
         if is_sweep(Path(self.run)):
             raise UserError(
-                f"run={self.run} holds a sweep: give one of the run folders in it, each to a "
-                "repository of its own"
+                f"run={self.run} holds a sweep: give one of the run folders in it, and each "
+                "its own repository"
             )
         if not has_token():
             raise UserError(f"repo={self.repo}: you are not logged in at the hub; run: {LOGIN}")

@@ -37,8 +37,9 @@ from sae_lightning.llm.vocabulary import read_vocabulary
 from sae_lightning.report.section import ColouredText, ResultTable, Section
 from sae_lightning.terminal import phase
 
-# Default norms of the added vector over the activation's norm. After block 9 of SmolLM2-135M, less
-# hardly changes the text, and 0.5 breaks it (4 nats of surprise per token instead of 2).
+# Default norms of the added vector, over the median norm of the prompt's activations. After block 9
+# of SmolLM2-135M, less hardly changes the text, and 0.5 breaks it (4 nats of surprise per token
+# instead of 2).
 DEFAULT_LENGTHS = (0.2, 0.3, 0.4)
 
 
@@ -157,9 +158,9 @@ def steer(
 ) -> Steered:
     """Have the LLM continue `prompt` by `tokens` tokens, once unsteered and once for each strength.
 
-    strengths: in units of the feature's own activation; None to add vectors of 0.2, 0.3 and 0.4
-    times the activation's norm. All continuations are sampled in one batch, with the same random
-    numbers (see `generate`).
+    strengths: in units of the feature's own activation; None for those at which the added vector
+    has 0.2, 0.3 and 0.4 times the median norm of the prompt's activations. All continuations are
+    sampled in one batch, with the same random numbers (see `generate`).
     """
     subject.check_features([feature])
     llm = subject.llm

@@ -28,7 +28,7 @@ NEXT_TASKS = ("lens", "steer", "explain")  # suggested for a feature that looks 
 
 @dataclass(slots=True, kw_only=True)
 class Task:
-    """Which SAE, on which LLM and text."""
+    """A task with its settings, which say at least which SAE to analyse, on which LLM and text."""
 
     run: str
     """Run folder, a folder with a saved SAE, an SAE on the hub (hub:owner/name/path@revision), or
@@ -38,9 +38,9 @@ class Task:
     llm: LLMConfig
     """The LLM, if the folder does not name it or to use another."""
     data: DataConfig
-    """The text, likewise."""
+    """The text, if the folder does not name it or to use another."""
     layer: LayerConfig
-    """The site, likewise."""
+    """The site, if the folder does not name it or to use another."""
     seed: int = 0
     """Fixes the order of the text; that of the run unless given."""
     plugins: list[str] = field(default_factory=list)
