@@ -1,4 +1,4 @@
-"""`hydra/launcher=one_pass`, the default: jobs share passes of the LLM if they can."""
+"""`hydra/launcher=one_pass`, the default: the jobs of a sweep share passes of the LLM."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -30,14 +30,14 @@ class OnePassLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Train the jobs with the seeds and controls that they ask for; each return value is the
-        mean objective over a job's seeds, or None if one of them failed."""
+        """Train the jobs and the seeds and controls that they ask for. What each job returns is its
+        mean objective over seeds, or None if one of them failed."""
         setup_globals()
         composed: list[tuple[DictConfig, JobReturn]] = []
         try:
             with phase("composing the jobs", total=len(job_overrides)) as advance:
-                for number, overrides in enumerate(job_overrides, initial_job_idx):
-                    composed.append(self._compose(number, list(overrides)))
+                for index, overrides in enumerate(job_overrides, initial_job_idx):
+                    composed.append(self._compose(index, list(overrides)))
                     advance(1)
             # Hydra's one job with resume=<sweep> is several of ours
             entries = [
@@ -45,7 +45,7 @@ class OnePassLauncher(Launcher):
                 for config, job_return in composed
                 for job in job_return.return_value
             ]
-            groups = expand_jobs([job for *_, job in entries])
+            groups = expand_jobs([job for *_, job in entries])  # each job with its added ones
             if line := describe_expansion(groups):
                 console.print(line)
             with phase("starting"):  # imported late, so that wrong settings are reported at once
@@ -53,33 +53,33 @@ class OnePassLauncher(Launcher):
 
             for config, *_ in entries:
                 self.context.callbacks.on_job_start(config=config, task_function=self.task_function)
-            runs = [run for group in groups for run in group]
-            metrics = dict(zip([run.folder for run in runs], train_and_score(runs), strict=True))
+            jobs = [job for group in groups for job in group]
+            metrics = dict(zip([job.folder for job in jobs], train_and_score(jobs), strict=True))
         finally:
             self._remove_unused([config for config, _ in composed])
         # a search expects one value for each job that it asked for
         is_search = not self.config.hydra.sweeper._target_.endswith(".BasicSweeper")
-        returned = []
-        for (config, job_return, _), group in zip(entries, groups, strict=True):
+        job_returns = []
+        for (config, composed_return, _), group in zip(entries, groups, strict=True):
             objective = average_objective(group, metrics)
-            for run in group[:1] if is_search else group:
-                run_return = copy(job_return)
-                run_return.overrides, run_return.working_dir = run.overrides, str(run.folder)
-                run_return.return_value = objective
-                self.context.callbacks.on_job_end(config=config, job_return=run_return)
-                returned.append(run_return)
-        return returned
+            for job in group[:1] if is_search else group:
+                job_return = copy(composed_return)
+                job_return.overrides, job_return.working_dir = job.overrides, str(job.folder)
+                job_return.return_value = objective
+                self.context.callbacks.on_job_end(config=config, job_return=job_return)
+                job_returns.append(job_return)
+        return job_returns
 
     def _remove_unused(self, configs: list[DictConfig]) -> None:
         """Remove the folders that Hydra made and that hold no run."""
         for config in configs:
             remove_unused_folder(Path(config.hydra.runtime.output_dir))
 
-    def _compose(self, number: int, overrides: list[str]) -> tuple[DictConfig, JobReturn]:
+    def _compose(self, index: int, overrides: list[str]) -> tuple[DictConfig, JobReturn]:
         """Compose a job as Hydra does, with the list of our jobs as its return value."""
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
-            config.hydra.job.id = config.hydra.job.num = number
+            config.hydra.job.id = config.hydra.job.num = index
 
         def collect(cfg: DictConfig) -> list[Job]:
             hydra = HydraConfig.get()
@@ -92,7 +92,7 @@ class OnePassLauncher(Launcher):
             config=config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
-            # no callbacks yet: `launch` calls them when training starts and ends
+            # without callbacks, which `launch` calls when training starts and ends
             hydra_context=HydraContext(self.context.config_loader, Callbacks()),
         )
         if job_return.status is JobStatus.FAILED:

@@ -9,10 +9,11 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 
 class OptunaDefaults(SearchPathPlugin):
-    """Replaces the defaults of Optuna's sweeper, which minimises.
+    """Replaces the defaults of Optuna's sweeper, which would minimise the objective.
 
-    Hydra calls this after all plugins have stored their configs, before composing one. A preset in
-    conf/ cannot do it: Hydra refuses a preset with the name of a plugin's config.
+    Hydra calls `manipulate_search_path` after all plugins have stored their configs and before it
+    composes one. A preset in conf/ could not replace them: Hydra refuses one with the name of a
+    plugin's config.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:

@@ -6,7 +6,7 @@ import re
 import sys
 from importlib.util import find_spec
 
-# Required packages; some are imported only at the end of a run.
+# Required packages, checked at the start: some are imported only at the end of a run.
 PACKAGES = (
     *("hydra", "omegaconf", "torch", "lightning", "transformers", "datasets", "safetensors"),
     *("filelock", "tensorboard", "numpy", "pandas", "pyarrow", "tqdm", "scipy", "sklearn"),
@@ -42,15 +42,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def list_causes(error: BaseException | None, *, contexts: bool = True) -> list[BaseException]:
     """The error and the errors that led to it, outermost first; with `contexts=False`, only those
     chained by `raise ... from`."""
-    links: list[BaseException] = []
-    while error is not None and error not in links:
-        links.append(error)
+    causes: list[BaseException] = []
+    while error is not None and error not in causes:
+        causes.append(error)
         error = error.__cause__ or (error.__context__ if contexts else None)
-    return links
+    return causes
 
 
 def check_finite(name: str, value: object) -> None:
-    """UserError if `value` or a number in it is infinite or NaN: range checks can miss these."""
+    """UserError if `value` or a number in it is infinite or NaN, which pass some range checks."""
     numbers = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise UserError(f"{name}={value}: give a finite number")

@@ -28,18 +28,19 @@ LOCK_FILE = ".lock"
 RETRY = "correct this and run the same command again"
 
 
-def _error_numbers(names: str) -> set[int]:
-    """The errno values with these names that this platform defines."""
+def _find_errnos(names: str) -> set[int]:
+    """The values of those of these errno names, separated by spaces, that this platform has."""
     return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
 
 
-# Error numbers of writes that failed, and of writes or reads that failed.
-WRITE_ERRORS = _error_numbers("ENOSPC EDQUOT EFBIG EROFS EEXIST")
-SYSTEM_ERRORS = WRITE_ERRORS | _error_numbers(
+# Error numbers that only a failed write has, and those that a failed write or read has.
+WRITE_ERRORS = _find_errnos("ENOSPC EDQUOT EFBIG EROFS EEXIST")
+SYSTEM_ERRORS = WRITE_ERRORS | _find_errnos(
     "EIO ESTALE EBUSY ENAMETOOLONG ELOOP EISDIR EACCES EPERM ENOTDIR ENOTCONN"
 )
-# Windows has neither flag. Without O_NONBLOCK, opening a pipe or device as a lock file may hang.
-NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+# Flags for opening a lock file, which Windows lacks: links are not followed, and opening a pipe or
+# device, which could hang, does not wait.
+LOCK_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -74,8 +75,8 @@ def make_private_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove the temporary folders that killed writers left in `folder`: all, or those of the file
-    `name`."""
+    """Remove the temporary folders that killed writers left in `folder`: all of them, or those made
+    for the file `name`."""
     for leftover in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
         with suppress(OSError):
             if not stat.S_ISDIR(leftover.lstat().st_mode):  # a file of version 0.1.0
@@ -84,7 +85,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
                 leftover.rmdir()
             else:
                 with hold_lock(leftover / LOCK_FILE) as locked:
-                    if locked:
+                    if locked:  # without locks, the writer may still be alive
                         shutil.rmtree(leftover)
 
 
@@ -100,7 +101,7 @@ def refuse_link(folder: Path) -> None:
 @contextmanager
 def convert_write_errors(path: Path) -> Iterator[None]:
     """Raise a WriteError if the system refuses to write to `path`, even if a library has wrapped
-    the system's error; unwrap a KeyboardInterrupt or SystemExit."""
+    the system's error; a wrapped WriteError, KeyboardInterrupt or SystemExit is unwrapped."""
     try:
         yield
     except BaseException as error:
@@ -109,13 +110,13 @@ def convert_write_errors(path: Path) -> Iterator[None]:
                 cause, WriteError | KeyboardInterrupt | SystemExit
             ):
                 raise cause from None
-        why = find_system_error(error)
-        if why is None and not path.parent.is_dir():
-            why = "its folder is gone; was it deleted or renamed?"
-        if why is None or isinstance(error, UserError | KeyboardInterrupt | SystemExit):
+        reason = find_system_error(error)
+        if reason is None and not path.parent.is_dir():
+            reason = "its folder is gone; was it deleted or renamed?"
+        if reason is None or isinstance(error, UserError | KeyboardInterrupt | SystemExit):
             raise
         raise WriteError(
-            f"cannot write to {path}: {why}; the old file, if any, is intact"
+            f"cannot write to {path}: {reason}; the old file, if any, is intact"
         ) from error
 
 
@@ -123,8 +124,8 @@ def find_system_error(error: BaseException | None) -> str | None:
     """The message of the system error that is or caused `error`; None if there is none."""
     for cause in list_causes(error):
         # safetensors gives the errno in its message; torch keeps the error as `__context__`
-        quoted = re.search(r"\(os error (\d+)\)", str(cause))
-        number = int(quoted[1]) if quoted else getattr(cause, "errno", None)
+        match = re.search(r"\(os error (\d+)\)", str(cause))
+        number = int(match[1]) if match else getattr(cause, "errno", None)
         if number in SYSTEM_ERRORS:
             return _describe_errno(number)
     return None
@@ -135,10 +136,10 @@ def describe_system_error(error: BaseException) -> str | None:
     if isinstance(error, WriteError):
         return f"{error}; {RETRY}"
     if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
-        what = "write" if error.errno in WRITE_ERRORS else "read or write"
-        where = f" {error.filename}" if error.filename else ""
-        why = _describe_errno(error.errno)
-        return f"cannot {what}{where}: {why}; choose another folder, or {RETRY}"
+        action = "write" if error.errno in WRITE_ERRORS else "read or write"
+        file = f" {error.filename}" if error.filename else ""
+        reason = _describe_errno(error.errno)
+        return f"cannot {action}{file}: {reason}; choose another folder, or {RETRY}"
     return None
 
 
@@ -193,30 +194,31 @@ def read_free_space(folder: Path) -> int:
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[bool]:
-    """Hold an exclusive lock on the file `path`, against other processes and within this one.
-    Yields False if the file system does not support locks.
+    """Hold an exclusive lock on the file `path`, against other processes and other callers in this
+    one. Yields False, and holds nothing, if the file system does not support locks.
 
     The system releases the lock if the process dies; the file is removed when the block ends.
     BlockingIOError if it is locked already; OSError if it cannot be made or is a symbolic link.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | LOCK_FLAGS, 0o666)
     try:
-        locked = _try_lock(file)
-        if not _is_same_file(path, file):  # the last holder has just removed it
+        locked = _try_lock(descriptor)
+        if not _is_same_file(path, descriptor):  # the last holder has just removed it
             raise BlockingIOError(f"{path} is locked")
         try:
             yield locked
         finally:
             with suppress(OSError):  # Windows cannot delete an open file
-                if _is_same_file(path, file):  # the folder may have been replaced
+                if _is_same_file(path, descriptor):  # the folder may have been replaced
                     path.unlink()
     finally:
-        os.close(file)
+        os.close(descriptor)
 
 
-def _try_lock(file: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
+    """Lock a file; False if its file system has no locks. BlockingIOError: it is locked already."""
     try:
-        if lock_descriptor(file, blocking=False):
+        if lock_descriptor(descriptor, blocking=False):
             return True
     except OSError as error:
         if error.errno in LOCKS_UNSUPPORTED:
@@ -225,9 +227,9 @@ def _try_lock(file: int) -> bool:
     raise BlockingIOError("the file is locked")
 
 
-def _is_same_file(path: Path, file: int) -> bool:
-    """Whether `path` is the file that is open as `file`."""
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    """Whether `path` is the file that is open as `descriptor`."""
     try:
-        return os.path.samestat(path.lstat(), os.fstat(file))
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False

@@ -1,7 +1,7 @@
 """Terminal output: the console, progress bars, tables and command lines.
 
-There is one live display at a time: a phase inside another one adds a line to it. Names, metadata
-and tokens may come from untrusted files, so control characters are printed as symbols.
+There is one live display at a time: a phase inside another adds a line to it. Names, metadata and
+tokens may come from untrusted files, so control characters are printed as symbols.
 """
 
 import os
@@ -79,7 +79,7 @@ class Terminal(Console):
 
 # no markup: a path such as runs/[a]/b is not a style
 console = Terminal(highlight=False, soft_wrap=True, markup=False)
-_live: list[Progress] = []
+_live: list[Progress] = []  # the live display, if any
 
 
 @contextmanager
@@ -99,7 +99,8 @@ def phase(description: str, total: int | None = None) -> Iterator[Callable[[floa
 
     Without a terminal, as in a log file, it prints only one line at the end, with the seconds.
     """
-    started, description = time.monotonic(), make_visible(description)
+    started = time.monotonic()
+    description = make_visible(description)
     new_display = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -136,11 +137,11 @@ def shorten_path(folder: Path) -> Path:
 
 
 def name_program(script: str) -> str:
-    """The command sae-train (sae-analyze) if the package is installed or that command was typed;
-    otherwise `script`, which is train.py (analyze.py)."""
-    installed = Path(__file__).with_name("conf").is_dir()
+    """The command sae-train (sae-analyze) if it was typed, or if there is no train.py (analyze.py)
+    because the package comes from a wheel; otherwise `script`, which is one of these files."""
+    from_wheel = Path(__file__).with_name("conf").is_dir()
     typed = Path(sys.argv[0]).name.startswith("sae-")
-    return f"sae-{script.removesuffix('.py')}" if installed or typed else script
+    return f"sae-{script.removesuffix('.py')}" if from_wheel or typed else script
 
 
 def format_program(script: str) -> str:
@@ -151,8 +152,8 @@ def format_program(script: str) -> str:
 
 def format_command(script: str, *flags: str, **settings: object) -> str:
     """A command line to paste: python script -flag setting=value ..."""
-    words = [*format_program(script).split(), *flags, *(f"{k}={v}" for k, v in settings.items())]
-    return make_visible(shlex.join(words))
+    parts = [*format_program(script).split(), *flags, *(f"{k}={v}" for k, v in settings.items())]
+    return make_visible(shlex.join(parts))
 
 
 def format_tensorboard_command(folder: Path) -> str:
