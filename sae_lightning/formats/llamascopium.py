@@ -38,16 +38,16 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
         weights["b_dec"] = torch.zeros(weights["W_dec"].shape[1])
     scales = [1.0, 1.0]
     if norm_setting == "dataset-wise":
-        averages = [
+        site_norms = [
             mean_norms.get(side, mean_norms.get(hook))
             for hook, side in zip(hooks, ("in", "out"), strict=True)
         ]
-        if any(norm is None for norm in averages):
+        if any(norm is None for norm in site_norms):
             raise UserError(
                 f"{files.settings_file}: norm_activation='dataset-wise', but no mean norm is "
                 f'saved: add "{MEAN_NORMS}": {{"in": ..., "out": ...}} to this file'
             )
-        scales = [compute_scale(norm, weights["W_dec"].shape[1]) for norm in averages]
+        scales = [compute_scale(norm, weights["W_dec"].shape[1]) for norm in site_norms]
     uses_decoder_norms = cfg.get("sparsity_include_decoder_norm", True)
     if activation == "jumprelu" and uses_decoder_norms:
         decoder_norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)

@@ -74,16 +74,16 @@ def find_saes(path: str, names: Collection[str]) -> list[SAEPaths]:
     location, is_file = PurePosixPath(path), posixpath.normpath(path) in names
     parent = location.parent
     for folder in (parent, parent.parent) if is_file else (location / "sae", location):
-        below = [name for name in names if PurePosixPath(name).is_relative_to(folder)]
-        relative = {str(PurePosixPath(name).relative_to(folder)): name for name in below}
+        in_folder = [name for name in names if PurePosixPath(name).is_relative_to(folder)]
+        # path below the folder -> path
+        paths = {str(PurePosixPath(name).relative_to(folder)): name for name in in_folder}
         file = str(location.relative_to(folder)) if is_file else None
-        if row := find_format(relative, file):
+        if row := find_format(paths, file):
             root = glob.escape(str(folder))
             patterns = [posixpath.normpath(f"{root}/{p}") for p in (*row.files, *row.optional)]
-            weights = [file] if is_file else [n for n in relative if is_match(n, row.files[0])]
+            weights = [file] if is_file else [n for n in paths if is_match(n, row.files[0])]
             others = [n for n in names if any(is_match(n, pattern) for pattern in patterns[1:])]
             return [
-                SAEPaths(row, str(folder), relative[name], sorted(others))
-                for name in sorted(weights)
+                SAEPaths(row, str(folder), paths[name], sorted(others)) for name in sorted(weights)
             ]
     return []

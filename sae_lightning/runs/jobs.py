@@ -90,22 +90,22 @@ def format_resume_command(jobs: Sequence[Job]) -> str:
     return format_command("train.py", "-m", resume=join_sweep_values(paths), **settings)
 
 
-def pick_run_folder(existing: str | None) -> str:
+def pick_run_folder(resume: str | None) -> str:
     """`hydra.run.dir`: outputs/<day>/<time>, or the run folder that is resumed."""
-    if not existing:
+    if not resume:
         return datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
-    if is_sweep(Path(existing)):
+    if is_sweep(Path(resume)):
         raise UserError(
-            f"{existing} holds a sweep: continue all of it with "
-            f"-m {quote_setting('resume', existing)} (and no other hydra/launcher), or give one of "
+            f"{resume} holds a sweep: continue all of it with "
+            f"-m {quote_setting('resume', resume)} (and no other hydra/launcher), or give one of "
             "the run folders in it"
         )
-    if not (Path(existing) / CONFIG_FILE).is_file():
+    if not (Path(resume) / CONFIG_FILE).is_file():
         raise UserError(
-            f"{existing} holds no run (no {CONFIG_FILE}): give the folder of a run, such as "
+            f"{resume} holds no run (no {CONFIG_FILE}): give the folder of a run, such as "
             "outputs/2026-01-31/12-00-00"
         )
-    return existing
+    return resume
 
 
 def is_sweep(folder: Path) -> bool:

@@ -52,10 +52,10 @@ def register_schemas(
     OmegaConf.register_new_resolver("program", format_program, replace=True)
 
 
-def pick_sweep_folder(existing: str | None, day: str, time: str) -> str:
+def pick_sweep_folder(resume: str | None, day: str, time: str) -> str:
     """`hydra.sweep.dir`: multirun/<day>/<time>, or the folder of the sweep that is resumed."""
-    if existing and is_sweep(Path(existing)):
-        return existing
+    if resume and is_sweep(Path(resume)):
+        return resume
     return f"multirun/{day}/{time}"
 
 

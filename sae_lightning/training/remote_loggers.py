@@ -106,12 +106,15 @@ class RemoteLogger(ExtraLogger):
         return match and match[1]
 
     def _start(self) -> None:
+        """Open the run on the server, and save its id."""
         raise NotImplementedError
 
     def _send(self, values: dict[str, float], tokens: int) -> None:
+        """Send one point of each named curve."""
         raise NotImplementedError
 
     def _end(self, outcome: str) -> None:
+        """End the run, once the server has all points."""
         raise NotImplementedError
 
 
