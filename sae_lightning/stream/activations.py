@@ -140,6 +140,7 @@ class ActivationsSource(NoLLMSource):
         expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)
 
     def _open(self, sites: Sequence[Site], own_sites: Sequence[Site]) -> tuple[dict, RowBlocks]:
+        """The matrices {site: matrix} at `own_sites`, and the blocks of the rows of all `sites`."""
         with world().go_first():  # copies parquet files once per machine
             by_site = self.read_headers()
             matrices = {site: by_site[site] for site in own_sites}

@@ -68,8 +68,8 @@ def list_files(path: Path) -> list[str]:
         paths = [os.path.join(folder, name) for folder, names in _walk(path) for name in names]
     else:
         paths = [str(path)] if path.exists() else list(match_glob(path))
-    names = sorted(f for f in paths if os.path.isfile(f) and not Path(f).name.startswith("."))
-    return list({os.path.realpath(name): os.path.abspath(name) for name in names}.values())
+    files = sorted(f for f in paths if os.path.isfile(f) and not Path(f).name.startswith("."))
+    return list({os.path.realpath(file): os.path.abspath(file) for file in files}.values())
 
 
 def make_absolute(path: str) -> str:

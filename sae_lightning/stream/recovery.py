@@ -105,7 +105,8 @@ class Detection:
         self.sums, self.squares, self.products = torch.zeros(3, 3, concepts, dtype=torch.float64)
 
     def add(self, x: Tensor, strengths: Tensor, features: Tensor) -> None:
-        """Add samples: [n, dim], [n, concepts] and [n, features]."""
+        """Add samples: activations x [n, dim], strengths of the concepts [n, concepts] and of the
+        features [n, features]."""
         matched = torch.zeros_like(strengths)
         matched[:, self.matching.concepts] = features[:, self.matching.features]
         self.n += len(x)

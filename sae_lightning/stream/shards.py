@@ -78,17 +78,20 @@ class Shard:
         self._starts = np.cumsum([0, *self.row_counts])
         self._tensors: dict[str, Tensor] = {}
 
-    def map_tensors(self, sites: Sequence[Site], width: int, **packing: int) -> bool:
+    def map_tensors(
+        self, sites: Sequence[Site], width: int, *, batch: int, context: int, vocabulary: int
+    ) -> bool:
         """Mmap the tensors; returns False if the checksum is wrong, or if they do not fit an LLM of
-        this `width` and the `batch`, `context` and `vocabulary` of `expect_rows`."""
+        this `width` and `vocabulary`, or batches of `batch` sequences of `context` tokens."""
         try:
             self._tensors = load_file(self.path)
             if _compute_checksum(self._about, self._tensors) != self._crc32:
                 raise ValueError("its checksum is wrong")
             rows = int(self._starts[-1])
             expect_activations(self._tensors, dict.fromkeys(sites, width), rows, "rows")
-            expect_ids(self._tensors["ids"], rows, self.stop * packing["batch"], "ids")
-            expect_rows(self.read_state(), sites, **packing)
+            expect_ids(self._tensors["ids"], rows, self.stop * batch, "ids")
+            state = self.read_state()
+            expect_rows(state, sites, batch=batch, context=context, vocabulary=vocabulary)
         except DAMAGE_ERRORS:
             self.close()
         return bool(self._tensors)

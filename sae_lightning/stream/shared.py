@@ -65,15 +65,11 @@ class SharedRows(LLMRows):
     def _compute_round(self, remaining: int) -> None:
         """Compute one LLM batch per rank, or fewer if the `remaining` rows need fewer."""
         ranks, served = world(), self.llm_batches
-        selected, states_before, ends = (
-            [],
-            [],
-            [],
-        )  # of each batch; ends: epoch and checksum after it
+        selected, states_before, text_positions = [], [], []
         while len(selected) < ranks.size and (not selected or remaining > 0):
             states_before.append(super().state_dict())
             selected.append(self.select_tokens())
-            ends.append((self.tokens.epoch, self.tokens_crc32))
+            text_positions.append((self.tokens.epoch, self.tokens_crc32))
             remaining -= len(selected[-1].sequence_ids)
         self.llm_batches = served  # `next` counts them
         own_rows = self.run_llm(selected[ranks.rank]) if ranks.rank < len(selected) else {}
@@ -93,8 +89,10 @@ class SharedRows(LLMRows):
                 ids[kept] for ids, kept in zip(ids_by_batch, kept_by_rank, strict=False)
             ]
         rows = exchange_rows(own_rows, list(map(len, ids_by_batch)), self._wanted, self._no_rows)
-        for part, ids, state, end in zip(rows, ids_by_batch, states_before, ends, strict=True):
-            self._waiting.append(_ComputedBatch(Rows(part, ids), state, *end))
+        batches = zip(rows, ids_by_batch, states_before, text_positions, strict=True)
+        for activations, ids, state, (epoch, tokens_crc32) in batches:
+            batch = _ComputedBatch(Rows(activations, ids), state, epoch, tokens_crc32)
+            self._waiting.append(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of one device before the first batch that is not served yet."""

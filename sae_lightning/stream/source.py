@@ -153,12 +153,12 @@ class HeldOutData(Protocol):
         splits: Sequence[FeatureSplit],
         means: Sequence[Tensor] = (),
     ) -> list[Any]:
-        """Scores of each SAE that only this kind of data has; None for each SAE if it has none.
+        """What this kind of data alone can measure, of each SAE; None for each if there is nothing.
 
         saes: [n, d_in] of `source` -> `Output` [n, d_out] of `target`, for n <= rows_per_call;
         weights: functions that return weights for raw activations; splits: how the features are
         spread over ranks; means: mean reconstructions [d_out], if the LLM's loss is to be measured
-        with the error alone, too."""
+        also with the error alone."""
         return [None] * len(saes)
 
     def prepare(self, targets: Collection[Site]) -> None:

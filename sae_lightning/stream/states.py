@@ -70,7 +70,7 @@ def expect_rows(
     tokens, read = state["tokens"], state["read"] * batch
     pattern = {"epoch": range(1, ANY_COUNT.stop)}
     if "texts" in tokens or "cursor" in tokens:  # of indexed texts
-        texts, position = tokens.get("texts", [tokens]), 0
+        texts, position = tokens.get("texts", [tokens]), 0  # sequences served
         expect(texts, list, "tokens.texts")
         for text in texts:
             expect(text, pattern | {"tokens": range(1, ANY_COUNT.stop)}, "tokens")
