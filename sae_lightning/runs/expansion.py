@@ -65,8 +65,8 @@ def average_objective(
     -> held-out metrics.
     """
     config = group[0].config
-    seeds = [run for run in group if run.config.model.control is config.model.control]
-    seed_metrics = [results[folder] for folder in dict.fromkeys(run.folder for run in seeds)]
+    seed_runs = [run for run in group if run.config.model.control is config.model.control]
+    seed_metrics = [results[folder] for folder in dict.fromkeys(run.folder for run in seed_runs)]
     if None in seed_metrics:
         return None
     objectives = [compute_objective(metrics, config.sweep) for metrics in seed_metrics]

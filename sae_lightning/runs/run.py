@@ -75,6 +75,7 @@ def run_pass(planned: PlannedPass) -> HeldOutResults:
 
 
 def _run_pass(planned: PlannedPass) -> HeldOutResults:
+    """`run_pass`, once threads, warnings and memory are set up: opens data, trains, closes logs."""
     jobs = planned.jobs
     config = jobs[0].config
     needs = Needs(
@@ -107,6 +108,7 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
 
 
 def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
+    """Train, score and save; exits with 128 + signal if one stopped the run."""
     jobs, steps_done, module = planned.jobs, planned.steps_done, parts.module
     started = time.monotonic()
     try:

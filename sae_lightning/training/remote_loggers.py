@@ -154,6 +154,7 @@ class WandbCurves(RemoteLogger):
             console.print(f"Weights & Biases: {make_visible(page)}")
 
     def _make_run(self, run_id: str, offline: bool) -> Any:
+        """A wandb run with this id, new or resumed."""
         import wandb
 
         run, config = self.run, self.config
@@ -219,6 +220,7 @@ class MLflowCurves(RemoteLogger):
             self._open(uri)
 
     def _open(self, uri: str) -> None:
+        """Open the run at `uri`; of a resumed one, read where each curve ends."""
         run, earlier_id = self.run, self._read_id()
         self.last: dict[str, int] = {}  # tokens of each curve's last point
         self.logger = MLFlowLogger(
