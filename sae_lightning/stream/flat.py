@@ -81,16 +81,13 @@ def _tokenise(
     for pieces in _group_pieces(documents):
         if prepends_space is None and not all(piece.is_first for piece in pieces):
             prepends_space = _prepends_space(tokenizer)
+        # a tokenizer that prepends a space gives back the one with which a later piece begins
+        texts = [
+            piece.text if piece.is_first or not prepends_space else piece.text.removeprefix(" ")
+            for piece in pieces
+        ]
         token_ids = tokenizer(
-            [
-                piece.text.removeprefix(" ")
-                if prepends_space and not piece.is_first
-                else piece.text
-                for piece in pieces
-            ],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
         for piece, tokens in zip(pieces, token_ids, strict=True):
             has_tokens = bool(tokens) or has_tokens and not piece.is_first

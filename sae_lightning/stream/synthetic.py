@@ -153,9 +153,9 @@ class ConceptRows(RowStream):
     def next(self, remaining: int) -> Rows:
         """Sample `max_rows` rows, whatever `remaining` is; each counts as a sequence of its own."""
         x, _ = self.world.sample(self.max_rows, self._generator)
-        ids = torch.arange(self._served, self._served + len(x))
+        sequence_ids = torch.arange(self._served, self._served + len(x))
         self._served += len(x)
-        return Rows(dict.fromkeys(self.sites, x.to(self.device)), ids)
+        return Rows(dict.fromkeys(self.sites, x.to(self.device)), sequence_ids)
 
     def state_dict(self) -> dict[str, Any]:
         """Rows served, and the state of the RNG."""

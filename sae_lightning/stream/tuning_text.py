@@ -25,8 +25,8 @@ from sae_lightning.terminal import phase
 class TuningText:
     """Sequences of training text, never held out, on which the LLM runs without SAEs.
 
-    SAEs replace the activations of those tokens that training keeps. `max_norm` is compared with
-    the median of each forward pass, not with that of training.
+    SAEs replace the activations of those tokens that training keeps, except that `max_norm` is
+    relative to the median norm of each forward pass, not to that of the run's first LLM batch.
     """
 
     def __init__(
