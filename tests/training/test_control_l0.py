@@ -59,18 +59,27 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("groups", [RELU, JUMPRELU], ids=["relu", "jumprelu"])
-def test_a_control_ends_at_the_l0_of_its_sae_which_trains_as_if_alone(pair, groups):
-    both = pair("both", updates=500, **groups)
-    trained, control = passes.train_jobs(both)
-    assert control["l0"] == pytest.approx(trained["l0"], rel=0.1)
-    (alone, control_alone) = pair("alone", updates=500, **groups)
-    passes.train_jobs([alone])
-    assert_same(both[0].folder, alone.folder)
-    (by_itself,) = passes.train_jobs([control_alone])
-    assert abs(by_itself["l0"] - trained["l0"]) > 2 * abs(control["l0"] - trained["l0"])
-    state = checkpoint(control_alone.folder)["state_dict"]
-    assert state["heads.0.l0_target"] == -1 and state["heads.0.steering"] == 1
+def test_a_control_ends_at_the_l0_of_its_sae(pair):
+    pairs = [("relu", RELU), ("jumprelu", JUMPRELU)]
+    both = [job for name, groups in pairs for job in pair(name, updates=500, **groups)]
+    metrics = passes.train_jobs(both)
+    controls = [pair(f"{name} alone", updates=500, **groups)[1] for name, groups in pairs]
+    by_themselves = passes.train_jobs(controls)
+    for trained, control, alone in zip(metrics[::2], metrics[1::2], by_themselves, strict=True):
+        assert control["l0"] == pytest.approx(trained["l0"], rel=0.1)
+        assert abs(alone["l0"] - trained["l0"]) > 2 * abs(control["l0"] - trained["l0"])
+    for job in controls:
+        state = checkpoint(job.folder)["state_dict"]
+        assert state["heads.0.l0_target"] == -1 and state["heads.0.steering"] == 1
+
+
+@pytest.mark.slow
+def test_an_sae_that_is_followed_trains_as_if_alone(pair):
+    for name, groups in (("relu", RELU), ("jumprelu", JUMPRELU)):
+        both, (alone, _) = pair(name, **groups), pair(f"{name} alone", **groups)
+        passes.train_jobs(both)
+        passes.train_jobs([alone])
+        assert_same(both[0].folder, alone.folder)
 
 
 @pytest.mark.slow
@@ -93,6 +102,7 @@ def test_a_pair_that_was_killed_ends_as_if_it_had_not_been(pair, monkeypatch):
         assert_same(one.folder, other.folder)
 
 
+@pytest.mark.slow
 def test_a_pair_that_was_saved_at_different_updates_says_so(pair, monkeypatch, capsys):
     both = pair("both", **RELU)
     for job, step in zip(both, (11, 21), strict=True):

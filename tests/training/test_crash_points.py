@@ -75,4 +75,4 @@ def names(folder):
 
 @pytest.mark.slow
 def test_a_run_that_dies_at_any_operation_on_files_ends_as_if_it_had_not(job, tmp_path):
-    check_crash_points(job, tmp_path, 8, random.Random())
+    check_crash_points(job, tmp_path, 5, random.Random())

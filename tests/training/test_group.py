@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import weakref
 from dataclasses import replace
@@ -30,7 +31,7 @@ from sae_lightning.llm.sites import Kind, LayerConfig
 from sae_lightning.llm.splice import LOGIT_ROWS
 from sae_lightning.runs import devices, folders, memory, passes, run
 from sae_lightning.runs.jobs import make_jobs as jobs_of
-from sae_lightning.runs.jobs import read_sweep
+from sae_lightning.runs.jobs import read_job, read_sweep
 from sae_lightning.runs.search import SweepConfig
 from sae_lightning.sae import ARCHITECTURES, SAEConfig
 from sae_lightning.sae.gated import GatedConfig, GatedLoss
@@ -88,43 +89,60 @@ MIX = {
 }
 
 
+def make_sweep(job, name: str, jobs: dict) -> list:
+    """New jobs {name: groups} in a sweep folder."""
+    made = [job(f"{name}/{each}", **changes) for each, changes in jobs.items()]
+    return [
+        replace(one, multirun=True, sweep_folder=one.folder.parent, overrides=[]) for one in made
+    ]
+
+
 @pytest.fixture
-def sweep(job, tmp_path):
+def sweep(job):
     """sweep(name, **{job: groups}) -> new jobs in a sweep folder of that name."""
+    return lambda name, **jobs: make_sweep(job, name, jobs)
 
-    def make(name: str, **jobs):
-        made = [job(f"{name}/{each}", **changes) for each, changes in jobs.items()]
-        return [
-            replace(one, multirun=True, sweep_folder=tmp_path / name, overrides=[]) for one in made
-        ]
 
-    return make
+@pytest.fixture(scope="module")
+def mixed(common_job):
+    """An uninterrupted sweep of all architectures -> its jobs and what they returned."""
+    jobs = make_sweep(common_job, "mixed", MIX)
+    return jobs, passes.train_jobs(jobs)
+
+
+def assert_trained_as_alone(jobs, results, alone):
+    for one, metrics, other in zip(jobs, results, alone, strict=True):
+        assert passes.train_jobs([other]) == [metrics]
+        assert_same(one.folder, other.folder)
+    assert len({weights(one.folder) for one in jobs}) == len(jobs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "precision", [Precision.fp32, pytest.param(Precision.bf16, marks=pytest.mark.slow)]
-)
-def test_heads_of_a_group_end_as_when_trained_alone(job, sweep, precision):
+def test_heads_of_a_group_end_as_when_trained_alone(sweep, mixed):
     names = {changes.get("model", SAEConfig()).name for changes in MIX.values()}
     assert names == set(ARCHITECTURES)
-    trainer = replace(job("x").config.trainer, precision=precision)
-    mix = {name: changes | {"trainer": trainer} for name, changes in MIX.items()}
-    together = passes.train_jobs(sweep("together", **mix))
-    for number, alone in enumerate(sweep("alone", **mix)):
-        assert passes.train_jobs([alone]) == [together[number]]
-        assert_same(alone.folder.parent.parent / "together" / alone.folder.name, alone.folder)
-    assert len({weights(one.folder) for one in sweep("together", **mix)}) == len(mix)
+    assert_trained_as_alone(*mixed, sweep("alone", **MIX))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [12, 37])
-def test_every_architecture_killed_ends_as_if_it_had_not_been(sweep, monkeypatch, step):
+def test_so_they_do_in_the_other_precision(job, sweep, mixed):
+    (one, *_), _ = mixed
+    used = read_job(one.folder).config.trainer.precision
+    other = Precision.bf16 if used is Precision.fp32 else Precision.fp32
+    trainer = replace(job("x").config.trainer, precision=other)
+    few = {name: MIX[name] | {"trainer": trainer} for name in ("relu", "batch_topk", "gated")}
+    jobs = sweep("together", **few)
+    assert_trained_as_alone(jobs, passes.train_jobs(jobs), sweep("alone", **few))
+
+
+@pytest.mark.slow
+def test_every_architecture_killed_ends_as_if_it_had_not_been(sweep, mixed, monkeypatch):
     assert set(MIX) == set(ARCHITECTURES)
-    whole, jobs = sweep("whole", **MIX), sweep("killed", **MIX)
-    results = passes.train_jobs(whole)
-    kill_after(monkeypatch, step, *jobs)
-    assert passes.train_jobs([replace(one, resumed=True) for one in jobs]) == results
+    (whole, results), jobs = mixed, sweep("killed", **MIX)
+    for step in (12, 37):
+        kill_after(monkeypatch, step, *jobs)
+        jobs = [replace(one, resumed=True) for one in jobs]
+    assert passes.train_jobs(jobs) == results
     for one, other in zip(whole, jobs, strict=True):
         assert_same(one.folder, other.folder)
     # what a resumed run has to get right did happen
@@ -173,23 +191,16 @@ def test_a_group_runs_the_llm_as_often_as_one_job(job, sweep, monkeypatch):
 SEEDS = {f"{seed}": {"model": SAEConfig(features=48, seed=seed)} for seed in range(3)}
 
 
-@pytest.fixture
-def whole(sweep):
+@pytest.fixture(scope="module")
+def whole(common_job):
     """An uninterrupted sweep of three."""
-    jobs = sweep("whole", **SEEDS)
+    jobs = make_sweep(common_job, "whole", SEEDS)
     passes.train_jobs(jobs)
     return jobs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "steps",
-    [
-        (12, 25),
-        pytest.param((5, 7), marks=pytest.mark.slow),
-        pytest.param((23, STEPS), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("steps", [(5, 7), (12, 25), (23, STEPS)])
 def test_a_sweep_killed_twice_ends_as_if_it_had_not_been(sweep, whole, monkeypatch, steps):
     jobs = sweep("killed", **SEEDS)
     for step in steps:
@@ -553,8 +564,8 @@ def test_ctrl_c_in_the_last_update_of_a_pass_ends_the_sweep(sweep, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_a_run_that_trains_elsewhere_is_left_alone(sweep, whole):
-    again = resumed(whole[0].sweep_folder)
+def test_a_run_that_trains_elsewhere_is_left_alone(whole, tmp_path):
+    again = resumed(shutil.copytree(whole[0].sweep_folder, tmp_path / "sweep"))
     (again[1].folder / "metrics.json").unlink()
     lock = open(again[1].folder / ".lock", "w")  # noqa: SIM115
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -574,7 +585,7 @@ def test_without_the_llms_loss_an_estimate_has_neither_later_blocks_nor_logits(j
     sites = [config.layer.resolve_sites(3)]
     llm = config.data_source.read_shape()
     pairs = [memory.estimate_memory([c], sites, llm) for c in (config, quick, cached)]
-    whole, less, same = (one.shared for one in pairs)
+    whole, less, same = (one.shared_bytes for one in pairs)
     model = tiny("llama").model
     gone = [model.model.layers[2], model.lm_head]
     weights = 4 * sum(p.numel() for module in gone for p in module.parameters())

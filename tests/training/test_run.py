@@ -143,21 +143,36 @@ def assert_same(one, other):
     assert curves(one) == curves(other)
 
 
-@pytest.fixture
-def whole(job):
+@pytest.fixture(scope="module")
+def whole(common_job):
     """An uninterrupted run with sparsity strong enough to kill features."""
-    done = job("whole", loss=ReLULoss(l1=0.3), optim=OptimConfig(lr=3e-2), callbacks=RESAMPLING)
+    groups = {"loss": ReLULoss(l1=0.3), "optim": OptimConfig(lr=3e-2), "callbacks": RESAMPLING}
+    done = common_job("whole", **groups)
     passes.train_jobs([done])
     return done
+
+
+@pytest.fixture
+def again(whole, tmp_path):
+    """again(name) -> the job of that run, not begun, in a folder of that name."""
+    return lambda name: replace(whole, folder=tmp_path / name)
+
+
+@pytest.fixture
+def copied(whole, again):
+    """The finished run in a folder that the test may change."""
+    job = again("copy")
+    shutil.copytree(whole.folder, job.folder)
+    return job
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at_step", [1, 10, 23, STEPS])
 def test_a_run_stopped_by_sigterm_saves_says_how_to_continue_and_ends_the_same(
-    job, whole, monkeypatch, capsys, at_step
+    again, whole, monkeypatch, capsys, at_step
 ):
     assert max(count for _, count in curves(whole.folder)["train/resampled"]) > 0
-    stopped = replace(whole, folder=whole.folder.parent / "stopped")
+    stopped = again("stopped")
     with monkeypatch.context() as patch:
         interrupt(patch, at_step, lambda: os.kill(os.getpid(), signal.SIGTERM))
         if at_step < STEPS:
@@ -175,11 +190,11 @@ def test_a_run_stopped_by_sigterm_saves_says_how_to_continue_and_ends_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at_step", [4, 27])
-def test_a_run_that_dies_between_checkpoints_ends_the_same(job, whole, monkeypatch, at_step):
+def test_a_run_that_dies_between_checkpoints_ends_the_same(again, whole, monkeypatch, at_step):
     def power_cut():
         raise SystemError("power cut")
 
-    died = replace(whole, folder=whole.folder.parent / "died")
+    died = again("died")
     with monkeypatch.context() as patch:
         interrupt(patch, at_step, power_cut)
         with pytest.raises(SystemError):
@@ -189,19 +204,18 @@ def test_a_run_that_dies_between_checkpoints_ends_the_same(job, whole, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_the_first_update_stops_at_once_and_not_as_a_success(
-    job, whole, monkeypatch, capsys, number
+def test_ctrl_c_before_the_first_update_stops_at_once_and_not_as_a_success(
+    again, whole, monkeypatch, capsys
 ):
-    stopped = replace(whole, folder=whole.folder.parent / "stopped")
+    stopped = again("stopped")
     with monkeypatch.context() as patch:
         patch.setattr(
             "sae_lightning.stream.batches.BatchStream.peek",
-            lambda *_: os.kill(os.getpid(), number),
+            lambda *_: os.kill(os.getpid(), signal.SIGINT),
         )
         with pytest.raises(SystemExit) as end:
             passes.train_jobs([stopped])
-    assert end.value.code == 128 + number
+    assert end.value.code == 128 + signal.SIGINT
     assert f"resume={stopped.folder}" in capsys.readouterr().out
     assert not (stopped.folder / "checkpoints").exists()
     resume(stopped)
@@ -266,44 +280,39 @@ def test_a_folder_that_holds_a_run_is_not_trained_over(job, whole):
 
 
 @pytest.mark.slow
-def test_damaged_metrics_are_written_again(job, whole):
-    file = whole.folder / "metrics.json"
+def test_damaged_metrics_are_written_again(copied):
+    file = copied.folder / "metrics.json"
     before = json.loads(file.read_text())
     file.write_text("{")
-    resume(whole)
+    resume(copied)
     after = json.loads(file.read_text())
     assert after["held_out"] == before["held_out"]
     assert "tokens_per_second" not in after["speed"]  # this process has trained nothing
 
 
 @pytest.mark.slow
-def test_a_run_killed_after_its_last_update_is_finished_by_resuming(job, whole):
-    (whole.folder / "metrics.json").rename(whole.folder / "metrics.was")
-    before = weights(whole.folder)
-    resume(whole)
-    assert weights(whole.folder) == before
-    old, new = (
-        json.loads((whole.folder / f"metrics.{suffix}").read_text()) for suffix in ("was", "json")
-    )
+def test_a_run_killed_after_its_last_update_is_finished_by_resuming(copied, whole):
+    (copied.folder / "metrics.json").unlink()
+    resume(copied)
+    assert weights(copied.folder) == weights(whole.folder)
+    old, new = metrics(whole.folder), metrics(copied.folder)
     assert old["held_out"] == new["held_out"]
     assert old["training"] == new["training"]
 
 
 @pytest.mark.slow
-def test_a_run_killed_between_its_new_checkpoint_and_removing_the_old_stream_leaves_neither(job):
-    one = job("one")
-    passes.train_jobs([one])
-    (one.folder / "metrics.json").unlink()
-    new = one.folder / "checkpoints" / f"stream-{STEPS}.pt"
+def test_a_run_killed_between_its_new_checkpoint_and_removing_the_old_stream_leaves_neither(copied):
+    (copied.folder / "metrics.json").unlink()
+    new = copied.folder / "checkpoints" / f"stream-{STEPS}.pt"
     old = new.with_name("stream-30.pt")
     shutil.copy(new, old)
-    resume(one)
+    resume(copied)
     assert new.exists()
     assert not old.exists()
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_touched_by_resuming(job, whole, capsys):
+def test_a_finished_run_is_not_touched_by_resuming(whole, capsys):
     before = {file: file.stat().st_mtime_ns for file in whole.folder.rglob("*")}
     metrics = resume(whole)
     assert metrics == [json.loads((whole.folder / "metrics.json").read_text())["held_out"]]
@@ -311,6 +320,7 @@ def test_a_finished_run_is_not_touched_by_resuming(job, whole, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluation_changes_nothing_about_training(job):
     often, never = (
         job(name, eval=EvalConfig(every=every, tokens=150))
@@ -323,6 +333,7 @@ def test_evaluation_changes_nothing_about_training(job):
     assert len(curves(never.folder)["held_out/l0"]) == 1
 
 
+@pytest.mark.slow
 def test_the_seed_decides_everything(job):
     for name, seed in (("one", 3), ("same", 3), ("other", 4)):
         made = job(name, seed=seed)
