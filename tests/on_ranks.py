@@ -1,43 +1,79 @@
-"""Trains pickled lists of jobs, each on its own number of ranks: python on_ranks.py jobs.pickle
+"""Trains lists of jobs in a new process, each list on as many ranks as its configs say.
 
-The number of ranks is in the jobs' configs. One process trains all lists, so that ranks start only
-once for lists with the same number of ranks.
+Ranks other than 0 are forks, too: the command with which runs/devices.py starts them takes seconds
+of imports. tests/test_devices.py runs that command once.
 """
 
 import os
-import pickle
-import subprocess
+import runpy
 import sys
-from pathlib import Path
+import warnings
+from multiprocessing import get_context
+from subprocess import CompletedProcess
+from types import SimpleNamespace
+
+from forked import Forked
 
 from sae_lightning import UserError
-from sae_lightning.runs import passes
+from sae_lightning.runs import devices, passes
 from sae_lightning.runs.jobs import Job
 
-ROOT = Path(__file__).parent.parent
+
+def train_on_ranks(*lists: list[Job]) -> CompletedProcess:
+    """Train lists of jobs in one process, one list after the other, so that ranks start only once
+    for lists with the same number of ranks; fails if that process does."""
+    done = start_on_ranks(*lists).wait()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
 
 
-def train_on_ranks(file: Path, *lists: list[Job], wait: bool = True) -> subprocess.Popen:
-    """Train lists of jobs in a new process, one list after the other, with one thread; fails if
-    that process does, unless it is not waited for."""
-    file.write_bytes(pickle.dumps(lists))
-    process = start([sys.executable, "-W", "ignore", __file__, str(file)])
-    if wait:
-        process.printed, process.errors = process.communicate(timeout=900)
-        assert process.returncode == 0, process.printed[-3000:] + process.errors[-3000:]
-    return process
+def start_on_ranks(*lists: list[Job]) -> Forked:
+    """Begin what `train_on_ranks` does."""
+    return Forked(_train, lists)
 
 
-def start(command: list[str], **options) -> subprocess.Popen:
-    """Start a command whose output is read, with one thread for each process."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=env, text=True, **pipes, **options)
-
-
-if __name__ == "__main__":
-    for jobs in pickle.loads(Path(sys.argv[1]).read_bytes()):
+def _train(lists: tuple[list[Job], ...]) -> None:
+    fork_ranks()
+    for jobs in lists:
         try:
             passes.train_jobs(jobs)
         except UserError as error:
             sys.exit(f"error: {error}")
+
+
+def fork_ranks() -> None:
+    """Make this process start other ranks as its forks."""
+    warnings.simplefilter("ignore")
+    devices.subprocess = SimpleNamespace(Popen=ForkedRank, DEVNULL=None)
+
+
+class ForkedRank(get_context("fork").Process):
+    """Has what runs/devices.py uses of `subprocess.Popen`."""
+
+    def __init__(self, command: list[str], env: dict[str, str], stdin: None) -> None:
+        super().__init__(target=_run_python, args=(command[1:], env), daemon=True)
+        self.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.exitcode
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self) -> None:
+        self.join()
+
+
+def _run_python(arguments: list[str], env: dict[str, str]) -> None:
+    """Do what `python arguments` does."""
+    os.environ.clear()
+    os.environ.update(env)
+    if arguments[0] == "-W":
+        del arguments[:2]
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__")
+    else:
+        sys.argv = arguments
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -5,13 +5,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-from forked import run_script
+from forked import run_script, start_script
 from planted import FEATURE, save_planted
 from tiny_run import write_text
 
@@ -151,23 +149,12 @@ def test_the_key_of_an_endpoint_goes_nowhere_else_and_comes_back_nowhere(here, t
 
 def test_ctrl_c_ends_it_at_once_and_leaves_nothing(here):
     before = sorted(here.rglob("*"))
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "analyze.py"), "run=my sae, l1=0.1"]
-        + ["task=features", "tokens=100_000_000"],
-        cwd=here,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell without a terminal starts what is in its background deaf to Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    for line in process.stdout:
-        if line.startswith("tokenising the text"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "interrupted\n")
+    typed = ["run=my sae, l1=0.1", "task=features", "tokens=100_000_000"]
+    process = start_script("analyze.py", *typed, cwd=here)
+    process.wait_for("tokenising the text")
+    os.kill(process.pid, signal.SIGINT)
+    ended = process.wait()
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
     assert sorted(here.rglob("*")) == before
 
 

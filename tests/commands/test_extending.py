@@ -1,12 +1,12 @@
 """docs/extending.md: its files work as plugins, with its commands."""
 
-import json
-import os
 import re
-import subprocess
+import runpy
 import sys
+import warnings
 
 import pytest
+from forked import Forked
 from page_commands import ROOT, page_commands
 from tiny_llm import save_tiny
 
@@ -21,18 +21,6 @@ SMALL = (
 )
 WORLD = ("data=synthetic", "data.concepts=32", "data.dim=16", "data.l0=3")
 LLM = ("llm=hf", "llm.name=tiny", "layer.index=1", "data.context=16", "eval.loss_tokens=0")
-# Runs commands one after another, as each would run in a process of its own.
-RUNNER = """
-import json, runpy, sys
-for script, *arguments in json.loads(sys.argv[1]):
-    print("$", script, *arguments, flush=True)
-    sys.argv = [script, *arguments]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as ended:
-        if ended.code:
-            print("ended with", ended.code, flush=True)
-"""
 
 
 @pytest.fixture
@@ -50,12 +38,23 @@ def folder(tmp_path):
 
 def run(folder, commands: list[list[str]]) -> list[str]:
     """What each command prints; how it ended, if not well, is its last line."""
-    commands = [[str(ROOT / script), *arguments] for script, *arguments in commands]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", RUNNER, json.dumps(commands)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
+    done = Forked(_run_commands, commands, cwd=folder).wait()
     assert (done.returncode, done.stderr) == (0, ""), done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout.split("$ ")[1:]
+
+
+def _run_commands(commands: list[list[str]]) -> None:
+    """Run commands one after another, as each would run in a process of its own."""
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, str(ROOT))
+    for script, *arguments in commands:
+        sys.stdout.write(f"$ {script}\n")
+        sys.argv = [str(ROOT / script), *arguments]
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                sys.stdout.write(f"ended with {ended.code}\n")
 
 
 def test_the_page_has_a_file_for_each_kind_of_part():

@@ -2,13 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from forked import start_script
 from tiny_run import tiny_job
 
 from sae_lightning import UserError
@@ -182,21 +180,13 @@ def test_only_rank_0_is_stopped_by_signals(monkeypatch):
 @pytest.mark.slow
 def test_ranks_that_wait_end_with_rank_0_if_it_trains_nothing(tmp_path):
     step = {"JOB_ID": os.getpid(), "STEP_ID": 0, "STEP_NUM_TASKS": 2, "STEP_NODELIST": "localhost"}
-    command = [sys.executable, Path(__file__).parents[2] / "train.py", "data=synthetic"]
+    command = ["train.py", "data=synthetic", "model=topk", "model.k=100000"]
     started = []
     for rank in range(2):
         own = {f"SLURM_{k}": str(v) for k, v in (step | {"PROCID": rank, "LOCALID": rank}).items()}
-        started.append(
-            subprocess.Popen(
-                [*command, "model=topk", "model.k=100000"],
-                env=os.environ | own,
-                cwd=tmp_path,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    first, second = (process.communicate(timeout=240)[1] for process in started)
-    assert first.startswith("error: model.k=100000") and first.count("\n") == 1
-    assert second == ""
-    assert [process.returncode for process in started] == [1, 0]
+        started.append(start_script(*command, cwd=tmp_path, **own))
+    first, second = (process.wait() for process in started)
+    assert first.stderr.startswith("error: model.k=100000") and first.stderr.count("\n") == 1
+    assert second.stderr == ""
+    assert (first.returncode, second.returncode) == (1, 0)
     assert not [*tmp_path.iterdir()]

@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forked import run_script
 from hydra import compose
 from omegaconf import OmegaConf
 
@@ -34,7 +33,6 @@ from sae_lightning.sae import SAEConfig
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream.plays import PlaysConfig
 
-ROOT = Path(__file__).parents[2]
 TRUST = "llm.trust_remote_code=true"
 CODE = """
 import pathlib
@@ -244,16 +242,6 @@ def test_what_was_typed_stays_text(hydra, tmp_path, monkeypatch):
     assert SECRET not in format_config(this)
 
 
-def run_script(script: str, *arguments: str, cwd: Path):
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
-        cwd=cwd,
-        env=os.environ | {"SECRET": SECRET, "OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "hub")},
-        capture_output=True,
-        text=True,
-    )
-
-
 COMMANDS = [
     ("analyze.py", "run=sweep/run"),
     ("train.py", "resume=sweep/run"),
@@ -266,7 +254,7 @@ COMMANDS = [
 def test_a_strangers_folder_runs_no_code_at_the_command_line(tmp_path, marker, command):
     write_run(tmp_path / "sweep" / "run", marker.parent / "llm")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    done = run_script(*command, cwd=tmp_path)
+    done = run_script(*command, cwd=tmp_path, SECRET=SECRET)
     assert (done.returncode, done.stdout.count("Traceback")) == (1, 0)
     assert done.stderr.count("\n") == 1
     assert "llm.trust_remote_code=true" in done.stderr and "read that code first" in done.stderr
@@ -287,7 +275,7 @@ def test_the_same_folder_runs_its_code_where_that_is_typed(tmp_path, marker):
 def test_a_strangers_folder_reads_no_secret_at_the_command_line(tmp_path, command):
     run = write_run(tmp_path / "sweep" / "run", "llm", trusting=False)
     write_text(run, "name: llm", "name: ${oc.env:SECRET}")
-    done = run_script(*command, cwd=tmp_path)
+    done = run_script(*command, cwd=tmp_path, SECRET=SECRET)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {command[-1].partition('=')[2]}")
     assert "llm.name holds the interpolation '${oc.env:SECRET}'" in done.stderr

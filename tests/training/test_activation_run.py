@@ -98,6 +98,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(job, monkeypatch):
     assert metrics(whole.folder)["held_out"] == metrics(stopped.folder)["held_out"]
 
 
+@pytest.mark.slow
 def test_runs_at_different_sites_that_were_stopped_go_on_together(job, tmp_path, monkeypatch):
     """The stream of each has the checksums of the files at its own sites."""
     jobs = [job("a"), job("b", layer=replace(TRANSCODER, source=Kind.mlp))]
@@ -140,6 +141,7 @@ def test_a_sweep_over_sites_of_different_widths_trains_each_sae_as_if_it_were_al
     assert "acts" in page and "Shakespeare" not in page
 
 
+@pytest.mark.slow
 def test_analysis_does_what_needs_no_text_and_says_so_of_the_rest(job, tmp_path, capsys):
     this = job("run", layer=TRANSCODER)
     (trained,) = passes.train_jobs([this])
@@ -157,6 +159,7 @@ def test_analysis_does_what_needs_no_text_and_says_so_of_the_rest(job, tmp_path,
         FeaturesTask(task="features", **given).execute([])
 
 
+@pytest.mark.slow
 def test_analysis_can_be_told_the_llm_that_the_activations_come_from(job, tiny_folder, tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(600, 24)).astype("f4"))
     data = ActivationsConfig(path=str(tmp_path / "x.npy"), pool=256)
@@ -209,7 +212,7 @@ def test_several_ranks_end_as_one(job, tmp_path):
         for this in jobs:
             this.config.trainer = replace(this.config.trainer, devices=2, split=split)
         lists.append(jobs)
-    train_on_ranks(tmp_path / "jobs.pickle", *lists)
+    train_on_ranks(*lists)
     for name, alone in one.items():
         assert weights(alone.folder) == weights(tmp_path / "none" / name)
         whole, split = (load_sae(folder) for folder in (alone.folder, tmp_path / "all" / name))

@@ -53,7 +53,7 @@ def test_on_two_ranks_controls_end_as_on_one(tmp_path):
     shared = make_jobs(tmp_path / "shared", threads=1, devices=2, split=Splitting.none)
     split = make_jobs(tmp_path / "split", threads=1, devices=2, split=Splitting.all)
     passes.train_jobs(one)
-    train_on_ranks(tmp_path / "jobs.pickle", shared, split)
+    train_on_ranks(shared, split)
     for alone, same, parts in zip(one, shared, split, strict=True):
         files = [job.folder / "sae" / WEIGHTS for job in (alone, same, parts)]
         assert files[0].read_bytes() == files[1].read_bytes()

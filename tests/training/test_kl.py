@@ -35,23 +35,30 @@ MIX = {
 }
 
 
+def make_sweep(job, name: str) -> list:
+    """New jobs, one for each of MIX."""
+    made = [job(f"{name}/{each}", **changes) for each, changes in MIX.items()]
+    return [
+        replace(one, multirun=True, sweep_folder=one.folder.parent, overrides=[]) for one in made
+    ]
+
+
 @pytest.fixture
-def sweep(job, tmp_path):
+def sweep(job):
     """sweep(name) -> new jobs, one for each of MIX."""
+    return lambda name: make_sweep(job, name)
 
-    def make(name: str):
-        made = [job(f"{name}/{each}", **changes) for each, changes in MIX.items()]
-        return [
-            replace(one, multirun=True, sweep_folder=tmp_path / name, overrides=[]) for one in made
-        ]
 
-    return make
+@pytest.fixture(scope="module")
+def together(common_job):
+    """An uninterrupted sweep."""
+    jobs = make_sweep(common_job, "together")
+    passes.train_jobs(jobs)
+    return jobs
 
 
 @pytest.mark.slow
-def test_in_a_sweep_each_head_ends_as_alone_and_says_what_it_was_before(sweep):
-    together = sweep("together")
-    passes.train_jobs(together)
+def test_in_a_sweep_each_head_ends_as_alone_and_says_what_it_was_before(sweep, together):
     for one, alone in zip(together, sweep("alone"), strict=True):
         passes.train_jobs([alone])
         assert_same(one.folder, alone.folder)
@@ -68,17 +75,15 @@ def test_in_a_sweep_each_head_ends_as_alone_and_says_what_it_was_before(sweep):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [(15, 20), (25, 33)])
-def test_killed_before_during_or_as_it_begins_a_run_ends_as_if_it_had_not_been(
-    sweep, monkeypatch, steps
+def test_killed_before_as_and_after_it_begins_a_run_ends_as_if_it_had_not_been(
+    sweep, together, monkeypatch
 ):
-    whole, jobs = sweep("whole"), sweep("killed")
-    passes.train_jobs(whole)
-    for step in steps:
+    jobs = sweep("killed")
+    for step in (15, 20, 25, 33):
         kill_after(monkeypatch, step, *jobs)
         jobs = [replace(one, resumed=True) for one in jobs]
     passes.train_jobs(jobs)
-    for one, other in zip(whole, jobs, strict=True):
+    for one, other in zip(together, jobs, strict=True):
         assert_same(one.folder, other.folder)
         before = [metrics(each.folder).get("before_kl") for each in (one, other)]
         assert before[0] == before[1]
@@ -156,7 +161,7 @@ def test_on_two_ranks_heads_end_as_on_one(sweep, tmp_path):
             options["precision"] = Precision.fp32
             each.config.trainer = replace(each.config.trainer, **options)
     passes.train_jobs(one)
-    train_on_ranks(tmp_path / "jobs.pickle", shared, split)
+    train_on_ranks(shared, split)
     for alone, other, parted in zip(one, shared, split, strict=True):
         assert weights(alone.folder) == weights(other.folder)
         files = [job.folder / "sae" / WEIGHTS for job in (alone, parted)]
@@ -170,16 +175,14 @@ def test_on_two_ranks_heads_end_as_on_one(sweep, tmp_path):
 
 @pytest.mark.slow
 def test_it_lowers_the_kl_on_held_out_text(job):
-    trainer = replace(job("x").config.trainer, tokens=400 * BATCH)
-    eval = EvalConfig(every=400 * BATCH, tokens=600)
-    scores = {}
-    for kl in (0.0, 1.0):
-        loss = AuxKLoss(kl=kl, kl_from=0.5, kl_lr=1.0) if kl else AuxKLoss()
-        model = TopKConfig(name="topk", features=48, k=4)
-        one = job(f"{kl}", trainer=trainer, eval=eval, model=model, loss=loss)
-        passes.train_jobs([one])
-        scores[kl] = metrics(one.folder)
-    before, after, plain = scores[1]["before_kl"], scores[1]["held_out"], scores[0]["held_out"]
+    given = {"trainer": replace(job("x").config.trainer, tokens=400 * BATCH)}
+    given |= {"eval": EvalConfig(every=400 * BATCH, tokens=600)}
+    given |= {"model": TopKConfig(name="topk", features=48, k=4)}
+    tuned, plain = AuxKLoss(kl=1.0, kl_from=0.5, kl_lr=1.0), AuxKLoss()
+    jobs = [job(f"sweep/{loss.kl}", loss=loss, **given) for loss in (tuned, plain)]
+    passes.train_jobs([replace(one, multirun=True, sweep_folder=one.folder.parent) for one in jobs])
+    scores, other = (metrics(one.folder) for one in jobs)
+    before, after, plain = scores["before_kl"], scores["held_out"], other["held_out"]
     assert after["kl"] < 0.9 * plain["kl"]
     assert after["kl"] < before["kl"]
     assert after["l0"] == plain["l0"]

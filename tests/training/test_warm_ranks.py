@@ -47,7 +47,7 @@ def test_on_two_ranks_warm_heads_end_as_on_one(tmp_path):
         for job in make_jobs(tmp_path, 2)
     ]
     passes.train_jobs(one)
-    train_on_ranks(tmp_path / "jobs.pickle", two, shared)
+    train_on_ranks(two, shared)
     for alone, split, other in zip(one, two, shared, strict=True):
         for sae in ("sae-1280", "sae"):
             files = [job.folder / sae / WEIGHTS for job in (alone, split, other)]
