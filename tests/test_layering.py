@@ -225,6 +225,7 @@ def test_a_planted_violation_is_found(tmp_path, path, line):
         assert found[0].startswith(f"sae_lightning.{path.removesuffix('.py').replace('/', '.')}")
 
 
+@pytest.mark.slow
 def test_reading_a_config_or_an_sae_imports_neither_lightning_nor_transformers():
     code = (
         "import sys, sae_lightning.runs.cli, sae_lightning.runs.config, sae_lightning\n"

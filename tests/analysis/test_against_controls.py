@@ -129,6 +129,7 @@ def open_trained(sweep, name="trained"):
     return open_subject(str(sweep / name), settings), settings
 
 
+@pytest.mark.slow
 def test_the_controls_of_the_sweep_are_opened_in_their_order_or_by_name(sweep):
     subject, _ = open_trained(sweep)
     assert [*open_controls(subject, None, most=1)] == ["frozen_decoder"]

@@ -97,6 +97,7 @@ def test_an_interval_without_tokens_has_no_examples():
     assert (found.tokens[1] == -1).all()
 
 
+@pytest.mark.slow
 def test_each_token_of_an_interval_is_as_likely_and_a_seed_draws_the_same_again():
     features = torch.zeros(31, 5, 1)
     features[:, 2, 0] = 5

@@ -100,6 +100,7 @@ def test_slices_of_features_change_nothing(tiny, words, monkeypatch, text):
     assert torch.equal(whole.effect.histogram.sum(1), sliced.effect.histogram.sum(1))
 
 
+@pytest.mark.slow
 def test_a_measured_effect_behind_the_last_block_is_what_norm_and_head_make_of_the_row(
     llm, words, monkeypatch
 ):
@@ -150,6 +151,7 @@ def test_the_linear_map_is_the_one_that_made_the_data():
     torch.testing.assert_close(fit.result() * 1.5, true, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.slow
 def test_what_is_read_through_blocks_is_found_behind_them(llm, words):
     """The encoder reads the mean activation that a token has behind block 1."""
     subject = make_subject(llm)
@@ -194,6 +196,7 @@ def test_through_the_blocks_every_site_has_both_ends(tiny, words, kind):
     assert found.effect.promoted.shape == found.read_tokens.shape == (32, 4)
 
 
+@pytest.mark.slow
 def test_a_transcoder_reads_at_its_source_and_writes_at_its_target(llm, words):
     subject = plant(make_subject(llm, Kind.mlp_in, Kind.mlp))
     for found in (lens(subject, 3), lens(subject, 3, words(4000))):

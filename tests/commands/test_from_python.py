@@ -75,6 +75,7 @@ def test_a_sweep_gives_its_runs_in_the_order_that_was_typed(tmp_path):
     assert train_sweep("resume=sweep")[0].folder.parent == tmp_path / "sweep"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "line"),
     [

@@ -41,6 +41,7 @@ def make_job(folder, name: str):
     return replace(job, sweep_folder=folder / "sweep")
 
 
+@pytest.mark.slow
 def test_the_first_held_out_score_is_that_of_the_saved_sae(tmp_path):
     random = torch.Generator().manual_seed(0)
     matrices = {

@@ -33,6 +33,7 @@ def check(folder: str, blocks: int, tokens, where) -> tuple[int, int]:
     return numbers(part.model), numbers(whole.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_activations_are_those_of_the_whole_llm(tiny_folder, tokens, family, blocks, capfd):

@@ -39,6 +39,7 @@ def scored(llm, tokens, site, function, keep, mean, batch=3, source=None):
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", SITES, ids=str)
 def test_the_identity_recovers_everything_and_zero_nothing(llm, tokens, keep, mean, site):
     identity = scored(llm, tokens, site, lambda x: x, keep, mean)

@@ -129,6 +129,7 @@ def test_a_sweep_over_nothing_possible_is_refused_before_anything_is_made(hydra,
     assert not folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Deprecated API features:DeprecationWarning")
 @pytest.mark.parametrize(
     ("setting", "told"),

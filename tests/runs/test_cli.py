@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from few_quick import mark_most_slow
 from hydra import compose
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
@@ -155,7 +156,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("typed", BAD)
+@pytest.mark.parametrize("typed", mark_most_slow(BAD))
 def test_bad_input_is_answered_in_one_line(hydra, typed):
     overrides = typed.split(" ")
     with pytest.raises(Exception) as error:  # noqa: B017, PT011 - Hydra's many kinds

@@ -87,6 +87,7 @@ def test_a_sweep_with_a_planted_link_is_not_taken_up(tmp_path):
     assert (tmp_path / "victim").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_reading_a_sweep_imports_no_llm_and_training_imports_no_plots():
     """The report takes a second or two; `train.py` pays for it only when a multirun ends."""
     code = "import sys, {}; print(sorted({} & set(sys.modules)))"

@@ -151,6 +151,7 @@ def test_synthetic_data_brings_no_llm_and_an_objective_that_it_has():
     assert make("data=synthetic", "llm.device=cpu", "llm.dtype=float32").llm.device == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -202,6 +203,7 @@ def test_a_model_brings_its_own_loss():
     assert make("model=relu", "loss=relu") == make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -384,6 +386,7 @@ def test_a_run_folder_gives_back_its_config(tmp_path, overrides):
     assert again.config.list_fixed_settings() == this.config.list_fixed_settings()
 
 
+@pytest.mark.slow
 def test_every_source_and_every_architecture_went_round():
     configs = [make(*overrides) for overrides in ROUND_TRIPS.values()]
     assert {config.data.kind for config in configs} == set(SOURCES)
@@ -456,6 +459,7 @@ def test_a_run_folder_is_a_day_and_a_time_or_the_run_that_goes_on(tmp_path):
     assert pick_run_folder(str(tmp_path)) == str(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "taken"),
     [
@@ -534,6 +538,7 @@ def test_a_config_of_another_version_names_what_it_does_not_know(tmp_path):
 OF_0_1_0 = [overrides for overrides in ROUND_TRIPS.values() if "data=activations" not in overrides]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", OF_0_1_0)
 def test_a_run_that_does_not_say_its_kind_of_data_is_read(tmp_path, overrides):
     saved = format_config(compose_job(*overrides)).splitlines()

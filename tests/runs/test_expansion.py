@@ -117,6 +117,7 @@ def test_a_search_is_told_the_mean_over_seeds_without_controls(typed):
     assert average_objective(group, values) is None
 
 
+@pytest.mark.slow
 def test_controls_have_the_concepts_of_their_sae_and_its_seed_if_possible(typed, tmp_path):
     seeds = {"a": (3, 0), "b": (3, 1), "c": (4, 0)}  # of concepts and SAE
     names = {name: [f"data.seed={d}", f"model.seed={m}"] for name, (d, m) in seeds.items()}

@@ -51,6 +51,7 @@ def report(sweep) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", METRICS.values(), ids=METRICS)
 def test_metrics_of_another_shape_are_damage_of_one_run(sweep, content, capsys):
     text = content if isinstance(content, str) else json.dumps(content)

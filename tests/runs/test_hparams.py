@@ -35,6 +35,7 @@ def logged(jobs: list[Job]):
     return open_board(jobs[0].folder.parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "first"),
     [

@@ -23,6 +23,7 @@ def make(*typed: str) -> Config:
         return make_job(compose("config", overrides), Path("folder"), overrides).config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "load"),
     [

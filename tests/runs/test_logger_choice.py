@@ -75,6 +75,7 @@ def test_what_the_environment_says_is_saved_but_for_an_address_that_may_hold_a_p
     assert choose("logger=wandb", "logger.wandb.project=x").config.logger.wandb.project == "x"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "line"),
     [

@@ -20,12 +20,14 @@ def one_line(done) -> str:
     return done.stderr.removeprefix("error: ").strip()
 
 
+@pytest.mark.slow
 def test_train_refuses_in_one_line_and_leaves_nothing_behind(tmp_path):
     line = one_line(run_script("train.py", "layer=9", cwd=tmp_path))
     assert line.endswith("for a value write layer.index=9")
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_resuming_nothing_makes_no_folder(tmp_path):
     line = one_line(run_script("train.py", "resume=nope", cwd=tmp_path))
     assert line.startswith("nope holds no run (no config.yaml): give the folder of a run")

@@ -99,10 +99,10 @@ TEXTS = (
 )
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_a_text_is_what_one_shell_argument_holds(with_tasks, text):
-    (argument,) = quote_texts([f"prompt={text}"])
-    assert OverridesParser.create().parse_override(argument).value() == text
+def test_a_text_is_what_one_shell_argument_holds(with_tasks):
+    for text in TEXTS:
+        (argument,) = quote_texts([f"prompt={text}"])
+        assert OverridesParser.create().parse_override(argument).value() == text
 
 
 @pytest.mark.slow

@@ -136,6 +136,7 @@ def test_the_pre_activation_loss_is_about_the_gate():
     assert set(gradients(sae, terms["preact"])) == {"W_enc", "b_enc"}
 
 
+@pytest.mark.slow
 def test_l0_falls_when_l1_rises():
     reached = []
     for coefficient in (1e-3, 1e-2, 1e-1, 1.0):
@@ -146,6 +147,7 @@ def test_l0_falls_when_l1_rises():
     assert reached[-1] < 0.2 * reached[0]
 
 
+@pytest.mark.slow
 def test_strengths_are_not_shrunk_by_the_penalty():
     """At the same L0 a gated SAE explains more than a ReLU one, whose strengths shrink."""
     errors = {}
@@ -162,6 +164,7 @@ def test_the_coefficient_is_adjusted_until_l0_is_at_its_target():
     assert l0(head) == pytest.approx(5, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_pre_activation_loss_brings_dead_features_back():
     assert preact_revives("gated", {"l1": 3e-2}) >= 18
 

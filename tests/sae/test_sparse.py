@@ -107,6 +107,7 @@ def test_both_ways_agree_on_the_other_penalties(name, loss):
     assert_close(got, expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_in_bf16_the_sparse_way_is_no_further_from_float32_than_the_dense_one(name):
     x, dead = noise(2048, WIDTH), torch.arange(FEATURES) % 7 == 0

@@ -148,6 +148,7 @@ def furthest(tensors, others):
     return max(apart(x, others[name]) for name, x in tensors.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "case"), [*((2, case) for case in CASES), *((3, case) for case in CASES_ON_THREE)]
 )
@@ -177,6 +178,7 @@ def test_split_features_train_as_on_one_rank(results, size, case):
         assert furthest(split["end"], alone["end"]) < 0.05
 
 
+@pytest.mark.slow
 def test_what_is_global_does_happen(results):
     for happened in results[1][0].values():
         curves = happened["before"]

@@ -100,6 +100,7 @@ def test_a_feature_that_fires_on_every_token_is_cut_and_put_together():
 
 
 # lengths of rows: ends and starts of rows at a cut, just before and just after it
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lengths",
     [

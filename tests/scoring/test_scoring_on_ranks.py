@@ -33,6 +33,7 @@ from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.stream.tokens import open_tokens
 from sae_lightning.training.callbacks.evaluation import evaluate_heads
 
+pytestmark = pytest.mark.slow  # starts processes
 WIDTH = 16
 SITES = [Site(0, Kind.mlp), Site(0, Kind.resid), Site(1, Kind.resid)]
 OWN = [SITES[:2], SITES[1:], []]  # the sites of each rank

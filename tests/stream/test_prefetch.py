@@ -75,6 +75,7 @@ def test_an_update_finds_its_rows_begun(llm):
     assert rows.inner.llm_batches == read, "the run wants what waits and no more"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("resumed_ahead", [True, False])
 def test_resuming_is_exact_at_every_batch_with_and_without_reading_ahead(llm, style, resumed_ahead):

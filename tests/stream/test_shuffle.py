@@ -53,6 +53,7 @@ def test_every_row_is_as_likely_as_any_other_wherever_it_lies():
         assert (count - 500).abs().max() < 97
 
 
+@pytest.mark.slow
 def test_pairs_of_rows_are_taken_independently_of_their_distance():
     # Two of 6 rows: 15 pairs, each expected 200 times of 3000, sd sqrt(3000 * 14/225) = 13.7.
     count = torch.zeros(6, 6)

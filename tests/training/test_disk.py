@@ -26,6 +26,7 @@ def limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_says_how_to_continue(job, monkeypatch, limit):
     tiny = job("run")
     with monkeypatch.context() as patch:
@@ -52,6 +53,7 @@ def test_curves_that_cannot_be_written_are_told(tmp_path, limit):
             write_to_disk()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", ["deleted", "renamed", "made anew"])
 def test_a_folder_that_is_deleted_or_renamed_under_its_run_is_noticed(
     job, monkeypatch, tmp_path, gone
@@ -79,6 +81,7 @@ def test_a_folder_that_is_deleted_or_renamed_under_its_run_is_noticed(
         assert (moved / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_folder_that_goes_between_its_checkpoint_and_its_sae_is_not_made_again(
     job, monkeypatch, tmp_path
 ):

@@ -135,6 +135,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(killed, tmp_path, 
     assert noticed > 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [CKPT, STREAM])
 @pytest.mark.parametrize(
     "harm",

@@ -35,6 +35,7 @@ def read_weights(folder):
     return {path.parent.name: path.read_bytes() for path in folder.glob(f"sae*/{WEIGHTS}")}
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_sae_that_it_had_after_so_many_tokens(job, monkeypatch):
     whole, plain, stopped = keep(job("whole"), 30 * BATCH), job("plain"), job("stopped")
     passes.train_jobs([whole])
@@ -48,6 +49,7 @@ def test_a_run_keeps_the_sae_that_it_had_after_so_many_tokens(job, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_each_head_keeps_its_own_and_names_the_tokens_of_its_update(job, tmp_path):
     losses = {"a": ReLULoss(l1=1e-3), "b": ReLULoss(l1=1e-1)}
     # 60 updates reach 5000 tokens with the 40th, which ends at 5120

@@ -15,6 +15,7 @@ DENSE = {"model.name": "dense", "optim.lr": 1e-3}
 pytestmark = pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("headline", ["ce_recovered", "recovered"])
 @pytest.mark.parametrize("tab", ["timeseries", "scalars"])
 def test_the_first_curves_are_l0_ev_and_the_headline_of_the_data(tmp_path, headline, tab):
