@@ -21,7 +21,7 @@ def annotated():
     maximum = torch.tensor([10.0, 4.0, 1.0, 4.0, 0.0])
     statistics = Statistics(1000, fired, maximum / 2, maximum, torch.zeros(5, 48))
     tokens = torch.full((5, 4, WINDOW), -1)
-    tokens[0, :, BEFORE] = torch.tensor([0, 1, 2, 3])
+    tokens[:2, :, BEFORE] = torch.tensor([[0, 1, 2, 3], [2, 0, 2, 3]])
     n = torch.zeros(5, 4)
     top = Examples(n, tokens, tokens.half(), n.long(), n.int())
     catalogue = Catalogue("feature", WORDS, np.zeros((1, 1)), statistics, top, top)
@@ -47,8 +47,9 @@ def test_features_are_ranked_by_share_of_maximum_and_rare_ones_come_last(annotat
     assert ranked == [(3, 3, 1), (0, 5, 0), (2, 2, 1), (4, 1, 1)]
 
 
-def test_words_are_those_of_the_strongest_examples_each_once(annotated):
+def test_peak_tokens_are_listed_once_each_the_strongest_example_first(annotated):
     assert annotated.list_peak_tokens(0) == [" King", " law", "↵"]
+    assert annotated.list_peak_tokens(1) == [" law", " King", "↵"]
     assert annotated.list_peak_tokens(4) == []
 
 
