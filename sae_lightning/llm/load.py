@@ -127,16 +127,16 @@ def pick_device(config: LLMConfig) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    chosen = torch.device(config.device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    device = torch.device(config.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise UserError(
             f"llm.device={config.device}: this machine has {count or 'no'} CUDA device"
             f"{'s' if count > 1 else ''}; use llm.device=auto"
         )
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
+    if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("llm.device=mps: this machine has no MPS device; use llm.device=auto")
-    return chosen
+    return device
 
 
 def pick_dtype(config: LLMConfig) -> torch.dtype:

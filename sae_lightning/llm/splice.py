@@ -158,8 +158,8 @@ def _measure_means(
     for start in range(0, len(batches), ranks.size):
         round_batches = batches[start : start + ranks.size]
         # In the last round, ranks without a batch repeat one: edits may communicate.
-        ids, kept = round_batches[min(ranks.rank, len(round_batches) - 1)]
-        chunk_sums.append(_sum_chunks(model, ids, kept, source, target, edits, with_kl))
+        ids, keep = round_batches[min(ranks.rank, len(round_batches) - 1)]
+        chunk_sums.append(_sum_chunks(model, ids, keep, source, target, edits, with_kl))
         advance(sum(len(ids) for ids, _ in round_batches))
     by_rank = ranks.gather_values(chunk_sums)
     sums = [0.0] * (1 + (1 + with_kl) * len(edits))
@@ -173,7 +173,7 @@ def _measure_means(
 def _sum_chunks(
     model: nn.Module,
     ids: Tensor,
-    kept: Tensor,
+    keep: Tensor,
     source: Site,
     target: Site,
     edits: Sequence[Edit],
@@ -184,15 +184,15 @@ def _sum_chunks(
     ids = ids.to(find_computing_device(model), torch.long)
     output = run_body(model, ids)
     device = output.last_hidden_state.device  # of the last block
-    sequence, position = (x.to(device) for x in kept[:, 1:].nonzero(as_tuple=True))
-    kept, target_ids = kept.to(find_row_device(model)), ids.to(device)[sequence, position + 1]
+    sequence, position = (x.to(device) for x in keep[:, 1:].nonzero(as_tuple=True))
+    keep, next_ids = keep.to(find_row_device(model)), ids.to(device)[sequence, position + 1]
     hidden = [output.last_hidden_state[sequence, position]]
     for edit in edits:
-        with replace_activations(model, source, target, splice_kept(kept, edit)):
+        with replace_activations(model, source, target, splice_kept(keep, edit)):
             hidden.append(run_body(model, ids).last_hidden_state[sequence, position])
     chunks = []
     for chunk_ids, clean_hidden, *edited_hidden in zip(
-        *(x.split(LOGIT_ROWS) for x in (target_ids, *hidden)), strict=True
+        *(x.split(LOGIT_ROWS) for x in (next_ids, *hidden)), strict=True
     ):
         clean = compute_logits(model, output, clean_hidden)
         ce, kl = [_sum_cross_entropy(clean, chunk_ids)], []
@@ -250,13 +250,13 @@ def compute_logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
     return logits[0]
 
 
-def splice_kept(kept: Tensor, edit: Edit) -> Edit:
+def splice_kept(keep: Tensor, edit: Edit) -> Edit:
     """An edit that applies `edit` at the kept positions [sequences, context], in float32, and
     leaves y as it is at the others."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
-        result, kept_y = y.clone(), kept.view(y.shape[:-1])
-        result[kept_y] = edit(x[kept.view(x.shape[:-1])].float(), y[kept_y].float()).to(y.dtype)
+        result, kept_y = y.clone(), keep.view(y.shape[:-1])
+        result[kept_y] = edit(x[keep.view(x.shape[:-1])].float(), y[kept_y].float()).to(y.dtype)
         return result
 
     return apply
@@ -266,11 +266,11 @@ def _split_rows(x: Tensor) -> Sequence[Tensor]:
     return x.split(FLOAT32_ROWS["cpu" if x.device.type == "cpu" else "other"])
 
 
-def _sum_cross_entropy(logits: Tensor, target_ids: Tensor) -> float:
+def _sum_cross_entropy(logits: Tensor, next_ids: Tensor) -> float:
     """Sum of -log p(next token) for logits [n, vocabulary] and next tokens [n]."""
     parts = [
         nn.functional.cross_entropy(x.float(), ids, reduction="none")
-        for x, ids in zip(_split_rows(logits), _split_rows(target_ids), strict=True)
+        for x, ids in zip(_split_rows(logits), _split_rows(next_ids), strict=True)
     ]
     return torch.cat(parts).cpu().double().sum().item()
 

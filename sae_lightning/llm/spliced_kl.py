@@ -84,8 +84,8 @@ def _differentiate(
     clean_hidden = run.output.last_hidden_state
     device = clean_hidden.device
     sequence, position = (x.to(device) for x in run.keep[:, 1:].nonzero(as_tuple=True))
-    kept = run.keep.to(find_row_device(model))
-    with replace_activations(model, source, target, splice_kept(kept, reconstruct)):
+    keep = run.keep.to(find_row_device(model))
+    with replace_activations(model, source, target, splice_kept(keep, reconstruct)):
         hidden = run_body(model, run.tokens).last_hidden_state[sequence, position]
     reconstruction, leaf = stored
     hidden_leaf, total = hidden.detach().requires_grad_(), torch.zeros((), device=leaf.device)

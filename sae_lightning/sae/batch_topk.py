@@ -42,9 +42,9 @@ class BatchTopK(SAE):
             indices = (flat > 0).nonzero().squeeze(1)
             # chosen by index: comparing values would keep all ties (bf16 has many)
             indices = indices[flat[indices].topk(min(k, len(indices)), sorted=False).indices]
-        kept = self.split.ranks.keep_largest(flat.gather(0, indices), k)
-        self._update_threshold(kept.detach())
-        return torch.zeros_like(flat).scatter(0, indices, kept).view_as(pre)
+        strengths = self.split.ranks.keep_largest(flat.gather(0, indices), k)
+        self._update_threshold(strengths.detach())
+        return torch.zeros_like(flat).scatter(0, indices, strengths).view_as(pre)
 
     def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
         """The batch x k largest pre-activations of a batch [batch, d_in], if they are positive."""
@@ -62,18 +62,18 @@ class BatchTopK(SAE):
         strengths, largest = pre[positive].topk(min(k, len(positive)), sorted=False)
         strengths = self.split.ranks.keep_largest(strengths, k)
         self._update_threshold(strengths)
-        chosen = positive[largest[sparse.find_above(strengths, 0.0)]].sort().values
-        return SparsityPattern(pattern.flat_indices[chosen], *pattern.shape), pre[chosen]
+        entries = positive[largest[sparse.find_above(strengths, 0.0)]].sort().values
+        return SparsityPattern(pattern.flat_indices[entries], *pattern.shape), pre[entries]
 
     def entry_bound(self) -> Tensor:
         """The bound [features] that `find_entries` tries first, before it keeps the largest."""
         return BOUND_FACTORS[0] * self.threshold
 
     @torch.no_grad()
-    def _update_threshold(self, kept: Tensor) -> None:
-        """Update the running mean with the smallest strength kept in a batch. `kept` [n]: this
-        rank's strengths; 0 for those that are not among the largest of all ranks."""
-        smallest = self.split.ranks.find_smallest(kept)
+    def _update_threshold(self, strengths: Tensor) -> None:
+        """Update the running mean with the smallest strength kept in a batch. `strengths` [n]:
+        this rank's largest; 0 for those that are not among the largest of all ranks."""
+        smallest = self.split.ranks.find_smallest(strengths)
         if smallest is None:
             return
         self.threshold_weight.mul_(THRESHOLD_DECAY).add_(1 - THRESHOLD_DECAY)

@@ -69,8 +69,8 @@ class SparsityPattern:
         would be dropped."""
         if not self.has_zeros:
             return self, values
-        chosen = values.nonzero().squeeze(1)
-        return SparsityPattern(self.flat_indices[chosen], *self.shape), values[chosen]
+        nonzero = values.nonzero().squeeze(1)
+        return SparsityPattern(self.flat_indices[nonzero], *self.shape), values[nonzero]
 
     def split_by_group(self, sizes: list[int]) -> "SparsityPattern":
         """Give each row a row for each group of consecutive columns, [rows x groups, columns]: the
@@ -110,9 +110,9 @@ def encode_entries(
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, len(x), rows):
             sums = torch.addmm(rounded_shift, x[start : start + rows].to(dtype), weights)
-            chosen = choose(sums)
-            indices.append(chosen + start * features)
-            values.append(sums.view(-1)[chosen])
+            sum_indices = choose(sums)
+            indices.append(sum_indices + start * features)
+            values.append(sums.view(-1)[sum_indices])
     pattern = SparsityPattern(torch.cat(indices), len(x), features)
     correction = shift - rounded_shift.float()
     return pattern, torch.cat(values).float() + correction[pattern.columns]
@@ -125,9 +125,9 @@ def find_positive(x: Tensor) -> Tensor:
         return find_above(x, 0)
     # Few values are positive, so skipping groups that are all 0 after a ReLU halves the time.
     groups = x.relu().view(-1).view(torch.int64).nonzero().squeeze(1)
-    found = find_above(x.view(-1, size).index_select(0, groups), 0)  # flat, within these groups
+    in_groups = find_above(x.view(-1, size).index_select(0, groups), 0)  # flat indices
     shift = size.bit_length() - 1  # x >> shift is x // size
-    return (groups.index_select(0, found >> shift) << shift) + (found & (size - 1))
+    return (groups.index_select(0, in_groups >> shift) << shift) + (in_groups & (size - 1))
 
 
 def find_above(x: Tensor, bound: Tensor | float) -> Tensor:

@@ -51,9 +51,10 @@ class TopK(SAE):
     def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
         """Each token's k largest pre-activations, if they are positive."""
         pattern, values = sparse.encode_entries(x, self.W_enc, self.b_enc, self._find_largest)
-        kept = self.split.ranks.keep_largest_entries(values, pattern.rows, len(x), self.config.k)
-        pattern.has_zeros = kept is not values  # 0 where other ranks have larger ones
-        return pattern.without_zeros(kept)
+        ranks, k = self.split.ranks, self.config.k
+        strengths = ranks.keep_largest_entries(values, pattern.rows, len(x), k)
+        pattern.has_zeros = strengths is not values  # 0 where other ranks have larger ones
+        return pattern.without_zeros(strengths)
 
     @property
     def _own_k(self) -> int:

@@ -61,10 +61,10 @@ class BatchStream:
             with self._time():
                 self._fill()
                 with record_function("pool"):
-                    taken = self._pool.take(self.batch)
-            self._sequence_ids = taken.sequence_ids
+                    rows = self._pool.take(self.batch)
+            self._sequence_ids = rows.sequence_ids
             self._served += 1  # first: a state saved at the yield continues after this batch
-            yield taken.activations
+            yield rows.activations
 
     def peek(self, n: int) -> dict[Site, Tensor]:
         """Copy activations {site: [<= n, d]} of rows spread evenly over the pool; removes none."""

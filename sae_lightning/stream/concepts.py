@@ -59,8 +59,8 @@ class ConceptWorld(NamedTuple):
             common = torch.randn(n, int(self.group.max()) + 1, generator=generator)[:, self.group]
             share = self.correlation * ~is_child  # r
             latent = share.sqrt() * common + (1 - share).sqrt() * latent
-        drawn = latent < torch.special.ndtri(conditional)
-        return drawn & drawn[:, self.parent]
+        active = latent < torch.special.ndtri(conditional)
+        return active & active[:, self.parent]
 
 
 def make_concept_world(

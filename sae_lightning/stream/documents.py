@@ -107,8 +107,8 @@ def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
 
     for array in column.chunks:
         _, ends, texts = array.buffers()
-        kind = np.int64 if pa.types.is_large_string(array.type) else np.int32
-        offsets = np.frombuffer(ends or b"", kind)[array.offset :][: len(array) + 1].tolist()
+        dtype = np.int64 if pa.types.is_large_string(array.type) else np.int32
+        offsets = np.frombuffer(ends or b"", dtype)[array.offset :][: len(array) + 1].tolist()
         valid = array.is_valid().tolist()
         for start, end, is_text in zip(offsets, offsets[1:], valid, strict=False):
             yield texts[start:end] if is_text and end > start else pa.py_buffer(b"")
@@ -158,9 +158,9 @@ def _append_part(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -
     from datasets import Dataset, concatenate_datasets
     from datasets.table import concat_tables
 
-    kind = data.data.schema.field("text").type
-    ends = np.array([0, len(part)], np.int64 if pa.types.is_large_string(kind) else np.int32)
-    text = pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(ends), part])
+    text_type = data.data.schema.field("text").type
+    ends = np.array([0, len(part)], np.int64 if pa.types.is_large_string(text_type) else np.int32)
+    text = pa.Array.from_buffers(text_type, 1, [None, pa.py_buffer(ends), part])
     # with zero rows of the data, the table still counts as on disk
     table = concat_tables([data.data.slice(0, 0), pa.table({"text": text})])
     key = hashlib.sha256(f"{data._fingerprint} {name} {len(part)}".encode()).hexdigest()[:16]
@@ -181,8 +181,8 @@ def keep_text_column(documents: Documents, column: str) -> Any:
             f"data.column={column}: {where} holds {type(row[column]).__name__} there, not text; "
             f"its columns are {', '.join(row)}"
         )
-    kind = (data.features or {}).get(column)
-    if hasattr(data, "__len__") and getattr(kind, "dtype", "") not in ("string", "large_string"):
+    feature = (data.features or {}).get(column)  # the column's type, in datasets' words
+    if hasattr(data, "__len__") and getattr(feature, "dtype", "") not in ("string", "large_string"):
         for number, value in enumerate(data[column], 1):  # of unknown type: check every row
             if not isinstance(value, str | None):
                 raise UserError(

@@ -12,7 +12,7 @@ from sae_lightning.ranks import Ranks, world
 def exchange_rows(
     rows: dict[Site, Tensor],
     counts: Sequence[int],
-    wanted: Sequence[Collection[Site]],
+    sites_by_rank: Sequence[Collection[Site]],
     like: Tensor,
     ranks: Ranks | None = None,
 ) -> list[dict[Site, Tensor]]:
@@ -21,19 +21,19 @@ def exchange_rows(
 
     rows: of this rank's batch, {site: [counts[rank], d]}, at all sites that any rank wants; empty
     for a rank without a batch. counts: rows of each batch (every rank passes the same list); a last
-    round may have fewer batches than there are ranks. wanted[r]: the sites of rank r. like: any
-    tensor [..., d] with the width, dtype and device of the rows. Each rank sends one message to
-    every other.
+    round may have fewer batches than there are ranks. sites_by_rank[r]: the sites that rank r
+    wants. like: any tensor [..., d] with the width, dtype and device of the rows. Each rank sends
+    one message to every other.
     """
     ranks = ranks or world()
     if ranks.size == 1:
         return [rows]
-    own_sites = sorted(wanted[ranks.rank])
-    requests = {tuple(sorted(sites)) for sites in wanted if rows and sites}
+    own_sites = sorted(sites_by_rank[ranks.rank])
+    requests = {tuple(sorted(sites)) for sites in sites_by_rank if rows and sites}
     stacks = {sites: torch.stack([rows[site] for site in sites]) for sites in requests}
     outgoing = [
         None if other == ranks.rank else stacks.get(tuple(sorted(sites)))
-        for other, sites in enumerate(wanted)
+        for other, sites in enumerate(sites_by_rank)
     ]
     incoming = [
         None if other == ranks.rank else like.new_empty(len(own_sites), count, like.shape[-1])

@@ -55,10 +55,10 @@ class HeldOut(HeldOutData):
         all `sites`)."""
         self.own_sites = set(sites if own_sites is None else own_sites)
         self.llm, self.sites, self.batch, self.max_norm = llm, sites, batch, max_norm
-        chosen = text.pick_sequences(-(-tokens // text.packing.window_size))
-        self.tokens = read_ids(chosen)  # [sequences, context]
+        sequences = text.pick_sequences(-(-tokens // text.packing.window_size))
+        self.tokens = read_ids(sequences)  # [sequences, context]
         dropped_ids = torch.tensor([] if keep_special else find_special_ids(llm.tokenizer))
-        self._keep = ~torch.isin(self.tokens, dropped_ids) & (chosen >= 0)
+        self._keep = ~torch.isin(self.tokens, dropped_ids) & (sequences >= 0)
         self._keep[:, 0] = False
         count = min(len(self.tokens), -(-loss_tokens // text.packing.window_size))
         # indices of sequences
@@ -106,7 +106,7 @@ class HeldOut(HeldOutData):
             zip(self.tokens.split(self.batch), self._keep.split(self.batch), strict=True)
         )
         rows: dict[Site, list[Tensor]] = {site: [] for site in self.sites if site in self.own_sites}
-        wanted = ranks.gather_values(self.own_sites)
+        sites_by_rank = ranks.gather_values(self.own_sites)
         width = model.config.get_text_config().hidden_size
         like = torch.empty(0, width, dtype=model.dtype, device=find_row_device(model))
         with phase("reading held-out text", total=len(self.tokens)) as advance:
@@ -117,7 +117,7 @@ class HeldOut(HeldOutData):
                 if ranks.rank < len(round_batches):
                     tokens, _ = round_batches[ranks.rank]
                     captured = capture(model, tokens, self.sites, positions[ranks.rank])
-                for part in exchange_rows(captured, list(map(len, positions)), wanted, like):
+                for part in exchange_rows(captured, list(map(len, positions)), sites_by_rank, like):
                     for site, x in part.items():
                         rows[site].append(x)
                 advance(sum(len(tokens) for tokens, _ in round_batches))

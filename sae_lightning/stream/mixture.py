@@ -34,9 +34,9 @@ class MixedTokens(TokenStream):
         first, parts = sum(counts), []
         for total in range(first + 1, first + n + 1):
             lags = [w * total - c for w, c in zip(self.weights, counts, strict=True)]
-            chosen = lags.index(max(lags))
-            counts[chosen] += 1
-            parts.append(self.texts[chosen].next(1))
+            index = lags.index(max(lags))
+            counts[index] += 1
+            parts.append(self.texts[index].next(1))
         tokens = torch.cat([part.tokens for part in parts])
         is_text = torch.cat([part.is_text for part in parts])
         return Sequences(tokens, is_text, torch.arange(first, first + n))
@@ -66,7 +66,7 @@ class MixedHeldOut(HeldOutStream):
 
     def pick_sequences(self, sequences: int) -> Tensor:
         """Pick sequences of each text by its weight, at least one -> [about sequences, context]."""
-        picked = []
+        parts = []
         for text, weight in zip(self.texts, self.weights, strict=True):
             part = text.pick_sequences(max(1, round(weight * sequences)))
             if part.shape[1] < self.packing.context:
@@ -75,8 +75,8 @@ class MixedHeldOut(HeldOutStream):
                     f"data.context={self.packing.context}; raise data.held_out, or lower "
                     "data.context"
                 )
-            picked.append(part)
-        return torch.cat(picked)
+            parts.append(part)
+        return torch.cat(parts)
 
 
 def mix_texts(

@@ -25,9 +25,9 @@ class NoLLMSource(DataSource):
         values = asdict(config)
         for name, default in asdict(defaults).items():
             if values[name] != default:
-                shown = getattr(values[name], "name", values[name])
+                value = getattr(values[name], "name", values[name])  # of an enum, its name
                 raise UserError(
-                    f"{group}.{name}={shown} has no meaning with {self.where}, whose "
+                    f"{group}.{name}={value} has no meaning with {self.where}, whose "
                     "activations come from no LLM: leave it out"
                 )
 

@@ -69,12 +69,12 @@ def open_rows(
     return CachedRows(rows, folder, identity, width, resumed, own_sites)
 
 
-def pick_cache_folder(chosen: str | None) -> Path:
-    """Pick the folder that holds all caches: `chosen`, which is `data.cache_folder`, or one in the
-    user's cache folder."""
-    if chosen is None:
+def pick_cache_folder(cache_folder: str | None) -> Path:
+    """Pick the folder that holds all caches: `data.cache_folder`, or one in the user's cache folder
+    if that is None."""
+    if cache_folder is None:
         return platformdirs.user_cache_path("sae_lightning") / "activations"
-    return Path(make_absolute(chosen))
+    return Path(make_absolute(cache_folder))
 
 
 def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> dict[str, Any]:

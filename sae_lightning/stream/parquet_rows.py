@@ -71,11 +71,11 @@ def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
         open(temporary, "wb") as copy,
     ):
         np.lib.format.write_array_header_1_0(copy, header)
-        done = 0
+        first = 0
         for batch in content.iter_batches(READ_ROWS, columns=names if name is None else [name]):
-            array = _convert(batch, name, width, f"{file}: row", done)
+            array = _convert(batch, name, width, f"{file}: row", first)
             copy.write(np.ascontiguousarray(array, dtype).tobytes())
-            done += len(batch)
+            first += len(batch)
             advance(len(batch))
     return target
 
@@ -106,7 +106,11 @@ def _convert(
     return values.to_numpy().reshape(-1, width)
 
 
-def _is_list(kind: "DataType") -> bool:
+def _is_list(column_type: "DataType") -> bool:
     import pyarrow.types as types
 
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return (
+        types.is_list(column_type)
+        or types.is_large_list(column_type)
+        or types.is_fixed_size_list(column_type)
+    )

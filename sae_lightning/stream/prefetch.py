@@ -21,8 +21,8 @@ class _PrefetchedBatch(NamedTuple):
     state_before: dict[str, Any]
     epoch: int
     """The epoch after them."""
-    done: torch.cuda.Event | None
-    """When the GPU has computed them; None on a CPU."""
+    event: torch.cuda.Event | None
+    """It occurs when the GPU has computed them; None on a CPU."""
 
 
 class PrefetchedRows(RowStream):
@@ -52,13 +52,13 @@ class PrefetchedRows(RowStream):
         not_begun = remaining - self._count_waiting()
         if not self._waiting:
             not_begun -= self._begin(not_begun)
-        rows, _, self.epoch, done = self._waiting.popleft()
+        rows, _, self.epoch, event = self._waiting.popleft()
         while not_begun > 0 and self._count_waiting() < self.ahead:
             not_begun -= self._begin(not_begun)
-        if done is not None:
+        if event is not None:
             # Wait for this batch only: the whole stream includes batches started after it.
             current = torch.cuda.current_stream(self.device)
-            current.wait_event(done)
+            current.wait_event(event)
             for x in rows.activations.values():
                 x.record_stream(current)  # or the LLM could reuse its memory before it is read
         return rows
@@ -71,8 +71,8 @@ class PrefetchedRows(RowStream):
         state_before = self.inner.state_dict()
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             rows = self.inner.next(remaining)
-            done = self._stream.record_event() if self._stream else None
-        self._waiting.append(_PrefetchedBatch(rows, state_before, self.inner.epoch, done))
+            event = self._stream.record_event() if self._stream else None
+        self._waiting.append(_PrefetchedBatch(rows, state_before, self.inner.epoch, event))
         return len(rows.sequence_ids)
 
     def state_dict(self) -> dict[str, Any]:

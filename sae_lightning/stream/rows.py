@@ -91,8 +91,8 @@ class LLMRows(RowStream):
         if self.max_norm is not None and len(sequence_ids):
             # The medians of the first LLM batch serve the whole run.
             self._medians = self._medians or compute_medians(rows)
-            kept = self.find_usual_indices(rows)
-            rows, sequence_ids = keep_rows(rows, kept), sequence_ids[kept]
+            indices = self.find_usual_indices(rows)
+            rows, sequence_ids = keep_rows(rows, indices), sequence_ids[indices]
         self.check_not_empty(len(sequence_ids))
         return Rows(rows, sequence_ids)
 

@@ -111,9 +111,9 @@ class SavedRows(RowStream):
         """Find the ranges (begin, end) of the files' rows that are at the positions `start` to
         `stop` - 1 of this epoch."""
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
-        chosen = self._order[first : last + 1]
-        begins = chosen * self.blocks.size
-        ends = begins + self.blocks.count_rows(chosen)
+        indices = self._order[first : last + 1]  # of blocks
+        begins = indices * self.blocks.size
+        ends = begins + self.blocks.count_rows(indices)
         ends[-1] -= self._ends[last] - stop
         begins[0] += start - (self._ends[first - 1] if first else 0)
         return list(zip(begins.tolist(), ends.tolist(), strict=True))
@@ -162,9 +162,9 @@ class HeldOutRows(HeldOutData):
         self.matrices, self.device = matrices, torch.device(device)
         held_out = blocks.held_out
         count = min(len(held_out), -(-tokens // blocks.size))
-        chosen = held_out[np.linspace(0, len(held_out) - 1, count).round().astype(np.int64)]
-        begins = chosen * blocks.size
-        ends = begins + blocks.count_rows(chosen)
+        indices = held_out[np.linspace(0, len(held_out) - 1, count).round().astype(np.int64)]
+        begins = indices * blocks.size
+        ends = begins + blocks.count_rows(indices)
         self._ranges = list(zip(begins.tolist(), ends.tolist(), strict=True))
         self._tokens = tokens
         self._activations: dict[Site, Tensor] = {}  # of the sites read so far

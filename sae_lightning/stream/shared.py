@@ -41,7 +41,7 @@ class SharedRows(LLMRows):
     def __init__(self, *args: Any, own_sites: Sequence[Site], **options: Any) -> None:
         """`own_sites`: the sites whose rows this rank needs; the rest is as in `LLMRows`."""
         super().__init__(*args, **options)
-        self._wanted = world().gather_values(set(own_sites))
+        self._sites_by_rank = world().gather_values(set(own_sites))
         self._waiting: deque[_ComputedBatch] = deque()
         self._epoch = super().epoch
         model = self.llm.model
@@ -82,13 +82,14 @@ class SharedRows(LLMRows):
                 medians = {str(site): median for site, median in self._medians.items()}
                 for state in states_before[first + 1 :]:
                     state["medians"] = medians
-            kept = self.find_usual_indices(own_rows) if own_rows else NO_INDICES
-            own_rows = keep_rows(own_rows, kept)
-            kept_by_rank = ranks.gather_values(kept)
-            ids_by_batch = [
-                ids[kept] for ids, kept in zip(ids_by_batch, kept_by_rank, strict=False)
-            ]
-        rows = exchange_rows(own_rows, list(map(len, ids_by_batch)), self._wanted, self._no_rows)
+            own_indices = self.find_usual_indices(own_rows) if own_rows else NO_INDICES
+            own_rows = keep_rows(own_rows, own_indices)
+            indices_by_rank = ranks.gather_values(own_indices)
+            kept = zip(ids_by_batch, indices_by_rank, strict=False)  # fewer batches than ranks
+            ids_by_batch = [ids[indices] for ids, indices in kept]
+        rows = exchange_rows(
+            own_rows, list(map(len, ids_by_batch)), self._sites_by_rank, self._no_rows
+        )
         batches = zip(rows, ids_by_batch, states_before, text_positions, strict=True)
         for activations, ids, state, (epoch, tokens_crc32) in batches:
             batch = _ComputedBatch(Rows(activations, ids), state, epoch, tokens_crc32)

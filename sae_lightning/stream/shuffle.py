@@ -69,13 +69,13 @@ class Pool:
     def take(self, batch: int) -> Rows:
         """Remove and return `batch` random rows {site: [batch, d]} and their sequence ids."""
         assert batch <= self._filled, f"{batch} rows from a pool that holds {self._filled}"
-        chosen = self._random.choice(self._filled, batch, replace=False, shuffle=False)
-        taken = self._copy(torch.from_numpy(chosen))
+        indices = self._random.choice(self._filled, batch, replace=False, shuffle=False)
+        taken = self._copy(torch.from_numpy(indices))
         self._filled -= batch
         # Rows that were not taken and lie beyond the new end fill the holes before it.
-        holes = torch.from_numpy(chosen[chosen < self._filled])
+        holes = torch.from_numpy(indices[indices < self._filled])
         beyond = np.arange(self._filled, self._filled + batch)
-        movers = torch.from_numpy(np.setdiff1d(beyond, chosen, assume_unique=True))
+        movers = torch.from_numpy(np.setdiff1d(beyond, indices, assume_unique=True))
         self._sequence_ids[holes] = self._sequence_ids[movers]
         holes, movers = move_to_device(holes, self.device), move_to_device(movers, self.device)
         for rows in self._rows.values():

@@ -46,8 +46,8 @@ class HeldOutTokens(HeldOutStream):
             )
             _check_flat(self.tokenizer, flat, self.where)
             size, count = self.packing.window_size, max(1, len(flat) // self.packing.window_size)
-            chosen = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
-            windows = [flat.slice(i * size, size).to_numpy() for i in chosen if len(flat)]
+            indices = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
+            windows = [flat.slice(i * size, size).to_numpy() for i in indices if len(flat)]
         else:
             stream = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
             windows = [w for _ in range(sequences) if (w := stream.next_window()) is not None]
