@@ -61,8 +61,7 @@ class MeansTable:
             pd.DataFrame([summarise(finite[i]) for i in finished], columns=[*METRIC_COLUMNS])
             for summarise in (_average, _measure_spread)
         )
-        """Comparable metrics (see `SweepTable.finite`): mean and sample standard deviation, which
-        for `stable` is corrected."""
+        """Mean and sample standard deviation of comparable metrics (see `SweepTable.finite`)."""
         self.spread["stable"] *= _correct_for_pairs(self.seeds)
         spreads = [_measure_spread(measured[i]) for i in finished]
         self.shown_spread = pd.DataFrame(spreads, columns=table.metrics)

@@ -34,7 +34,7 @@ class FeaturesTask(Task):
     """Strongest examples to keep of each feature. In addition, a sixth as many are drawn at random
     from each of five equal intervals of its strength."""
     neurons: Positive = Positive.abs
-    """How neurons are made positive, so that they compare with features."""
+    """How neurons are made positive, so that they can be compared with features."""
 
     def __post_init__(self):
         check_at_least("tokens", self.tokens, 1)

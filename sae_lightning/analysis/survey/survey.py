@@ -85,17 +85,17 @@ def survey(
     from each interval of strengths. `reducers`: further ones, which take part in the same pass;
     `controls`: as in `collect`.
     """
-    kinds = _make_reducers(subject, examples, neurons, seed)
+    by_kind = _make_reducers(subject, examples, neurons, seed)
     recorder = TokenRecorder()
     sequences, total = excerpt(text, tokens, batch)
-    reducers = [*chain(*kinds.values()), recorder, *reducers]
+    reducers = [*chain(*by_kind.values()), recorder, *reducers]
     collect(subject, sequences, reducers, total=total, controls=controls)
     del reducers
     vocabulary, ids, catalogues = read_vocabulary(subject.llm), recorder.result(), []
     with phase("drawing examples"):
-        for kind in [*kinds]:
+        for kind in [*by_kind]:
             # popped to free the reducers' state, which is as large as their results
-            statistics, top, sample = (reducer.result() for reducer in kinds.pop(kind))
+            statistics, top, sample = (reducer.result() for reducer in by_kind.pop(kind))
             random = draw_examples(
                 sample, statistics.maximum, top, max(1, examples // TOP_PER_DRAWN), seed
             )
