@@ -2,12 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
+from forked import run_script
 from test_formats import BY_HAND
 from test_round_trips import RESID, TRANSCODER, describe, fold, make
 from test_saved_format import FEATURES, D, assert_agree, raw_activations
@@ -97,9 +96,8 @@ def results(tmp_path_factory):
     torch.save(small_activations(), root / "x2.pt")
     torch.save(raw_activations(), root / f"x{D}.pt")
     paths = [str(root / "cases.json"), str(root / "results.pt")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, *paths], capture_output=True, text=True
-    )
+    (root / "run.py").write_text(SCRIPT)
+    done = run_script(str(root / "run.py"), *paths, cwd=root)
     assert done.returncode == 0, done.stderr
     return root, torch.load(root / "results.pt")
 

@@ -4,12 +4,11 @@ import json
 import math
 import os
 import stat
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 import torch
+from forked import run_script
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from torch.testing import assert_close
@@ -379,8 +378,8 @@ def saelens(tmp_path_factory):
     for name, sae in TRANSCODERS.items():
         names = {"hook_name": "blocks.3.mlp.hook_in", "hook_name_out": "blocks.3.hook_mlp_out"}
         save(root / "ours" / f"our_{name}_transcoder", sae, **names)
-    script = [sys.executable, "-W", "ignore", "-c", SAELENS, str(root), str(root / "theirs")]
-    done = subprocess.run(script, capture_output=True, text=True)
+    (root / "run.py").write_text(SAELENS)
+    done = run_script(str(root / "run.py"), str(root), str(root / "theirs"), cwd=root)
     assert done.returncode == 0, done.stderr
     results = torch.load(root / "results.pt")
     return root, {name: (kind, Output(*result)) for name, (kind, *result) in results.items()}

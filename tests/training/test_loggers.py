@@ -3,13 +3,12 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import run_script
 from logged import read_csv, read_mlflow, read_wandb
 from test_run import curves, interrupt, weights
 from tiny_run import WORLD_BATCH as BATCH
@@ -29,7 +28,6 @@ from sae_lightning.training.logger_settings import (
 from sae_lightning.training.loggers import CSVCurves
 from sae_lightning.training.settings import OptimConfig
 
-ROOT = Path(__file__).parents[2]
 CSV = LoggerConfig(csv=CSVConfig(use=True))
 WANDB = LoggerConfig(wandb=WandbConfig(use=True, project="p", tags=["a", "b"], offline=True))
 LAST = 60 * BATCH
@@ -52,6 +50,11 @@ def home(tmp_path, monkeypatch):
 def mlflow(home):
     """MLflow, in its default database: the file mlflow.db in the working folder."""
     return LoggerConfig(mlflow=MLflowConfig(use=True, experiment="e")).resolve()
+
+
+def read_environment() -> dict[str, str]:
+    """The variables of `home`, for a process that is a fork."""
+    return {k: v for k, v in os.environ.items() if k == "HOME" or k.startswith("WANDB_")}
 
 
 def sweep(folder: Path, logger: LoggerConfig) -> list:
@@ -97,6 +100,7 @@ def cut_power() -> None:
     raise ZeroDivisionError("power cut")
 
 
+@pytest.mark.slow
 def test_the_table_holds_tensorboards_curves_and_a_resumed_run_replaces_later_rows(
     tmp_path, monkeypatch
 ):
@@ -130,6 +134,7 @@ def test_a_run_that_is_scored_has_ended_even_if_its_sweep_is_stopped(tmp_path, m
     assert outcomes == ["success", "failed"]
 
 
+@pytest.mark.slow
 def test_a_planted_link_is_not_written_through(tmp_path, monkeypatch):
     job = synthetic_job(tmp_path / "a", logger=CSV)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -225,16 +230,11 @@ def test_without_a_login_nothing_starts(monkeypatch):
 @pytest.mark.slow
 def test_without_a_network_the_curves_stay_on_disk(home):
     """In a process of its own, because Weights & Biases reads its settings once."""
-    command = [sys.executable, ROOT / "train.py", "logger=wandb", "data=synthetic"]
-    command += ["trainer=smoke", "trainer.tokens=1024", "data.pool=512", "model.features=64"]
+    typed = ["logger=wandb", "data=synthetic", "trainer=smoke", "trainer.tokens=1024"]
+    typed += ["data.pool=512", "model.features=64", "hydra.run.dir=run"]
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
-    done = subprocess.run(
-        [*command, "hydra.run.dir=run"],
-        env=os.environ | nowhere | {"WANDB_API_KEY": "a" * 40},
-        cwd=home,
-        capture_output=True,
-        text=True,
-    )
+    given = read_environment() | nowhere | {"WANDB_API_KEY": "a" * 40}
+    done = run_script("train.py", *typed, cwd=home, **given)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("logger=wandb: ") == 1 and "kept on disk: wandb sync" in done.stderr
     (part,) = read_wandb(home / "run")
@@ -287,14 +287,8 @@ train(400, (500,), "success")
 
 @pytest.mark.slow
 def test_online_a_resumed_run_goes_on_where_it_was_and_a_lost_server_costs_only_its_curves(home):
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-c", ONLINE],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        cwd=home,
-        capture_output=True,
-        text=True,
-    )
+    (home / "online.py").write_text(ONLINE)
+    done = run_script(str(home / "online.py"), cwd=home, **read_environment())
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("logger=wandb: ") == 1
     assert "Timed out finishing run.; TensorBoard's curves of name are complete" in done.stderr

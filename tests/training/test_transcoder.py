@@ -36,11 +36,21 @@ def architecture(name):
     }
 
 
+@pytest.fixture(scope="module")
+def learned(common_job):
+    """{architecture: its job, which has been trained in a sweep}."""
+    jobs = {}
+    for name in ARCHITECTURES:
+        job = common_job(f"sweep/{name}", layer=LAYER, **architecture(name))
+        jobs[name] = replace(job, multirun=True, sweep_folder=job.folder.parent)
+    passes.train_jobs(list(jobs.values()))
+    return jobs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_learns_the_mlp_and_is_saved_as_it_is_scored(transcoder, name):
-    done = transcoder("run", **architecture(name))
-    passes.train_jobs([done])
+def test_every_architecture_learns_the_mlp_and_is_saved_as_it_is_scored(learned, name):
+    done = learned[name]
     said = metrics(done.folder)["held_out"]
     sae = load_sae(done.folder)
     assert sae.metadata["hook_name"] == "blocks.1.mlp.hook_in"
@@ -59,6 +69,7 @@ def test_every_architecture_learns_the_mlp_and_is_saved_as_it_is_scored(transcod
     assert {name: measured[name] for name in said} == pytest.approx(said, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_mlp_is_learned_and_not_its_input(transcoder, job):
     """With the same weights at the start, only the target differs."""
     settings = {"optim": OptimConfig(lr=2e-2)}
@@ -85,6 +96,7 @@ def test_the_mlp_is_learned_and_not_its_input(transcoder, job):
     assert errors["autoencoder", "input"] < 0.8 < 1 < errors["autoencoder", "output"]
 
 
+@pytest.mark.slow
 def test_a_killed_transcoder_ends_the_same(transcoder, monkeypatch):
     settings = {"loss": ReLULoss(l1=0.3), "optim": OptimConfig(lr=3e-2), "callbacks": RESAMPLING}
     whole = transcoder("whole", **settings)
