@@ -165,9 +165,14 @@ def read_llm_shape(config: LLMConfig) -> LLMShape:
         find_gguf_folder(config.name)
         return PACKAGED[config.name].shape
     with phase(f"looking up LLM {config.name}"), mute_libraries():
-        dims = read_config(config, _find_local_folder(config.name)).get_text_config()
-    context = getattr(dims, "max_position_embeddings", None)
-    return LLMShape(dims.num_hidden_layers, dims.hidden_size, context, dims.vocab_size)
+        hf_config = read_config(config, _find_local_folder(config.name)).get_text_config()
+    context = getattr(hf_config, "max_position_embeddings", None)
+    return LLMShape(
+        layers=hf_config.num_hidden_layers,
+        width=hf_config.hidden_size,
+        context=context,
+        vocabulary=hf_config.vocab_size,
+    )
 
 
 def count_llm_parameters(config: LLMConfig, blocks: int | None = None) -> int:

@@ -57,7 +57,7 @@ def _explain_not_causal(hf_config) -> str | None:
     is_encoder = BIDIRECTIONAL.fullmatch(hf_config.model_type) and not getattr(
         hf_config, "is_decoder", False
     )
-    flags = hf_config.get_text_config()  # of EmbeddingGemma and PaliGemma, for example
+    flags = hf_config.get_text_config()  # where EmbeddingGemma and PaliGemma have them
     looks_ahead = getattr(flags, "use_bidirectional_attention", None) in (True, "all")
     if is_masked or is_encoder or looks_ahead or not getattr(flags, "is_causal", True):
         return "reads in both directions"
