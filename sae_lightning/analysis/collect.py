@@ -60,8 +60,8 @@ def excerpt(text: TokenStream, tokens: int, batch: int) -> tuple[Iterator[Sequen
     text -> batches of `batch` sequences, and the total number of sequences."""
     needed = -(-tokens // text.packing.window_size)
     # A text is not read twice: a repeated sequence would count as a second example. (A streamed
-    # text has no `windows`: its length is unknown.)
-    total = min(needed, getattr(text, "windows", needed))
+    # text has no `window_count`: its length is unknown.)
+    total = min(needed, getattr(text, "window_count", needed))
     if total < needed:
         console.print(f"the text has fewer than {tokens:,} tokens: all of it is read, once")
     return (text.next(min(batch, total - n)) for n in range(0, total, batch)), total
