@@ -23,7 +23,9 @@ SMALL = {
     "hydra.sweeper.n_jobs": ("2",),
     "trainer.devices": ("1",),  # tests/test_devices.py has several
 }
-MOST = 2  # values of one setting in a sweep; of a choice of presets all are taken
+# Values of one setting in a sweep, and jobs of a sweep; but a choice of presets is taken whole,
+# unless there are controls.
+MOST, MOST_JOBS = 2, 4
 SMALL_RUN = {
     "trainer.tokens": "256",
     "trainer.batch": "64",
@@ -170,16 +172,18 @@ def small_analysis(command: Command) -> list[str]:
 
 def replaced(arguments: tuple[str, ...], given: dict[str, str], sweep: bool) -> list[str]:
     """The arguments with the values of `given` in place of their own, and the rest of `given`."""
-    made, left = [], dict(given)
+    made, left, jobs = [], dict(given), 1
+    controls = "sweep.controls=true" in arguments
     for argument in arguments:
         name, equals, value = argument.partition("=")
         left.pop(name, None)
         listed = re.search(r"[\[(]", value)  # a list, or an interval to search in
         values = value.split(",") if sweep and not listed else [value]
         small = None if listed else SMALL.get(name) or ((given[name],) if name in given else None)
-        if "." in name:
-            values = (small or values)[: min(len(values), MOST)]
+        if "." in name or controls:
+            values = (small or values)[: min(len(values), MOST, MOST_JOBS // jobs)]
         elif small:
             values = small[:1]
+        jobs = min(jobs * len(values), MOST_JOBS)
         made.append(f"{name}={','.join(values)}" if equals else argument)
     return made + [f"{name}={value}" for name, value in left.items()]

@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from forked import Forked
+from on_ranks import fork_ranks
+from tiny_run import write_text
 
 from benchmarks.timing import child
 from benchmarks.timing.profile import (
@@ -304,6 +308,27 @@ def test_cases_are_named_after_their_saes(devices):
     assert devices.read_arguments(["sweep=relu,topk", "wide="]).cases == {"sweep": ["relu", "topk"]}
 
 
+@pytest.fixture
+def forked_devices(devices, monkeypatch):
+    """The benchmark, with forks in place of new processes: they need not import anything."""
+
+    def call(work: str, settings: dict, log: Path) -> list:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        arguments = [str(child.HERE), work, json.dumps(settings), str(log)]
+        done = Forked(_run_child, arguments).wait()
+        assert done.returncode == 0, done.stderr
+        return json.loads(log.read_text("utf8"))
+
+    monkeypatch.setattr(devices, "call", call)
+    return devices
+
+
+def _run_child(arguments: list[str]) -> None:
+    fork_ranks()
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
 def _measure_two_devices(devices: ModuleType, out: Path, *arguments: str) -> tuple[dict, dict]:
     small = ["trainer.tokens=4096", "trainer.batch=256", "data.pool=1024", "model.features=512"]
     devices.main([f"out={out}", "eval.tokens=120", *small, *arguments])
@@ -313,19 +338,21 @@ def _measure_two_devices(devices: ModuleType, out: Path, *arguments: str) -> tup
 
 @pytest.mark.slow
 def test_a_sweep_on_two_devices_sends_its_rows_once_and_saves_the_same_bytes(
-    devices, tmp_path, tiny_folder
+    forked_devices, tmp_path, tiny_folder
 ):
     llm = [f"llm.name={tiny_folder('llama')}", "llm.device=cpu", "llm.dtype=float32"]
-    text = ["layer.index=1", "llm.batch=4", "data.context=16"]
-    _, two = _measure_two_devices(devices, tmp_path, "sweep=relu,topk", "wide=", *llm, *text)
+    (tmp_path / "text").mkdir()
+    text = ["data=text", f"data.path={write_text(tmp_path / 'text')}", "data.held_out=0.34"]
+    text += ["layer.index=1", "llm.batch=4", "data.context=16"]
+    _, two = _measure_two_devices(forked_devices, tmp_path, "sweep=relu,topk", "wide=", *llm, *text)
     assert 1 <= two["sent_bytes"] / two["least_bytes"] < 1.2
     assert two["differences"] == [0, 0]
 
 
 @pytest.mark.slow
-def test_two_devices_hold_half_of_a_wide_sae_each_and_send_one_sum(devices, tmp_path):
+def test_two_devices_hold_half_of_a_wide_sae_each_and_send_one_sum(forked_devices, tmp_path):
     settings = ["sweep=", "wide=relu", "data.dim=256", "trainer.precision=fp32"]
-    one, two = _measure_two_devices(devices, tmp_path, *settings)
+    one, two = _measure_two_devices(forked_devices, tmp_path, *settings)
     assert 1 <= two["sent_bytes"] / two["least_bytes"] < 1.05
     assert two["held_bytes"] / one["held_bytes"] == pytest.approx(0.5, abs=0.01)
     assert two["differences"][0] < 1e-5  # in bf16, rounding makes up to 1e-2
