@@ -63,10 +63,12 @@ def test_a_branch_is_what_it_adds_to_the_stream_or_is_refused(families, family):
 
 
 @pytest.mark.slow
-def test_so_it_is_in_every_family_that_transformers_can_build_tiny(families):
-    rows = families.check_families()
-    assert len(rows) > 180
+def test_so_it_is_in_others_that_transformers_can_build_tiny(families):
+    """Every fifth. All are checked by `benchmarks/families.py`, which writes docs/models.md."""
+    rows = families.check_families(families.list_families()[::5])
+    assert len(rows) > 50
     assert not [family for family, row in rows.items() if families.WRONG in str(row)]
+    assert families.WRONG not in families.PAGE.read_text("utf8")
 
 
 @pytest.fixture
@@ -81,6 +83,7 @@ def saved(families, tmp_path):
     return save
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["modernbert-decoder", "qwen3_5", "qwen2_5_vl", "mistral3"])
 def test_a_text_decoder_in_another_model_is_cut_scored_and_continued(saved, tokens, family):
     config = LLMConfig(name=saved(family), dtype=Dtype.float32, device="cpu")
