@@ -6,6 +6,7 @@ none of them.
 
 import gc
 import os
+from functools import cache
 
 import pytest
 
@@ -15,10 +16,13 @@ gc.set_threshold(50_000, 20, 20)
 CACHES = ("HF_DATASETS_CACHE", "HF_MODULES_CACHE")
 
 
-def pytest_collectstart(collector):
-    """Prepare a process that runs tests."""
-    if not isinstance(collector, pytest.Session):
-        return
+def pytest_collectstart():
+    """Prepare a process that runs tests, before their modules are imported."""
+    prepare_process()
+
+
+@cache
+def prepare_process():
     import torch
 
     if not torch.cuda.is_available():
