@@ -37,7 +37,7 @@ def describe_outliers(site: Site, x: Tensor) -> str | None:
     if outliers is None:
         return None
     return (
-        f"{site}: the {outliers.number:,} largest of {len(x):,} activations hold "
+        f"{site}: the {outliers.token_count:,} largest of {len(x):,} activations hold "
         f"{outliers.share:.0%} of the variance, so normalisation and explained variance mostly "
         f"describe these; data.max_norm={outliers.max_norm:g} leaves them out"
     )
