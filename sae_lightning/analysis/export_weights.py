@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from sae_lightning.analysis.task import Task
 from sae_lightning.errors import UserError
+from sae_lightning.formats.format import Origin
 from sae_lightning.formats.load_sae import load_sae
-from sae_lightning.formats.row import Origin
 from sae_lightning.formats.saelens import OWN_KEY
 from sae_lightning.formats.trained_on import find_origin
 from sae_lightning.formats.write_sae import write_sae

@@ -3,7 +3,7 @@
 import re
 
 from sae_lightning.errors import UserError
-from sae_lightning.formats.row import (
+from sae_lightning.formats.format import (
     PLAIN,
     Format,
     Layout,
@@ -43,7 +43,7 @@ def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
     return StoredSAE(settings, weights, drop_nulls(metadata))
 
 
-def write_circuit_tracer(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
+def make_circuit_tracer_settings(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
     """Make the settings of config.yaml, the same for every block. Versions of circuit-tracer before
     April 2026 ignore `activation` and read a TopK as a ReLU."""
     sites, model = origin.require_sites(), origin.metadata.get("model_name")
@@ -72,5 +72,5 @@ CIRCUIT_TRACER = Format(
     },
     transcoders={"relu": "relu", "dense": "relu", "topk": "topk", "jumprelu": "jumprelu"}
     | {"batch_topk": "jumprelu", "matryoshka": "jumprelu"},
-    write=write_circuit_tracer,
+    make_settings=make_circuit_tracer_settings,
 )

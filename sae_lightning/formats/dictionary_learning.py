@@ -5,7 +5,7 @@ import re
 import torch
 
 from sae_lightning.errors import UserError
-from sae_lightning.formats.row import (
+from sae_lightning.formats.format import (
     LINEAR,
     PLAIN,
     Format,
@@ -59,7 +59,7 @@ def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
     return StoredSAE(settings, weights, drop_nulls(metadata) | trainer, layout.centred)
 
 
-def write_dictionary_learning(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
+def make_dictionary_learning_settings(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
     """Make the settings of config.json, and tensors for k, the threshold and group sizes."""
     config, tensors = sae.config, {}
     trainer = {
@@ -120,5 +120,5 @@ DICTIONARY_LEARNING = Format(
         "jumprelu": "JumpReluAutoEncoder",
         "gated": "GatedAutoEncoder",
     },
-    write=write_dictionary_learning,
+    make_settings=make_dictionary_learning_settings,
 )

@@ -8,7 +8,7 @@ import math
 import re
 from pathlib import Path
 
-from sae_lightning.formats.row import (
+from sae_lightning.formats.format import (
     Format,
     Layout,
     SavedFiles,

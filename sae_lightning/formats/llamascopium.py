@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sae_lightning.errors import UserError
-from sae_lightning.formats.row import (
+from sae_lightning.formats.format import (
     LINEAR,
     Format,
     Layout,
@@ -95,7 +95,7 @@ def compute_scale(norm: Any, d: int) -> float:
     return math.sqrt(d) / norm
 
 
-def write_llamascopium(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
+def make_llamascopium_settings(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
     """Make the settings of config.json; `norm_activation="inference"` says that weights take raw
     activations."""
     sites, d, features = origin.require_sites(), len(sae.W_enc), sae.config.features
@@ -133,7 +133,7 @@ LLAMASCOPIUM = Format(
     aliases=LINEAR | {"decoder.bias": "b_dec", "log_jumprelu_threshold": "log_threshold"},
     autoencoders=SCOPIUM_LAYOUTS,
     transcoders=SCOPIUM_LAYOUTS,
-    write=write_llamascopium,
+    make_settings=make_llamascopium_settings,
 )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from sae_lightning.errors import UserError
 from sae_lightning.formats.fetch import fetch_saved
-from sae_lightning.formats.row import (
+from sae_lightning.formats.format import (
     Format,
     SavedFiles,
     StoredSAE,

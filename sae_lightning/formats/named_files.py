@@ -4,7 +4,7 @@ path of the weights file."""
 import re
 
 from sae_lightning.errors import UserError
-from sae_lightning.formats.row import (
+from sae_lightning.formats.format import (
     LINEAR,
     Format,
     Layout,

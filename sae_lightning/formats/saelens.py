@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.formats.row import (
+from sae_lightning.formats.format import (
     Format,
     Layout,
     SavedFiles,

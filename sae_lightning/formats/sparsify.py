@@ -2,7 +2,7 @@
 
 import re
 
-from sae_lightning.formats.row import (
+from sae_lightning.formats.format import (
     Format,
     Layout,
     Origin,
@@ -39,7 +39,7 @@ def read_sparsify(files: SavedFiles) -> StoredSAE:
 
 def name_hooks(module: str, is_transcoder: bool) -> dict[str, str]:
     """Names of the sites of an SAE at `module`, under SAELens' keys; a transcoder reads the input
-    of the module."""
+    of the module. Empty if `module` has no block number, as when the folder was renamed."""
     if not re.search(r"\.\d+(\.|$)", module):
         return {}
     if not is_transcoder:
@@ -49,7 +49,7 @@ def name_hooks(module: str, is_transcoder: bool) -> dict[str, str]:
     return {"hook_name": source, "hook_name_out": module}
 
 
-def write_sparsify(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
+def make_sparsify_settings(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
     """Make the settings of cfg.json, with the metadata of training, which sparsify ignores."""
     d_in, config = len(sae.W_enc), sae.config
     return origin.metadata | {
@@ -77,5 +77,5 @@ SPARSIFY = Format(
     },
     autoencoders={"topk": "autoencoder"},
     transcoders={"topk": "transcoder"},
-    write=write_sparsify,
+    make_settings=make_sparsify_settings,
 )

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from sae_lightning.errors import UserError
 from sae_lightning.formats.circuit_tracer import CIRCUIT_TRACER
 from sae_lightning.formats.dictionary_learning import DICTIONARY_LEARNING
+from sae_lightning.formats.format import Format, is_match
 from sae_lightning.formats.gemma_scope import GEMMA_SCOPE, GEMMA_SCOPE_2
 from sae_lightning.formats.llamascopium import LLAMA_SCOPE, LLAMASCOPIUM
 from sae_lightning.formats.named_files import GOODFIRE, QWEN_SCOPE
-from sae_lightning.formats.row import Format, is_match
 from sae_lightning.formats.saelens import SAELENS
 from sae_lightning.formats.sparsify import SPARSIFY
 

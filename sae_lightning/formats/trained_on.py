@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from sae_lightning.errors import UserError
-from sae_lightning.formats.row import Origin
+from sae_lightning.formats.format import Origin
 from sae_lightning.formats.saelens import OWN_KEY
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig, Site, SitePair

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from sae_lightning.errors import UserError
 from sae_lightning.files import write_atomically, write_json
-from sae_lightning.formats.row import Layout, Origin
+from sae_lightning.formats.format import Layout, Origin
 from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.formats.table import FORMATS
 from sae_lightning.sae import SAE
 
-WRITABLE = tuple(name for name, row in FORMATS.items() if row.write or name == "saelens")
+WRITABLE = tuple(name for name, row in FORMATS.items() if row.make_settings or name == "saelens")
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def write_sae(name: str, sae: SAE, origin: Origin, folder: Path) -> None:
         save_sae(folder, sae, sae.weights(), origin.metadata)
         return
     row, key = FORMATS[name], choose_layout(name, sae, origin)
-    settings, tensors = row.write(sae, key, origin)
+    settings, tensors = row.make_settings(sae, key, origin)
     tensors = convert_weights(row.layouts[key], sae) | tensors
     file = row.files[0]
     if "*" in file:  # a file for each block

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from sae_lightning import load_sae
 from sae_lightning.errors import UserError
 from sae_lightning.formats.fetch import fetch_saved, parse_address
-from sae_lightning.formats.row import Origin
+from sae_lightning.formats.format import Origin
 from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.formats.suites import QWEN_MODELS, choose_path, expand_suite
 from sae_lightning.formats.write_sae import write_sae

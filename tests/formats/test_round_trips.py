@@ -21,7 +21,7 @@ from tiny_run import tiny_job, write_text
 
 from sae_lightning import UserError, load_sae
 from sae_lightning.analysis.export_task import ExportTask
-from sae_lightning.formats.row import Origin
+from sae_lightning.formats.format import Origin
 from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.formats.table import FORMATS
 from sae_lightning.formats.trained_on import find_llm_name, find_origin, read_layer

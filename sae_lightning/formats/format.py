@@ -1,4 +1,4 @@
-"""The row type of the table of formats, and the steps of reading that all formats share."""
+"""`Format`, a row of the table FORMATS, and the steps of reading that all formats share."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -30,7 +30,7 @@ PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 class StoredSAE(NamedTuple):
     """The content of an SAE's files, translated:
 
-    z = activate(x scale_in W_enc + b_enc);  x_hat = (f W_dec + b_dec) / scale_out
+    f = activate(x scale_in W_enc + b_enc);  x_hat = (f W_dec + b_dec) / scale_out
     """
 
     settings: dict[str, Any]
@@ -93,7 +93,7 @@ class Origin(NamedTuple):
         return self.sites
 
 
-# What `Format.write` returns: settings, and tensors beyond those of the layout.
+# What `Format.make_settings` returns: settings, and tensors beyond those of the layout.
 SettingsAndTensors = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -107,7 +107,7 @@ class Format(NamedTuple):
     layouts: dict[str, Layout] = {}
     """The format's name of an architecture -> how it is stored."""
     aliases: dict[str, str] = {}
-    """Further names of tensors, which are only read."""
+    """Further names of tensors -> ours; never written."""
     optional: tuple[str, ...] = ()
     """Patterns of files that are read if they exist; the first one holds the settings unless
     `files` names a file for them."""
@@ -115,14 +115,14 @@ class Format(NamedTuple):
     """Our architecture -> the key in `layouts` under which its autoencoders are written."""
     transcoders: dict[str, str] = {}
     """The same for transcoders."""
-    write: Callable[[SAE, str, Origin], SettingsAndTensors] | None = None
-    """Makes the settings, and the tensors that the layout does not name, from an SAE, its key in
-    `layouts` and its origin; None for a format that is only read, and for SAELens' (see
+    make_settings: Callable[[SAE, str, Origin], SettingsAndTensors] | None = None
+    """Makes the settings to write, and the tensors that the layout does not name, from an SAE, its
+    key in `layouts` and its origin; None for a format that is only read, and for SAELens' (see
     saved_format.py)."""
 
     @property
     def settings_file(self) -> str | None:
-        """Name of the file that holds the settings."""
+        """Name of the file that holds the settings; None if the format has no such file."""
         return next(iter((*self.files, *self.optional)[1:]), None)
 
 
@@ -210,7 +210,7 @@ def rename_tensors(row: Format, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     for name, tensor in tensors.items():
         ours, tensor = our_names.get(name, name), tensor.float()
         if name == "scaling_factor" and (tensor == 1).all():
-            continue  # stored by SAELens before 6 and Gemma Scope; 1 has no effect
+            continue  # stored by Gemma Scope and by SAELens 5 and older; 1 has no effect
         if ours.endswith(".T"):
             ours, tensor = ours.removesuffix(".T"), tensor.transpose(0, -1)
         if ours in weights:
@@ -244,8 +244,8 @@ def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
 
 
 def add_groups(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
-    """`settings` of a Matryoshka SAE, with groups of these sizes; with a single group it is a
-    BatchTopK SAE."""
+    """Add groups of these sizes to the `settings` of a Matryoshka SAE, as the share of each but the
+    last, which gets the rest; with a single group it is a BatchTopK SAE."""
     if len(sizes) == 1:
         return settings | {"name": "batch_topk"}
     return settings | {"groups": [size / sum(sizes) for size in sizes[:-1]]}
