@@ -1,14 +1,14 @@
 """Packs catalogues compactly for the page's script (templates/blocks.js).
 
 block "text"              the tokens of all sequences
-block "feature"           what the list sorts all units by: frequency, strength, scores
+block "feature"           what the list sorts and filters all units by: frequency, strength, scores
 block "feature-tokens-0"  tokens that the list shows and searches, of units   0 ... 127
 block "feature-tokens-1"  the same of units 128 ... 255
 block "feature-0"         details of units   0 ... 127: examples, histogram, relations
 block "feature-1"         the same of units 128 ... 255
 
-The page loads "feature" when it opens, a block of tokens when it lists one of its units (all of
-them for a search), and a block of details when it opens one of its units.
+The page loads "feature" when it opens; a block of tokens when one of the block's units is listed
+(all blocks of tokens for a search); and a block of details when one of the block's units is opened.
 A block holds its fields one after another, deflated, as base64. The bytes of a field are grouped by
 significance (the lowest byte of every number, then the next ...), which compresses best.
 Tokens are renumbered from 1 by frequency, so that the high bytes of common tokens are 0 and
@@ -43,7 +43,7 @@ SIMILARITY_SCALE = 100  # a similarity is stored in hundredths
 PREVIEW = slice(BEFORE - 3, BEFORE + 8)  # tokens of the strongest example that the list shows
 
 Fields = dict[str, np.ndarray]
-"""Name -> numbers [units, ...]; of the text, [sequences, context]."""
+"""Name -> numbers: [units, ...], or [sequences, context] in the block of the text."""
 
 
 class PageData(NamedTuple):
@@ -66,9 +66,9 @@ class Blocks(Mapping[str, str]):
         self.parts["text"] = catalogues[0], _make_text_fields
         self.size = catalogues[0].token_ids.size * page_ids.itemsize  # bytes, unpacked
         for catalogue in catalogues:
-            first = slice_units(catalogue, slice(1))
+            first_unit = slice_units(catalogue, slice(1))  # all units take the same space
             for make_fields in (_make_list_fields, _make_token_fields, _make_detail_fields):
-                fields = make_fields(first, page_ids).values()
+                fields = make_fields(first_unit, page_ids).values()
                 self.size += catalogue.num_units * sum(values[0].nbytes for values in fields)
             for start in range(0, catalogue.num_units, UNITS_PER_BLOCK):
                 part = slice_units(catalogue, slice(start, start + UNITS_PER_BLOCK))  # a view
@@ -92,16 +92,16 @@ def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
     vocabulary, page_ids = _number_tokens(catalogues)
     kinds = []
     for catalogue in catalogues:
-        first = slice_units(catalogue, slice(1))
+        first_unit = slice_units(catalogue, slice(1))  # all units have the same layout
         kinds.append(
             {
                 "kind": catalogue.kind,
                 "units": catalogue.num_units,
                 "tokens": catalogue.statistics.tokens,
                 "top_examples": catalogue.top.peak_strength.shape[1],
-                "list_layout": _describe_layout(_make_list_fields(first, page_ids)),
-                "token_layout": _describe_layout(_make_token_fields(first, page_ids)),
-                "detail_layout": _describe_layout(_make_detail_fields(first, page_ids)),
+                "list_layout": _describe_layout(_make_list_fields(first_unit, page_ids)),
+                "token_layout": _describe_layout(_make_token_fields(first_unit, page_ids)),
+                "detail_layout": _describe_layout(_make_detail_fields(first_unit, page_ids)),
             }
         )
     index = {"vocabulary": vocabulary, "kinds": kinds, "units_per_block": UNITS_PER_BLOCK}
@@ -173,16 +173,16 @@ def _make_token_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
 
 def _make_detail_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields that only the view of a single unit shows."""
-    lists, maximum = (catalogue.top, catalogue.random), catalogue.statistics.maximum
+    example_sets, maximum = (catalogue.top, catalogue.random), catalogue.statistics.maximum
     sequence_dtype, position_dtype = map(np.min_scalar_type, catalogue.token_ids.shape)
     fields = {
-        "sequence": _to_array(torch.cat([x.sequence for x in lists], 1), sequence_dtype),
-        "position": _to_array(torch.cat([x.position for x in lists], 1), position_dtype),
+        "sequence": _to_array(torch.cat([x.sequence for x in example_sets], 1), sequence_dtype),
+        "position": _to_array(torch.cat([x.position for x in example_sets], 1), position_dtype),
         "interval": _to_array(
             find_interval(catalogue.random.peak_strength, maximum[:, None]), "u1"
         ),
         "levels": _to_array(
-            torch.cat([_quantise(examples, maximum) for examples in lists], 1), "u1"
+            torch.cat([_quantise(examples, maximum) for examples in example_sets], 1), "u1"
         ),
         "histogram": _to_array(catalogue.statistics.histogram, "u4"),
     }

@@ -25,9 +25,9 @@ from sae_lightning.report.section import (
 )
 from sae_lightning.terminal import LEFT_TO_RIGHT, console, make_grid, make_visible
 
-HEIGHTS = " ▁▂▃▄▅▆▇█"
+BARS = " ▁▂▃▄▅▆▇█"
 MAX_WIDTH = 100  # columns; longer lines are hard to read
-STRENGTH_WIDTH = 8  # columns of the strength before an example
+STRENGTH_WIDTH = 8  # columns for the peak strength, printed in front of an example
 LEFT_OF_PEAK = 0.6  # share of an example's columns before its peak
 RIGHT_TO_LEFT = {"R", "AL", "AN"}  # bidirectional classes of right-to-left letters and digits
 MAX_NUMBER_WIDTH = 24  # columns; a wider cell is text, which is left-aligned
@@ -42,9 +42,9 @@ def print_section(section: Section) -> None:
         console.print(_make_table(section.table))
     for text in section.texts:
         console.print(Text(make_visible(text.caption), "dim"))
-        for heights, line in _split_lines(text, section.max_strength):
-            if heights.strip():
-                console.print(Text(heights.rstrip(), "dark_orange"))
+        for bars, line in _split_lines(text, section.max_strength):
+            if bars.strip():
+                console.print(Text(bars.rstrip(), "dark_orange"))
             console.print(line)
 
 
@@ -66,8 +66,8 @@ def print_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -
             if strength > 0:
                 tokens = [catalogue.vocabulary[i] if i >= 0 else "" for i in top.tokens[unit, n]]
                 shares = top.strengths[unit, n] / catalogue.statistics.maximum[unit]
-                heights, line = _align_example([*map(show_token, tokens)], shares.tolist())
-                console.print(Text(" " * STRENGTH_WIDTH + heights, "dark_orange"))
+                bars, line = _align_example([*map(show_token, tokens)], shares.tolist())
+                console.print(Text(" " * STRENGTH_WIDTH + bars, "dark_orange"))
                 console.print(Text(f"{strength:>{STRENGTH_WIDTH - 2}.3g}  ", "dim").append(line))
 
 
@@ -78,6 +78,7 @@ def _make_heading(catalogue: Catalogue, unit: int) -> Text:
     if not density:
         return heading.append("  never fires", "not bold")
     heading.append(f"  fires on {100 * density:.3g} % of tokens, maximum {maximum:.3g}", "not bold")
+    # a score is NaN if the unit fires too rarely, and below 0 if its set predicts worse than chance
     if token_sets is not None and float(token_sets.score[unit]) >= 0:
         ids = [i for i in token_sets.tokens[unit].tolist() if i >= 0][:5]
         after = "after " if token_sets.previous[unit] else ""
@@ -85,7 +86,7 @@ def _make_heading(catalogue: Catalogue, unit: int) -> Text:
         score = f", token score {float(token_sets.score[unit]):.2f}: {after}{tokens}"
         heading.append(score, "not bold")
     if catalogue.copy_of is not None:
-        copies = int((catalogue.copy_of == unit).sum()) - 1
+        copies = int((catalogue.copy_of == unit).sum()) - 1  # without itself
         text = f", and {copies} {'copy' if copies == 1 else 'copies'}" if copies > 0 else ""
         heading.append(text, "not bold")
     return heading
@@ -104,9 +105,13 @@ def _make_table(results: ResultTable) -> Table:
             Text(make_visible(heading)), justify="left" if is_text else "right", overflow="fold"
         )
     for row in results.rows:
-        cells = (split_quoted(make_visible(cell)) for cell in row)
-        table.add_row(*(QuotedTokens(c) if len(c) > 1 else Text(c[0]) for c in cells))
+        table.add_row(*(_make_cell(split_quoted(make_visible(cell))) for cell in row))
     return table
+
+
+def _make_cell(parts: list[str]) -> "QuotedTokens | Text":
+    """Make a cell of its `parts` from `split_quoted`: several quoted tokens, or one text."""
+    return QuotedTokens(parts) if len(parts) > 1 else Text(parts[0])
 
 
 class QuotedTokens:
@@ -133,44 +138,44 @@ def isolate(token: str) -> str:
     return f"{LEFT_TO_RIGHT}{token}{LEFT_TO_RIGHT}" if is_rtl else token
 
 
-def _draw_height(share: float, text: str) -> str:
-    """Draw a bar over each column of `text` except its leading spaces; a `share` of 1 is the full
-    height."""
-    bar = HEIGHTS[max(1, round(share * (len(HEIGHTS) - 1)))] if share > 0 else " "
+def _draw_bar(share: float, text: str) -> str:
+    """Draw a bar over each column of `text` except its leading spaces; `share` is the height as a
+    fraction of the full height."""
+    bar = BARS[max(1, round(share * (len(BARS) - 1)))] if share > 0 else " "
     word = text.lstrip(" ") or text
     return " " * (len(text) - len(word)) + bar * cell_len(word)
 
 
 def _split_lines(text: ColouredText, max_strength: float) -> Iterator[tuple[str, str]]:
     """Wrap a text: yield each line, with the bars above it, as (bars, line)."""
-    heights = line = ""
+    bars = line = ""
     for token, strength in zip(text.tokens, text.strengths, strict=True):
         visible = show_token(token)
         if line and cell_len(line + visible) > _count_columns():
-            yield heights, line
-            heights, line, visible = "", "", visible.lstrip(" ")
-        heights += _draw_height(strength / max_strength, visible)
+            yield bars, line
+            bars, line, visible = "", "", visible.lstrip(" ")
+        bars += _draw_bar(strength / max_strength, visible)
         line += isolate(visible)
         if "\n" in token:
-            yield heights, line
-            heights = line = ""
+            yield bars, line
+            bars = line = ""
     if line:
-        yield heights, line
+        yield bars, line
 
 
 def _align_example(tokens: list[str], shares: list[float]) -> tuple[str, Text]:
     """Make the bars and the line of an example, cut and padded so that the peak is in a fixed
-    column. `tokens`, as shown, and `shares` of the unit's maximum: [WINDOW]."""
+    column. `tokens` (from `show_token`) and `shares` (of the unit's maximum) are [WINDOW]."""
     columns = _count_columns() - STRENGTH_WIDTH
     left = int(columns * LEFT_OF_PEAK)
     first = BEFORE - _count_fitting(tokens[:BEFORE][::-1], left)
     end = BEFORE + _count_fitting(tokens[BEFORE:], columns - left)
     pad = " " * (left - cell_len("".join(tokens[first:BEFORE])))
-    heights = "".join(map(_draw_height, shares[first:end], tokens[first:end]))
+    bars = "".join(map(_draw_bar, shares[first:end], tokens[first:end]))
     isolated = [*map(isolate, tokens)]
     line = Text(pad + "".join(isolated[first:BEFORE]))
     line.append(isolated[BEFORE], "bold").append("".join(isolated[BEFORE + 1 : end]))
-    return (pad + heights).rstrip(), line
+    return (pad + bars).rstrip(), line
 
 
 def _count_fitting(texts: list[str], columns: int) -> int:
