@@ -8,18 +8,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.analysis.tasks import TASKS
 from sae_lightning.runs.arguments import refuse_sweep
-from sae_lightning.runs.cli import refuse_second_task, report_errors, rewrite_command_line
+from sae_lightning.runs.cli import refuse_other_ranks, report_errors, rewrite_command_line
 from sae_lightning.runs.config import find_conf_folder, to_dataclass
 from sae_lightning.runs.jobs import read_overrides
 from sae_lightning.runs.plugins import load_plugins
 
 
 def analyze_from_command_line() -> None:
-    """Run the task that the command line names. UserError in all but the first process that a
-    cluster job starts."""
+    """Run the task of analyze.py that the command line names. If a cluster job has started several
+    processes, all but the first end with an error."""
     with report_errors():
         sys.argv[1:] = load_plugins(sys.argv[1:], TASKS)
-        refuse_second_task()
+        refuse_other_ranks()
         rewrite_command_line()
         refuse_sweep(sys.argv[1:])  # before Hydra makes a sweep's folders
         analyze_composed()
@@ -32,5 +32,7 @@ def analyze_composed(cfg: DictConfig) -> None:
         overrides = read_overrides(HydraConfig.get())
         given_settings = [override.lstrip("+~").partition("=")[0] for override in overrides]
         if OmegaConf.is_missing(cfg.layer, "index"):
-            cfg.layer.index = 0  # llm=hf does not set it; the run folder does
+            # llm=hf leaves it missing, which `to_dataclass` refuses; unless `layer` is given, the
+            # task takes the layer that the SAE was trained on instead
+            cfg.layer.index = 0
         to_dataclass(cfg).execute(given_settings)

@@ -33,7 +33,7 @@ def train_composed(cfg: DictConfig) -> float | None:
     """Train the job that a composed config describes; returns the objective of a search.
 
     Returns None if the job failed and printed why, so that the other jobs of a multirun go on.
-    (The launcher `one_pass` does not call this function: it trains all jobs together.)
+    (Hydra's launcher `one_pass` does not call this function: it trains all jobs together.)
     """
     if follow_first_rank():  # submitit calls this function on all ranks
         return None
@@ -41,7 +41,7 @@ def train_composed(cfg: DictConfig) -> float | None:
     folder = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
     with report_errors(folder, multirun):
-        import_plugins(cfg.plugins)  # in a process that submitit has started
+        import_plugins(cfg.plugins)  # a process that submitit started has not done so
         job = make_composed_job(cfg)
         # imported late, so that a mistyped option is reported at once
         with phase("starting"):
@@ -53,8 +53,9 @@ def train_composed(cfg: DictConfig) -> float | None:
 
 
 def follow_first_rank() -> bool:
-    """On a rank other than 0 that a launcher has started: train the passes that rank 0 sends, then
-    return True. Otherwise return False; on rank 0, end the other ranks when this process exits."""
+    """If torchrun, Slurm or submitit has started this process as a rank other than 0: train the
+    passes that rank 0 sends, then return True. Otherwise return False; on rank 0, also have the
+    other ranks end when this process exits."""
     launched = find_launched_rank()
     if launched is not None and launched.rank > 0:
         from sae_lightning.runs.devices import follow

@@ -102,8 +102,8 @@ def rewrite_arguments(arguments: list[str]) -> list[str]:
     return sweep_settings_of_swept_groups(choose_architecture(arguments))
 
 
-def refuse_second_task() -> None:
-    """UserError in all but the first task of a cluster job, as all tasks run the same command."""
+def refuse_other_ranks() -> None:
+    """UserError on all ranks but 0 if a launcher has started several with this command."""
     if (launched := find_launched_rank()) and launched.rank > 0:
         raise UserError(
             f"task {launched.rank} of {launched.size}: the first one does all the work, so this "

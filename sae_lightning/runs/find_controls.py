@@ -10,9 +10,10 @@ from sae_lightning.sae.controls import Control
 
 
 def find_controls(folder: Path) -> dict[Control, Path]:
-    """Control -> run folder, for the SAE of the run in `folder`: a finished run of each control
+    """For the SAE of the run in `folder`, control -> run folder: a finished run of each control
     among the runs beside it (those of its sweep), preferably one with the same seeds."""
-    config = read_job(folder, trusted=True).config  # no LLM is loaded
+    # trusted, because only configs are read: no LLM is loaded, whose code could run
+    config = read_job(folder, trusted=True).config
     settings, folders = config.to_flat_dict(), {}
     experiment = identify_experiment(settings)
     for file in sorted(folder.absolute().parent.glob(f"*/{CONFIG_FILE}")):
@@ -21,10 +22,11 @@ def find_controls(folder: Path) -> dict[Control, Path]:
         except UserError:  # one damaged run must not hide the others
             continue
         control, other_settings = other.model.control, other.to_flat_dict()
-        if control is None or read_metrics(file.parent) is None:
+        if control is None or read_metrics(file.parent) is None:  # no control, or not finished
             continue
         # with another data.seed, synthetic data has other concepts
         same_data = other_settings.get("data.seed") == settings.get("data.seed")
+        # a control is of the experiment of its SAE
         if not same_data or identify_experiment(other_settings) != experiment:
             continue
         same_seeds = (other.seed, other.model.seed) == (config.seed, config.model.seed)

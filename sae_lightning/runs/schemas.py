@@ -1,4 +1,5 @@
-"""Registers with Hydra what conf/ refers to: schemas, options without a preset, resolvers."""
+"""Registers with Hydra what conf/ refers to: schemas, options without a preset, our launcher,
+resolvers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +19,13 @@ from sae_lightning.terminal import format_program
 def register_schemas(
     tasks: Mapping[str, type] | None = None, config_dir: str | None = None
 ) -> None:
-    """Register schemas and resolvers with Hydra: schemas under `schema/`, so that users do not see
-    them as options. An architecture, objective or kind of data without a preset, in conf/ or in the
-    user's `config_dir`, becomes an option of its group. `tasks`: name -> schema, for analyze.py."""
+    """Register schemas, our launcher and resolvers with Hydra: schemas under `schema/`, so that
+    users do not see them as options. An architecture, objective or kind of data that has no preset
+    in conf/ or in the user's `config_dir` becomes an option of its group. `tasks`: name -> schema,
+    for analyze.py."""
     store = ConfigStore.instance()
     store.store(group="schema", name="root", node=Config)
-    # Hydra refuses a preset that has the name of an option
+    # to be searched for presets: Hydra refuses one that has the name of a registered option
     folders = [Path(folder) for folder in (find_conf_folder(), config_dir) if folder]
     for group, table in (
         ("model", {name: row.config for name, row in ARCHITECTURES.items()}),
@@ -32,7 +34,7 @@ def register_schemas(
     ):
         for name, schema in table.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
-            store.repo.get(group, {}).pop(f"{name}.yaml", None)  # of an earlier call
+            store.repo.get(group, {}).pop(f"{name}.yaml", None)  # from an earlier call
             has_preset = any((folder / group / f"{name}.yaml").is_file() for folder in folders)
             # the presets of our own kinds of data have other names
             if not has_preset and (group != "data" or name not in DATA_PRESETS.values()):
@@ -47,7 +49,7 @@ def register_schemas(
     OmegaConf.register_new_resolver("run_folder", pick_run_folder, replace=True)
     OmegaConf.register_new_resolver("sweep_folder", pick_sweep_folder, replace=True)
     OmegaConf.register_new_resolver("loss_of", pick_loss_preset, replace=True)
-    OmegaConf.register_new_resolver("job_folder", name_job_folder, replace=True)
+    OmegaConf.register_new_resolver("job_folder", name_run_folder, replace=True)
     OmegaConf.register_new_resolver("presets", list_presets, replace=True)
     OmegaConf.register_new_resolver("program", format_program, replace=True)
 
@@ -71,8 +73,9 @@ def pick_loss_preset(model: str) -> str:
     return name if name in ARCHITECTURES else "relu"  # Config reports an unknown name
 
 
-def name_job_folder(swept: str, number: int) -> str:
-    """`hydra.sweep.subdir`: the job's swept settings, or its number if nothing is swept."""
+def name_run_folder(swept: str, number: int) -> str:
+    """`hydra.sweep.subdir`, the name of a job's run folder in the folder of its sweep: `swept`, its
+    settings as setting=value,..., or its number if nothing is swept."""
     name = swept.replace("/", "_").encode()
     if len(name) > 200:  # file systems allow 255 bytes; the number keeps names distinct
         return name[:190].decode(errors="ignore") + f"_{number}"

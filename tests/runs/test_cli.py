@@ -20,7 +20,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.runs import cli, folders, sweep
 from sae_lightning.runs.cli import (
     explain_error,
-    refuse_second_task,
+    refuse_other_ranks,
     report_errors,
     rewrite_command_line,
 )
@@ -315,7 +315,7 @@ def test_ctrl_c_is_no_error_of_ours(command_line, capsys):
 def test_of_several_tasks_that_a_cluster_starts_one_analyses_and_the_others_say_why_not(
     command_line,
 ):
-    refuse_second_task()
+    refuse_other_ranks()
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
         command_line.setenv(name, value)
     command_line.setenv("MASTER_ADDR", "127.0.0.1")
@@ -324,7 +324,7 @@ def test_of_several_tasks_that_a_cluster_starts_one_analyses_and_the_others_say_
         pytest.raises(SystemExit, match="^error: task 3 of 4: the first one does all the work"),
         report_errors(),
     ):
-        refuse_second_task()
+        refuse_other_ranks()
 
 
 @pytest.mark.parametrize("flag", ["--model.features=3", "-x", "--nope"])

@@ -21,8 +21,9 @@ class TheoryTask(Task):
 
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
-        batches, total = excerpt(subject.corpus.train, self.tokens, subject.config.llm.batch)
+        text, batch = subject.corpus.train, subject.config.llm.batch
+        batches, num_sequences = excerpt(text, self.tokens, batch)
         reducer = TheoryReducer(subject)
-        collect(subject, batches, [reducer], total=total)
+        collect(subject, batches, [reducer], total=num_sequences)
         result = measure_claims(subject, reducer)
         self.print_and_publish(subject, result.numbers, make_theory_sections(result))
