@@ -265,26 +265,24 @@ def test_weights_that_are_called_attention_are_no_matter_of_its_implementation(
     assert "llm.attn" not in failure(load_llm, name=tiny_folder("gpt_neox"))
 
 
-def gguf_model(name: str):
-    """Model and tokenizer straight from the GGUF file."""
-    package = PACKAGED[name]
-    folder = importlib.util.find_spec(package.module).submodule_search_locations[0]
-    with mute_libraries():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=package.file, dtype=torch.float32
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=package.file)
-    return model.eval(), tokenizer
-
-
 @pytest.mark.slow
 def test_the_cached_packaged_model_is_the_packaged_model(tmp_path, monkeypatch):
     from sae_lightning.llm import packaged
 
+    loaded, load = [], transformers.AutoModelForCausalLM.from_pretrained
+
+    def keep(*args, **options):
+        loaded.append(load(*args, **options))
+        return loaded[-1]
+
     monkeypatch.setattr(packaged.platformdirs, "user_cache_path", lambda app: tmp_path / app)
     config = LLMConfig(name="smollm2", dtype=Dtype.float32, device="cpu")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", keep)
     llm = load_llm(config)
-    model, tokenizer = gguf_model("smollm2")
+    model = loaded[0].eval()  # straight from the GGUF file
+    folder, file = packaged.find_gguf_folder("smollm2"), PACKAGED["smollm2"].file
+    with mute_libraries():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
     text = model.config
     assert read_llm_shape(config)[:4] == (
