@@ -32,7 +32,7 @@ from sae_lightning.training.callbacks.keep_control import KeepControl
 from sae_lightning.training.callbacks.normalize import Normalize
 from sae_lightning.training.callbacks.progress import ProgressBar
 from sae_lightning.training.callbacks.resample import Resample
-from sae_lightning.training.callbacks.start_from import WarmStart
+from sae_lightning.training.callbacks.start_heads import WarmStart
 from sae_lightning.training.callbacks.stop import StopOnSignal
 from sae_lightning.training.callbacks.throughput import Throughput
 from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, TargetL0
