@@ -46,21 +46,21 @@ def start_head(head: Head, optimizer: Optimizer) -> str:
     folder and the settings agree, Adam's moments are taken over, too, with the normalisation that
     they belong to.
     """
-    start, checkpoint = load_sae(head.start), _open_checkpoint(head.start)
+    start_sae, checkpoint = load_sae(head.start), _open_checkpoint(head.start)
     differing_name = checkpoint and _find_differing_setting(head, checkpoint["settings"])
     with_adam = checkpoint is not None and differing_name is None
     if with_adam:
         try:
             _take_normalisation(head, checkpoint["state_dict"])
-            _take_moments(head, start, checkpoint["optimizer_states"][0], optimizer)
+            _take_moments(head, start_sae, checkpoint["optimizer_states"][0], optimizer)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise _refuse_checkpoint(head.start, error) from error
-    _take_weights(head, start, keep_norms=with_adam)
-    features = len(start.W_dec)
-    start_rows = head.sae.split.slice(normalize(start.W_dec))
+    _take_weights(head, start_sae, keep_norms=with_adam)
+    features = len(start_sae.W_dec)
+    start_rows = head.sae.split.slice(normalize(start_sae.W_dec))
     head.start_rows[: len(start_rows)] = start_rows
     line = f"starting from {head.start}: {features:,} features"
-    if control := check_metadata(start.metadata, head.start).get("model.control"):
+    if control := check_metadata(start_sae.metadata, head.start).get("model.control"):
         line += f" of a control ({control}), which trains on as an SAE"
     if new := head.sae.config.features - features:
         line += f", and {new:,} new ones"
@@ -71,16 +71,19 @@ def start_head(head: Head, optimizer: Optimizer) -> str:
     return line
 
 
-def _take_weights(head: Head, start: SAE, keep_norms: bool) -> None:
-    """Load the start's weights, in the head's units, into the head's first features."""
+def _take_weights(head: Head, start_sae: SAE, keep_norms: bool) -> None:
+    """Load the start's weights, in the head's units, into the head's first features. Unless
+    `keep_norms`, decoder rows are rescaled by `_find_factors`."""
     sae = head.sae
     in_mean, in_scale, out_mean, out_scale = (
         getattr(head, name).cpu().double() for name in NORMALISATION
     )
     # the inverse of what `fold` does with mean and scale
-    weights = start.fold(-in_mean / in_scale, 1 / in_scale, -out_mean / out_scale, 1 / out_scale)
+    weights = start_sae.fold(
+        -in_mean / in_scale, 1 / in_scale, -out_mean / out_scale, 1 / out_scale
+    )
     if not keep_norms:
-        weights = rescale_strengths(weights, _find_factors(head, start, weights["W_dec"]))
+        weights = rescale_strengths(weights, _find_factors(head, start_sae, weights["W_dec"]))
     random_weights = sae.weights()
     for name, dim in sae.split_dims.items():
         if name in weights:
@@ -92,20 +95,20 @@ def _take_weights(head: Head, start: SAE, keep_norms: bool) -> None:
     sae.load_weights(weights)
 
 
-def _find_factors(head: Head, start: SAE, W_dec: Tensor) -> Tensor:
+def _find_factors(head: Head, start_sae: SAE, W_dec: Tensor) -> Tensor:
     """Find the factors [features] by which the start's features become stronger and their decoder
     rows shorter, given these rows W_dec [features, d_out] in the head's units.
 
-    With fixed norms, rows get the norm `decoder_norm`. Otherwise the factors are 1 for our own
-    SAEs. The rows of another tool's SAE get the norm 1; if features compete, which needs a common
-    factor, a mean norm of 1.
+    With fixed norms, each row gets the norm `decoder_norm`. Otherwise our own SAEs keep theirs, and
+    each row of another tool's SAE gets the norm 1. If its features compete, all are divided by the
+    same number, so that their order stays: the mean norm becomes 1.
     """
     config, norms = head.sae.config, W_dec.norm(dim=1)
     live = norms > SMALLEST_NORM
     mean = norms[live].mean()
     if config.fixed_norm:
         return torch.where(live, norms, mean) / config.decoder_norm
-    if OWN_KEY in start.metadata:
+    if OWN_KEY in start_sae.metadata:
         return torch.ones_like(norms)
     if head.sae.features_compete:
         return mean.expand_as(norms)
@@ -154,10 +157,10 @@ def _take_normalisation(head: Head, state: dict[str, Tensor]) -> None:
         buffer.copy_(value)
 
 
-def _take_moments(head: Head, start: SAE, adam: dict[str, Any], optimizer: Optimizer) -> None:
+def _take_moments(head: Head, start_sae: SAE, adam: dict[str, Any], optimizer: Optimizer) -> None:
     """Copy Adam's moments of the start's features; those of new features are 0."""
     sae = head.sae
-    parameters, start_parameters = dict(sae.named_parameters()), dict(start.named_parameters())
+    parameters, start_parameters = dict(sae.named_parameters()), dict(start_sae.named_parameters())
     names = [name for group in head.group_parameters() for name in group]
     for index, name in enumerate(names):
         state, parameter = adam["state"][index], parameters[name]
