@@ -15,14 +15,14 @@ LONGEST_WAIT = 60.0  # seconds; the client itself would wait for hours if the hu
 
 @contextmanager
 def convert_hub_errors(
-    address: str, repo: str, revision: str = "main", bars: bool = False
+    address: str, repo: str, revision: str = "main", keep_bars: bool = False
 ) -> Iterator[None]:
-    """Mute huggingface_hub (but for its `bars`), and raise what goes wrong as a UserError that
-    begins with `address`."""
+    """Mute huggingface_hub (its bars, too, unless `keep_bars`), and raise what goes wrong as a
+    UserError that begins with `address`."""
     from huggingface_hub.errors import HTTPError
 
     try:
-        with mute_libraries(bars), _limit_waiting(address):
+        with mute_libraries(keep_bars), _limit_waiting(address):
             yield
     except UserError:
         raise

@@ -34,7 +34,7 @@ def upload_files(repo: str, files: Mapping[str, bytes | Path], *, private: bool)
 
     console.print(f"uploading to {repo}")
     # of the bytes sent, only huggingface_hub's own bar can tell
-    with convert_hub_errors(f"repo={repo}", repo, bars=console.is_terminal):
+    with convert_hub_errors(f"repo={repo}", repo, keep_bars=console.is_terminal):
         api = HfApi()
         url = api.create_repo(repo, private=private, exist_ok=True)
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]

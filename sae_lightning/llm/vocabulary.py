@@ -55,7 +55,8 @@ def check_ids(
 
 
 def _read_embedding_rows(tokenizer) -> int | None:
-    """Number of rows of the LLM's embedding; None unless the tokenizer has more tokens."""
+    """Number of rows of the LLM's embedding, which `read_tokenizer` notes on the tokenizer; None if
+    every token has a row."""
     return getattr(tokenizer, "embedding_rows", None)
 
 
@@ -95,6 +96,6 @@ def _decode(tokenizer, pieces: list[str]) -> dict[str, str]:
     }
 
 
-def _decode_bytes(piece: bytes) -> str:
-    text = piece.decode("utf8", "surrogateescape")
+def _decode_bytes(encoded: bytes) -> str:
+    text = encoded.decode("utf8", "surrogateescape")
     return re.sub("[\udc80-\udcff]", lambda byte: f"<0x{ord(byte[0]) - 0xDC00:02X}>", text)

@@ -60,7 +60,8 @@ class Matrix(ABC):
     @abstractmethod
     def density_above(self, bound: Tensor | float) -> float:
         """Share of values above a bound, a number or [features], estimated from the first tokens
-        (their order is random). For a sparse matrix: the share of stored entries."""
+        of the batch, which is shuffled. A sparse matrix stores the values above the bound only, so
+        for it this is the share of values that it stores."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,7 +102,7 @@ class DenseMatrix(Matrix):
 
 @dataclass(slots=True, eq=False)
 class SomeColumns(DenseMatrix):
-    """Every value of n of the features: [batch, n]."""
+    """The columns of n of the features: [batch, n]."""
 
     columns: Tensor
     """Indices [n] of these features"""

@@ -1,4 +1,6 @@
-"""The ReLU autoencoder; without a penalty on f it is a dense autoencoder."""
+"""The ReLU autoencoder (`model=relu`; its settings are `SAEConfig`), and the same network without a
+sparsity penalty (`model=dense`).
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +46,8 @@ class ReLULoss(PenaltyLoss):
     sparsity = "l1"
 
     l1: float = 1e-3
-    """Sparsity coefficient; 1e-4 is dense, 1e-2 very sparse. Anthropic's lambda is l1 x d."""
+    """Sparsity coefficient; 1e-4 is dense, 1e-2 very sparse. Anthropic's lambda is l1 x the site's
+    width."""
     p: float = 1.0
     """Final power of the penalty, which falls linearly from 1 between the end of the warm-up and
     the end of the run; below 1 it spares strong features (p-annealing, Karvonen et al. 2024: 0.2).
@@ -59,7 +62,8 @@ class ReLULoss(PenaltyLoss):
             raise UserError(f"loss.p={self.p} has no effect with loss.l1=0: leave one of them out")
 
     def penalty(self, sae: SAE, output: TrainingOutput, status: TrainingStatus) -> Tensor:
-        """Mean over the batch of sum_i (f_i |W_dec_i|)^p [], with p falling from 1 to `self.p`."""
+        """Mean over the batch of sum_i (f_i |W_dec_i|)^p [], with p falling from 1 to `self.p`,
+        rescaled to its value at p = 1."""
         norms = RowNorms.apply(sae.W_dec)
         if self.p == 1:
             return output.features.apply_penalty(l1, norms)
