@@ -20,7 +20,7 @@ from sae_lightning.runs.heap import give_back_freed_memory, keep_freed_memory
 from sae_lightning.sae import SAE
 from sae_lightning.sae.firing import encode_firing
 from sae_lightning.stream.packing import Sequences, TokenStream
-from sae_lightning.stream.rows import compute_medians, find_usual_rows
+from sae_lightning.stream.rows import compute_medians, mark_usual_rows
 from sae_lightning.terminal import console, phase
 
 MAX_STRENGTHS = 1 << 25  # feature activations in memory at a time (128 MB)
@@ -93,7 +93,7 @@ def collect(
             if data.max_norm is not None:
                 rows = {site: values[keep] for site, values in captured.items()}
                 medians = medians or compute_medians(rows)  # from the first batch, as in training
-                keep = keep.masked_scatter(keep, find_usual_rows(rows, medians, data.max_norm))
+                keep = keep.masked_scatter(keep, mark_usual_rows(rows, medians, data.max_norm))
             indices = torch.arange(sequences_read, sequences_read + len(keep))
             tokens = sequences.tokens.to(subject.device)
             activations = (captured[site] for site in subject.sites)

@@ -41,7 +41,7 @@ class Ranks:
         self.exchange_group: dist.ProcessGroup | None = None
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     def gather_values(self, value: Any) -> list[Any]:
@@ -134,8 +134,9 @@ class Ranks:
         return self.keep_largest(table, k)[rows, in_row]
 
     def find_smallest(self, x: Tensor) -> Tensor | None:
-        """Smallest value [] that `keep_largest` has kept, given its results x [n] of all ranks;
-        None if there is none. (Only with several ranks does x hold 0 where it kept nothing.)"""
+        """Smallest value [] that `keep_largest` has kept on any rank; None if it has kept none.
+        x [n]: its result on this rank, with 0 where it kept nothing; without other ranks it keeps
+        all of x."""
         if self.size == 1:
             return x.min() if len(x) else None
         smallest = self.stack(pad(x[x > 0], (0, 1), value=torch.inf).min()).min()
@@ -187,7 +188,7 @@ class Ranks:
                 f"rank {rank} ({self.store.get(f'process/{rank}').decode()})"
                 for rank in sorted(others - reasons.keys())
             ]
-        except RuntimeError:  # the store is gone with it
+        except RuntimeError:  # the store is gone with rank 0
             return "rank 0 has ended"
         failed = [
             f"rank {rank}: {reason}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_lightning.ranks.collectives import ALONE, Ranks
 
-MESSAGE_BYTES = 1 << 26  # at most, in `gather_on_first`
+MESSAGE_BYTES = 1 << 26  # at most, in `gather_on_rank_zero`
 
 
 class FeatureSplit:
@@ -52,13 +52,13 @@ class FeatureSplit:
         """Norm [] over all features, from each rank's norm [] over its own."""
         return x if self.ranks.size == 1 else self.ranks.sum(x.double().square()).sqrt().to(x.dtype)
 
-    def gather_on_first(self, x: Tensor, dim: int, file: Path) -> Tensor | None:
-        """Gather a tensor that is split along `dim` on rank 0; the other ranks get None. It is an
-        mmap of `file`, in the memory order of `x`, so it need not fit into memory."""
+    def gather_on_rank_zero(self, x: Tensor, dim: int, file: Path) -> Tensor | None:
+        """On rank 0, the whole of a tensor that is split along `dim`, as an mmap of `file`, so that
+        it need not fit into memory, in the memory order of `x`; None on the other ranks."""
         if self.ranks.size == 1:
             return x
         whole = None
-        if self.ranks.is_first:
+        if self.ranks.is_rank_zero:
             whole = _map_file(file, x, dim, self.features)
             self.slice(whole, dim).copy_(x)
         rows = x.movedim(dim, 0)  # a row for each feature
@@ -70,10 +70,10 @@ class FeatureSplit:
                 outgoing, incoming = [None] * self.ranks.size, [None] * self.ranks.size
                 if self.ranks.rank == sender:
                     outgoing[0] = rows[start : start + per_message].cpu().contiguous()
-                elif self.ranks.is_first:
+                elif self.ranks.is_rank_zero:
                     incoming[sender] = torch.empty(len(features), *rows.shape[1:], dtype=x.dtype)
                 self.ranks.exchange(outgoing, incoming)
-                if self.ranks.is_first:
+                if self.ranks.is_rank_zero:
                     whole.movedim(dim, 0)[torch.tensor(features)] = incoming[sender]
         return whole
 

@@ -141,7 +141,7 @@ class CachedRows(RowStream):
 
     def _map_shard(self, shard: Shard) -> bool:
         vocabulary = self.live.llm.model.config.get_text_config().vocab_size
-        packing = {"batch": self.live.batch, "context": self.live.tokens.packing.context}
+        packing = {"batch": self.live.batch, "context": self.live.token_stream.packing.context}
         return shard.map_tensors(self.sites, self.width, **packing, vocabulary=vocabulary)
 
     def _find_shard(self, llm_batch: int) -> Shard | None:
@@ -232,8 +232,8 @@ class CachedRows(RowStream):
         """Whether this process may write: of several ranks, only rank 0. The first call, which all
         ranks make, locks the folder and removes leftovers."""
         if self._writes is None:
-            writes = world().broadcast_value(world().is_first and self._try_lock())
-            self._writes = writes and world().is_first
+            writes = world().broadcast_value(world().is_rank_zero and self._try_lock())
+            self._writes = writes and world().is_rank_zero
             if writes:
                 self._list_shards()
         return self._writes
@@ -282,14 +282,14 @@ class CachedRows(RowStream):
         state = self._earlier_state | {"llm_batches": self._position}
         if self.live.llm_batches == self._position:
             state = self.live.state_dict()
-        return state | {"text": self.live.tokens.fingerprint()}
+        return state | {"text": self.live.token_stream.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after `llm_batches` LLM batches; their text is skipped only if the LLM must run.
 
         UserError: the text is not the one that the state was saved with.
         """
-        check_text(state, self.live.tokens.fingerprint())
+        check_text(state, self.live.token_stream.fingerprint())
         self._earlier_state, self.epoch = state, state["tokens"]["epoch"]
         self._position = state["llm_batches"]
         self.close()

@@ -20,7 +20,7 @@ from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.ranks import ALONE, FeatureSplit, world
 from sae_lightning.stream.exchange import apply_together, exchange_rows
 from sae_lightning.stream.packing import HeldOutStream, read_ids
-from sae_lightning.stream.rows import compute_medians, find_usual_rows
+from sae_lightning.stream.rows import compute_medians, mark_usual_rows
 from sae_lightning.stream.source import HeldOutData
 from sae_lightning.terminal import console, phase
 
@@ -92,7 +92,7 @@ class HeldOut(HeldOutData):
         if self.max_norm is not None:
             is_usual = torch.ones(int(self._keep.sum()), dtype=torch.bool)  # [n]
             if rows:
-                is_usual = find_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
+                is_usual = mark_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
             is_usual = torch.stack(world().gather_values(is_usual)).all(dim=0)
             self._keep = self._keep.masked_scatter(self._keep, is_usual)
             rows = {site: x[is_usual.to(x.device)] for site, x in rows.items()}

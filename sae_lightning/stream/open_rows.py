@@ -58,7 +58,7 @@ def open_rows(
     if world().size == 1:
         rows = LLMRows(llm, tokens, sites, **settings)
     else:
-        writes = data.cache and world().is_first  # the cache needs all sites
+        writes = data.cache and world().is_rank_zero  # the cache needs all sites
         rows = SharedRows(llm, tokens, sites, own_sites=sites if writes else own_sites, **settings)
     if not data.cache:
         return PrefetchedRows(rows, ahead) if ahead and rows.device.type == "cuda" else rows
@@ -108,7 +108,7 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
             "tokenizer": hash_tokenizer(tokenizer)[:16],
         }
         | ({"load": config.load} if config.load else {}),
-        "data": settings | {"text": rows.tokens.fingerprint(), "files": data.hash_files()},
+        "data": settings | {"text": rows.token_stream.fingerprint(), "files": data.hash_files()},
         "seed": seed,
         "sites": [_name_site(model, site) for site in rows.sites],
     }

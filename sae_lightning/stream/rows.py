@@ -9,7 +9,7 @@ tokens.next -> select -> capture -> drop norms above data.max_norm x median, at 
 
 Tokens are selected by the text alone, so the CPU does not wait for the LLM. Norms are known only
 after the LLM has run: with `data.max_norm` the CPU waits for each batch. Evaluation drops large
-norms by the same functions, `compute_medians` and `find_usual_rows`.
+norms by the same functions, `compute_medians` and `mark_usual_rows`.
 """
 
 import math
@@ -57,7 +57,7 @@ class LLMRows(RowStream):
     def __init__(
         self,
         llm: LLM,
-        tokens: TokenStream,
+        token_stream: TokenStream,
         sites: Sequence[Site],
         *,
         batch: int,
@@ -65,15 +65,15 @@ class LLMRows(RowStream):
         keep_special: bool = False,
     ) -> None:
         """`batch` is in sequences; activations stay on the LLM's device, in its dtype."""
-        self.llm, self.tokens, self.sites = llm, tokens, tuple(sorted(set(sites)))
+        self.llm, self.token_stream, self.sites = llm, token_stream, tuple(sorted(set(sites)))
         self.batch, self.max_norm = batch, max_norm
-        self._scaled = [
+        self._scaled_sites = [  # whose activations the LLM multiplies before it adds them
             str(site) for site in self.sites if measure_branch_scale(llm.model, site) != 1
         ]
         self.device = find_row_device(llm.model)
-        self.max_rows = batch * tokens.packing.window_size
+        self.max_rows = batch * token_stream.packing.window_size
         self.llm_batches = 0  # served so far
-        self.tokens_crc32 = 0  # of the last LLM batch
+        self.tokens_crc32 = 0  # of the last LLM batch, by which a cache recognises the text
         self.llm_seconds = 0.0
         dropped_ids = [] if keep_special else find_special_ids(llm.tokenizer)
         self._dropped_ids = torch.tensor(dropped_ids, dtype=torch.int64)
@@ -82,7 +82,7 @@ class LLMRows(RowStream):
 
     @property
     def epoch(self) -> int:
-        return self.tokens.epoch
+        return self.token_stream.epoch
 
     def next(self, remaining: int) -> Rows:
         """Run a whole LLM batch, whatever `remaining` is; its rows are on the LLM's device."""
@@ -116,21 +116,21 @@ class LLMRows(RowStream):
         return rows
 
     def find_usual_indices(self, rows: dict[Site, Tensor]) -> Tensor:
-        """Indices, on the CPU, of the rows of `find_usual_rows`."""
+        """Indices, on the CPU, of the rows that `mark_usual_rows` marks."""
         with record_function("pool"):
-            is_usual = find_usual_rows(rows, self._medians, self.max_norm)
+            is_usual = mark_usual_rows(rows, self._medians, self.max_norm)
             return is_usual.cpu().nonzero().squeeze(1)
 
     def read_sequences(self) -> Sequences:
         """Read the sequences of the next LLM batch, without running the LLM."""
-        sequences = self.tokens.next(self.batch)
+        sequences = self.token_stream.next(self.batch)
         self.tokens_crc32 = zlib.crc32(sequences.tokens.numpy())
         self.llm_batches += 1
         return sequences
 
-    def check_not_empty(self, rows: int) -> None:
+    def check_not_empty(self, row_count: int) -> None:
         """Take the number of rows of an LLM batch; UserError after too many batches without any."""
-        self._empty_batches = 0 if rows else self._empty_batches + 1
+        self._empty_batches = 0 if row_count else self._empty_batches + 1
         if self._empty_batches == MAX_EMPTY_BATCHES:
             nothing = (
                 f"no activation of the last {MAX_EMPTY_BATCHES} LLM batches was left after dropping"
@@ -153,9 +153,9 @@ class LLMRows(RowStream):
         return {
             "llm_batches": self.llm_batches,
             "read": self.llm_batches,
-            "tokens": self.tokens.state_dict(),
+            "tokens": self.token_stream.state_dict(),
             "medians": medians,
-        } | ({"scaled": self._scaled} if self._scaled else {})
+        } | ({"scaled": self._scaled_sites} if self._scaled_sites else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after `llm_batches` LLM batches. If the saved token stream had read the text of
@@ -163,13 +163,13 @@ class LLMRows(RowStream):
 
         UserError: an earlier version, which did not apply a branch's scale, saved the state.
         """
-        if self._scaled != state.get("scaled", []):
+        if self._scaled_sites != state.get("scaled", []):
             raise UserError(
-                f"resume: at {' and '.join(self._scaled)} an earlier version of sae_lightning read "
-                "activations before the LLM scales them; resume with that version, or start a new "
-                "run"
+                f"resume: at {' and '.join(self._scaled_sites)} an earlier version of "
+                "sae_lightning read activations before the LLM scales them; resume with that "
+                "version, or start a new run"
             )
-        self.tokens.load_state_dict(state["tokens"])
+        self.token_stream.load_state_dict(state["tokens"])
         self.llm_batches = state["read"]
         while self.llm_batches < state["llm_batches"]:
             self.read_sequences()
@@ -189,10 +189,10 @@ def compute_medians(rows: dict[Site, Tensor]) -> dict[Site, float]:
     return medians
 
 
-def find_usual_rows(
+def mark_usual_rows(
     rows: dict[Site, Tensor], medians: dict[Site, float], max_norm: float
 ) -> Tensor:
-    """Find the rows of {site: [n, d]} with norm <= max_norm x median at every site -> [n] bool.
+    """Mark the rows of {site: [n, d]} with norm <= max_norm x median at every site -> [n] bool.
 
     A row that is too large at one site is dropped at all of them, so that rows stay aligned.
     """

@@ -69,7 +69,7 @@ class SharedRows(LLMRows):
         while len(selected) < ranks.size and (not selected or remaining > 0):
             states_before.append(super().state_dict())
             selected.append(self.select_tokens())
-            text_positions.append((self.tokens.epoch, self.tokens_crc32))
+            text_positions.append((self.token_stream.epoch, self.tokens_crc32))
             remaining -= len(selected[-1].sequence_ids)
         self.llm_batches = served  # `next` counts them
         own_rows = self.run_llm(selected[ranks.rank]) if ranks.rank < len(selected) else {}

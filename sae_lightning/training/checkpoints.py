@@ -100,8 +100,8 @@ def assemble_whole(head: Head, tensors: dict[str, Tensor]) -> Iterator[dict[str,
 
 
 def _gather(head: Head, folder: Path, x: Tensor, dim: int, name: str) -> Tensor | None:
-    """`Split.gather_on_first` of a tensor of a head, with the file `name` in `folder`."""
-    return head.sae.split.gather_on_first(x, dim, folder / name)
+    """`Split.gather_on_rank_zero` of a tensor of a head, with the file `name` in `folder`."""
+    return head.sae.split.gather_on_rank_zero(x, dim, folder / name)
 
 
 def _load_part(head: Head, options: dict[str, Any]) -> dict[str, Any]:

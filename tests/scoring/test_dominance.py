@@ -10,7 +10,7 @@ from sae_lightning.llm.sites import Kind, Site
 from sae_lightning.sae import Output
 from sae_lightning.scoring.dominance import find_dominant_dimension, find_dominant_tokens
 from sae_lightning.scoring.scorecard import format_lines, score_saes
-from sae_lightning.stream.rows import compute_medians, find_usual_rows
+from sae_lightning.stream.rows import compute_medians, mark_usual_rows
 
 SITE = Site(0, Kind.resid)
 ROWS = [torch.ones(1, 1)]  # of a decoder, which does not matter here
@@ -40,7 +40,7 @@ def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
     assert dominant.token_count == 5
     # 5 (10.7)^2 = 572 of 572 + 8,128 / 100 = 654
     assert dominant.share == pytest.approx(572 / 654, abs=0.01)
-    kept = find_usual_rows({SITE: x}, compute_medians({SITE: x}), dominant.max_norm)
+    kept = mark_usual_rows({SITE: x}, compute_medians({SITE: x}), dominant.max_norm)
     assert torch.equal(kept, dominant.others)
     assert (~kept).nonzero().squeeze(1).tolist() == [0, 1, 2, 3, 4]
 

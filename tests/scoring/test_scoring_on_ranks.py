@@ -161,7 +161,7 @@ def read(llm: LLM, own, **settings) -> tuple:
     """Kept tokens, activations of this rank, and baselines at two sites, asked for by rank 0."""
     held_out = open_held_out(llm, own, **settings)
     CALLS.clear()
-    held_out.prepare(SITES[1:] if world().is_first else [])
+    held_out.prepare(SITES[1:] if world().is_rank_zero else [])
     activations = {site: held_out.activations(site) for site in SITES if site in held_out.own_sites}
     return held_out.keep, activations, held_out._baselines, CALLS["capture"]
 

@@ -136,7 +136,7 @@ def test_a_streamed_text_is_known_by_its_beginning(llm):
 
 
 def test_without_the_setting_nothing_is_cached(opened, llm):
-    tokens = opened().live.tokens
+    tokens = opened().live.token_stream
     config = LocalConfig(path="text", context=CONTEXT)
     assert isinstance(open_rows(LLMConfig(name="tiny"), config, 0, llm, tokens, [A]), LLMRows)
     with pytest.raises(UserError, match="data.cache_folder=x has no meaning without data.cache"):

@@ -38,7 +38,7 @@ class StopOnSignal(L.Callback):
 
         if threading.current_thread() is threading.main_thread():
             # other ranks have ignored signals from their start, until Lightning set its handlers
-            handler = stop if world().is_first else signal.SIG_IGN
+            handler = stop if world().is_rank_zero else signal.SIG_IGN
             for signal_number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[signal_number] = signal.signal(signal_number, handler)
 

@@ -82,7 +82,7 @@ def _clip(head: Head) -> Tensor:
     gradients = [
         p.grad
         for name, p in sae.named_parameters()
-        if p.grad is not None and (sae.split.ranks.is_first or name in sae.split_dims)
+        if p.grad is not None and (sae.split.ranks.is_rank_zero or name in sae.split_dims)
     ]
     norm = sae.split.norm(get_total_norm(gradients))
     limit = head.optim.clip
