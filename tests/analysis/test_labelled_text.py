@@ -89,16 +89,16 @@ def test_no_play_is_both_fitted_and_tested_for_its_genre(plays, tokenizer):
     assert found.classes == ["comedy", "tragedy"]
     names = [re.search(r"(comedy|tragedy)-\d", text)[0] for text in words(found, tokenizer)]
     assert sum(map(len, folded(found, names).values())) == 9, "every play is in one fold"
-    counts = torch.bincount(found.target * FOLDS + found.fold)  # [classes * folds]
+    counts = torch.bincount(found.class_indices * FOLDS + found.fold)  # [classes * folds]
     assert counts.min() >= counts.max() - 2, "as many of each class and fold"
-    for name, target in zip(names, found.target, strict=True):
-        assert name.startswith(found.classes[target])
+    for name, c in zip(names, found.class_indices, strict=True):
+        assert name.startswith(found.classes[c])
 
 
 def test_a_play_is_tested_on_parts_that_touch_no_other_part(plays, tokenizer):
     found = read_labelled_text(PlaysConfig(context=12), "play", tokenizer, tokens=10**6)
     text = plays["tragedy-3"][1]
-    mine = found.target == found.classes.index("tragedy-3")
+    mine = found.class_indices == found.classes.index("tragedy-3")
     folds = [found.fold[i].item() for i in mine.nonzero()[:, 0]]
     pieces = [
         piece for piece, is_mine in zip(words(found, tokenizer), mine, strict=True) if is_mine
@@ -140,9 +140,9 @@ def test_no_heading_of_the_plays_reaches_a_speaker():
 
 def test_the_labels_of_a_column_are_read(tmp_path, tokenizer):
     found = read_labelled_text(write(tmp_path, reviews()), "sentiment", tokenizer, tokens=10**4)
-    assert (found.classes, len(found.target)) == (["bad", "good"], 40)
-    for text, target in zip(words(found, tokenizer), found.target, strict=True):
-        assert int(text.split()[1]) % 2 == target
+    assert (found.classes, len(found.class_indices)) == (["bad", "good"], 40)
+    for text, c in zip(words(found, tokenizer), found.class_indices, strict=True):
+        assert int(text.split()[1]) % 2 == c
     assert torch.bincount(found.fold).tolist() == [10] * FOLDS
     assert found.is_text.sum(1).tolist() == [len(text) for text in words(found, tokenizer)]
     assert found.tokens[0, 0] == tokenizer.bos_token_id
@@ -150,7 +150,7 @@ def test_the_labels_of_a_column_are_read(tmp_path, tokenizer):
 
 def test_a_text_that_comes_twice_is_in_one_fold_only(tmp_path, tokenizer):
     found = read_labelled_text(write(tmp_path, reviews() * 2), "sentiment", tokenizer, tokens=10**4)
-    assert len(set(words(found, tokenizer))) == len(found.target) == 40
+    assert len(set(words(found, tokenizer))) == len(found.class_indices) == 40
 
 
 def test_documents_that_begin_alike_give_one_piece(tmp_path, tokenizer):
@@ -189,13 +189,13 @@ def test_only_the_beginning_of_a_long_document_is_taken(tmp_path, tokenizer):
 def test_numbers_and_class_labels_are_classes_in_their_order(tmp_path, tokenizer):
     rows = [{"text": f"text {i}", "stars": (10, 2, None)[i % 3]} for i in range(60)]
     found = read_labelled_text(write(tmp_path, rows), "stars", tokenizer, tokens=10**4)
-    assert (found.classes, len(found.target)) == (["2", "10"], 40)
+    assert (found.classes, len(found.class_indices)) == (["2", "10"], 40)
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     rows = {"text": [f"text {i}" for i in range(30)], "label": [i % 3 - 1 for i in range(30)]}
     Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     config = LocalConfig(path=str(tmp_path / "saved"), context=12)
     found = read_labelled_text(config, "label", tokenizer, tokens=10**4)
-    assert (found.classes, len(found.target)) == (["no", "yes"], 20), "-1 is without a label"
+    assert (found.classes, len(found.class_indices)) == (["no", "yes"], 20), "-1 is without a label"
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -203,7 +203,7 @@ def test_a_hub_data_set_is_read(tmp_path, tokenizer, streaming):
     write(tmp_path, reviews())
     config = HubConfig(name=str(tmp_path), streaming=streaming, context=12)
     found = read_labelled_text(config, "sentiment", tokenizer, tokens=10**4)
-    assert torch.bincount(found.target).tolist() == [20, 20]
+    assert torch.bincount(found.class_indices).tolist() == [20, 20]
 
 
 def test_rare_values_are_left_out_and_said_to_be(tmp_path, tokenizer):
@@ -222,7 +222,7 @@ def test_the_budget_is_shared_out_evenly():
 def test_a_small_budget_takes_equal_parts_of_classes_and_folds(tmp_path, tokenizer):
     rows = reviews() + [{"text": f"more {i}", "sentiment": "good"} for i in range(100)]
     found = read_labelled_text(write(tmp_path, rows), "sentiment", tokenizer, tokens=11 * 16)
-    assert torch.bincount(found.target).tolist() == [8, 8]
+    assert torch.bincount(found.class_indices).tolist() == [8, 8]
     assert torch.bincount(found.fold).tolist() == [4] * FOLDS
 
 

@@ -32,23 +32,23 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def cut(x: torch.Tensor, labels: LabelledText, tested: int) -> FoldSplit:
-    return FoldSplit(x.numpy(), labels.target.numpy(), labels.fold.numpy(), tested)
+    return FoldSplit(x.numpy(), labels.class_indices.numpy(), labels.fold.numpy(), tested)
 
 
 @pytest.fixture
 def labels() -> LabelledText:
     """120 pieces of three classes in turn; those of class c hold token 10 + c three times."""
-    target = torch.arange(PIECES) % CLASSES
+    class_indices = torch.arange(PIECES) % CLASSES
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(20, 100, (PIECES, CONTEXT), generator=random)
     tokens[:, 0] = 0
-    tokens[:, WORD] = 10 + target[:, None]
+    tokens[:, WORD] = 10 + class_indices[:, None]
     text = torch.ones_like(tokens, dtype=torch.bool)
     text[:, 0] = False
     return LabelledText(
         label="colour",
         classes=["red", "green", "blue"],
-        target=target,
+        class_indices=class_indices,
         fold=torch.arange(PIECES) // CLASSES % 4,
         tokens=tokens,
         is_text=text,
@@ -60,7 +60,7 @@ def labels() -> LabelledText:
 def planted(labels) -> dict[str, torch.Tensor]:
     """Feature 7 + c is active in class c only; neurons know of no class."""
     features = noise(PIECES, 30).relu()
-    features[:, 7:10] = torch.eye(CLASSES)[labels.target]
+    features[:, 7:10] = torch.eye(CLASSES)[labels.class_indices]
     return {"features": features, "neurons": noise(PIECES, 20, seed=1)}
 
 
@@ -82,7 +82,7 @@ def test_shuffled_labels_are_told_no_better_than_by_chance(labels, planted):
     found = []
     for seed in range(6):
         order = torch.randperm(PIECES, generator=torch.Generator().manual_seed(seed))
-        shuffled = labels._replace(target=labels.target[order])
+        shuffled = labels._replace(class_indices=labels.class_indices[order])
         found.append(fit_probes(planted, shuffled, k=(1,)).scores)
     for scores in zip(*found, strict=True):  # one kind of units each
         accuracy = sum(score.accuracy for score in scores) / len(scores)
@@ -94,7 +94,7 @@ def test_nothing_of_a_tested_piece_reaches_its_probe(labels, planted):
     """A unit that knows the label of one fold only is never chosen to test that fold."""
     x = noise(PIECES, 30).relu()
     first = labels.fold == 0
-    x[first, 5] = 100.0 * labels.target[first]
+    x[first, 5] = 100.0 * labels.class_indices[first]
     assert 5 not in cut(x, labels, 0).score_best_units()[0]
     changed = x.clone()
     changed[first] = 7.0
@@ -107,30 +107,30 @@ def test_all_units_tell_what_no_single_one_does(labels):
     """Each class is the sum of 20 units, each of them nearly all noise."""
     x = noise(PIECES, 60, seed=4)
     for number in range(CLASSES):
-        x[labels.target == number, 20 * number : 20 * (number + 1)] += 0.7
+        x[labels.class_indices == number, 20 * number : 20 * (number + 1)] += 0.7
     fold = cut(x, labels, 0)
     assert fold.fit_all().auroc > 0.95 > 0.85 > fold.fit_sparse(1).auroc
 
 
 def test_more_units_than_pieces_give_the_same_probe_as_in_the_space_of_the_pieces(labels):
     wide = noise(PIECES, 500, seed=5)
-    wide[:, :9] += torch.eye(CLASSES).repeat(1, 3)[labels.target]
+    wide[:, :9] += torch.eye(CLASSES).repeat(1, 3)[labels.class_indices]
     fold = cut(wide, labels, 1)
     found = fold.fit_all()
     scale = 500**-0.5
     direct = []
     for c in ALL_C:
         model = LogisticRegression(C=c, max_iter=5000, tol=1e-8)
-        model.fit(fold.x * scale, fold.target)
+        model.fit(fold.x * scale, fold.class_indices)
         scores = model.decision_function(fold.test_x * scale)
-        direct.append(score_predictions(scores, fold.test_target).auroc)
+        direct.append(score_predictions(scores, fold.test_class_indices).auroc)
     assert min(abs(found.auroc - auroc) for auroc in direct) < 0.01
 
 
 def test_two_classes_need_one_probe(labels, planted):
-    two = labels.target < 2
+    two = labels.class_indices < 2
     x = planted["features"][two][:, 7:8]  # the unit of class 0 tells class 1 by its absence
-    pair = labels._replace(target=labels.target[two], fold=labels.fold[two])
+    pair = labels._replace(class_indices=labels.class_indices[two], fold=labels.fold[two])
     fold = cut(torch.cat([x, noise(int(two.sum()), 3)], 1), pair, 0)
     assert fold.fit_sparse(1) == fold.fit_all() == (1.0, 1.0)
     assert fold.score_best_units()[1].tolist() == [1.0, 1.0]
@@ -152,7 +152,7 @@ def test_auroc_counts_pairs_and_ties_for_half(monkeypatch):
 def test_a_unit_that_never_changes_tells_nothing(labels, units):
     """Whatever it is on the tested fold, where it was never fitted."""
     x = noise(PIECES, units, seed=7)
-    x[:, :CLASSES] += torch.eye(CLASSES)[labels.target]
+    x[:, :CLASSES] += torch.eye(CLASSES)[labels.class_indices]
     x[:, 5] = 0.1
     other = x.clone()
     other[labels.fold == 0, 5] = 50 * noise(int((labels.fold == 0).sum()))
@@ -264,7 +264,7 @@ def test_random_directions_are_as_many_as_features_and_k_is_less_than_all(labels
 def test_how_strongly_to_regularise_is_told_by_a_fitted_fold(labels, tested):
     """Pieces of the chosen strength do best on a fold that neither fits nor tests."""
     x = noise(PIECES, 40, seed=6)
-    x[:, :3] += 0.6 * torch.eye(CLASSES)[labels.target]
+    x[:, :3] += 0.6 * torch.eye(CLASSES)[labels.class_indices]
     fold = cut(x, labels, tested)
     assert 0 < fold.is_validation.sum() < len(fold.is_validation)
     fitted_folds = labels.fold[labels.fold != tested]
@@ -272,15 +272,15 @@ def test_how_strongly_to_regularise_is_told_by_a_fitted_fold(labels, tested):
 
     def fitted(c, which):
         model = LogisticRegression(C=c, max_iter=5000)
-        return model.fit(fold.x[which] * 40**-0.5, fold.target[which])
+        return model.fit(fold.x[which] * 40**-0.5, fold.class_indices[which])
 
     def auroc(model, x, target):
         scores = model.decision_function(x * 40**-0.5)
         return sum(roc_auc_score(target == c, scores[:, c]) for c in range(CLASSES)) / CLASSES
 
-    checked = fold.x[fold.is_validation], fold.target[fold.is_validation]
+    checked = fold.x[fold.is_validation], fold.class_indices[fold.is_validation]
     tried = {c: auroc(fitted(c, ~fold.is_validation), *checked) for c in ALL_C}
     assert max(tried.values()) > min(tried.values())
     best = max(ALL_C, key=tried.get)
-    expected = auroc(fitted(best, slice(None)), fold.test_x, fold.test_target)
+    expected = auroc(fitted(best, slice(None)), fold.test_x, fold.test_class_indices)
     assert fold.fit_all().auroc == pytest.approx(expected, abs=2e-3)

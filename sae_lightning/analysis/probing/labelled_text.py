@@ -1,7 +1,8 @@
 """Labelled text, split into folds so that a probe cannot know the text that it is tested on.
 
 genre            each play is in one fold
-play, speaker    | fold 0 . . . |gap| fold 1 . . . |gap| fold 2 . . . |gap| fold 3 . . . |
+play, speaker    each text is divided:
+                 | fold 0 . . . |gap| fold 1 . . . |gap| fold 2 . . . |gap| fold 3 . . . |
 a data set       each document is in one fold; of documents that begin alike, one is kept
 """
 
@@ -35,7 +36,7 @@ class LabelledText(NamedTuple):
     label: str
     """What the classes are: genre, play, speaker, or a column's name."""
     classes: list[str]
-    target: Tensor
+    class_indices: Tensor
     """[pieces] int64 class of each piece."""
     fold: Tensor
     """[pieces] int64, 0 to FOLDS - 1. Probes are tested on a fold that they were not fitted on."""
@@ -48,22 +49,23 @@ class LabelledText(NamedTuple):
 
     def split_batches(self, n: int) -> Iterator[Sequences]:
         """All pieces in order, n at a time."""
-        columns = (self.tokens, self.is_text, torch.arange(len(self.tokens)))
-        yield from map(Sequences, *(column.split(n) for column in columns))
+        fields = (self.tokens, self.is_text, torch.arange(len(self.tokens)))
+        yield from map(Sequences, *(field.split(n) for field in fields))
 
 
 def read_labelled_text(
     config: DataConfig, label: str, tokenizer: Any, *, tokens: int, seed: int = 0
 ) -> LabelledText:
-    """Cut about `tokens` tokens of the text of `config` into pieces of `config.context` tokens.
+    """Cut about `tokens` tokens of the text of `config` into pieces of `config.context` tokens, BOS
+    included; a piece of a short document is shorter.
 
     UserError: the text has no such label, fewer than two classes have enough pieces, or `tokens` is
     too small for two classes.
     """
     source = make_source(LLMConfig(name=NO_LLM), config, seed)
     with mute_libraries(), phase("cutting labelled text"):
-        are_plays = bool(source.labels)
-        if not are_plays:  # first, as it refuses data without text, whose config has no context
+        are_plays = bool(source.labels)  # a data set's labels are a column instead
+        if not are_plays:  # refuses data without text, before `config.context`, which it lacks
             pieces, notes = cut_documents(source, label, seed)
         packing = Packing(config.context, find_bos_id(tokenizer), find_separator_id(tokenizer))
         if are_plays:
@@ -72,6 +74,7 @@ def read_labelled_text(
         chosen = pick_pieces(pieces, classes, tokens // packing.window_size)
         if not are_plays:
             chosen = _cut_beginnings(chosen, tokenizer, packing)
+            # a class may have lost pieces that begin like others
             classes = pick_classes(label, chosen, tokens, packing.window_size)
             chosen = [piece for piece in chosen if piece.class_name in classes]
     classes.sort(key=make_natural_key)
@@ -83,7 +86,7 @@ def read_labelled_text(
     return LabelledText(
         label=label,
         classes=classes,
-        target=torch.tensor([classes.index(piece.class_name) for piece in chosen]),
+        class_indices=torch.tensor([classes.index(piece.class_name) for piece in chosen]),
         fold=torch.tensor([piece.fold for piece in chosen]),
         tokens=packing.pack(windows),
         is_text=packing.mark_text(windows),
@@ -111,10 +114,12 @@ def pick_classes(label: str, pieces: list[Piece], tokens: int, window_size: int)
             f"{', ...' if len(counts) > 3 else ''}; a probe needs two values with "
             f"{MIN_PIECES_PER_FOLD * FOLDS} pieces or more each"
         )
-    per_class = MIN_PIECES_PER_FOLD * FOLDS * window_size
-    if tokens < 2 * per_class:
-        raise UserError(f"tokens={tokens}: too few for two classes; give {2 * per_class} or more")
-    return frequent[: min(MAX_CLASSES, tokens // per_class)]
+    tokens_per_class = MIN_PIECES_PER_FOLD * FOLDS * window_size
+    if tokens < 2 * tokens_per_class:
+        raise UserError(
+            f"tokens={tokens}: too few for two classes; give {2 * tokens_per_class} or more"
+        )
+    return frequent[: min(MAX_CLASSES, tokens // tokens_per_class)]
 
 
 def pick_pieces(pieces: list[Piece], classes: list[str], total: int) -> list[Piece]:

@@ -31,26 +31,26 @@ class FoldScore(NamedTuple):
 
 
 class FoldSplit:
-    """A representation of pieces, split into those that probes are fitted on (`x`, `target`) and
-    those of one fold, which they are tested on (`test_x`, `test_target`). Units are standardised
-    by the fitted pieces.
+    """A representation of pieces, split into those that probes are fitted on (`x`,
+    `class_indices`) and those of one fold, which they are tested on (`test_x`,
+    `test_class_indices`). Units are standardised by the fitted pieces.
 
-    x: [pieces, units]; target: [pieces] class of each; fold: [pieces] fold of each; tested: the
-    fold that is tested on.
+    x: [pieces, units]; class_indices: [pieces]; fold: [pieces] fold of each; tested: the fold that
+    is tested on.
     """
 
-    def __init__(self, x: ndarray, target: ndarray, fold: ndarray, tested: int):
+    def __init__(self, x: ndarray, class_indices: ndarray, fold: ndarray, tested: int):
         from sklearn.preprocessing import StandardScaler
 
-        self.classes = int(target.max()) + 1
+        self.classes = int(class_indices.max()) + 1
         test = fold == tested
-        self.target, self.test_target = target[~test], target[test]
+        self.class_indices, self.test_class_indices = class_indices[~test], class_indices[test]
         scaler = StandardScaler()
         self.x, self.test_x = scaler.fit_transform(x[~test]), scaler.transform(x[test])
         # one of the fitted folds chooses how strongly to regularise
         fitted_folds = sorted({*fold.tolist()} - {tested})
         self.is_validation = fold[~test] == fitted_folds[tested % len(fitted_folds)]
-        self.aurocs = measure_aurocs(self.x, self.target, self.classes)
+        self.aurocs = measure_aurocs(self.x, self.class_indices, self.classes)
 
     def score_best_units(self) -> tuple[ndarray, ndarray]:
         """The unit that predicts each class best on the fitted folds, and its AUROC on the tested
@@ -58,7 +58,7 @@ class FoldSplit:
         units = np.abs(self.aurocs - 0.5).argmax(1)
         signs = np.sign(self.aurocs[range(self.classes), units] - 0.5)
         best = self.test_x[:, units] * signs  # [pieces, classes]
-        return units, measure_aurocs(best, self.test_target, self.classes).diagonal()
+        return units, measure_aurocs(best, self.test_class_indices, self.classes).diagonal()
 
     def fit_sparse(self, k: int) -> FoldScore:
         """Fit and test one probe for each class, on its k best units."""
@@ -71,9 +71,9 @@ class FoldSplit:
             units = np.argsort(-np.abs(self.aurocs[c] - 0.5), kind="stable")[:k]
             with allow_early_stopping():
                 probe = LogisticRegression(C=SPARSE_C, max_iter=300)
-                probe.fit(self.x[:, units], self.target == c)
+                probe.fit(self.x[:, units], self.class_indices == c)
             scores.append(probe.decision_function(self.test_x[:, units]))
-        return score_predictions(np.stack(scores, 1), self.test_target)
+        return score_predictions(np.stack(scores, 1), self.test_class_indices)
 
     def fit_all(self) -> FoldScore:
         """Fit and test one probe on all units."""
@@ -91,38 +91,38 @@ class FoldSplit:
             LogisticRegression(max_iter=300),
             {"C": ALL_C},
             cv=[(np.flatnonzero(~self.is_validation), np.flatnonzero(self.is_validation))],
-            scoring=lambda probe, x, target: (
-                score_predictions(probe.decision_function(x), target).auroc
+            scoring=lambda probe, x, class_indices: (
+                score_predictions(probe.decision_function(x), class_indices).auroc
             ),
         )
         with allow_early_stopping():
-            search.fit(x * scale, self.target)
-        return score_predictions(search.decision_function(test_x * scale), self.test_target)
+            search.fit(x * scale, self.class_indices)
+        return score_predictions(search.decision_function(test_x * scale), self.test_class_indices)
 
 
-def measure_aurocs(x: ndarray, target: ndarray, classes: int) -> ndarray:
+def measure_aurocs(x: ndarray, class_indices: ndarray, classes: int) -> ndarray:
     """AUROC of each unit for each class, [classes, units], from x [pieces, units]: probability that
     the unit is stronger on a piece of the class than on another, ties counted half; NaN for a class
     without pieces."""
     from scipy.stats import rankdata
 
-    is_member = np.eye(classes)[target].T  # [classes, pieces] 0 or 1
+    is_member = np.eye(classes)[class_indices].T  # [classes, pieces] 0 or 1
     members = is_member.sum(1, keepdims=True)
     # rankdata takes many times the memory of its input
     parts = [x[:, first : first + UNITS_AT_ONCE] for first in range(0, x.shape[1], UNITS_AT_ONCE)]
     rank_sums = np.concatenate([is_member @ rankdata(part, axis=0) for part in parts], axis=1)
     wins = rank_sums - members * (members + 1) / 2  # over pieces of other classes
     with np.errstate(invalid="ignore"):
-        return wins / (members * (len(target) - members))
+        return wins / (members * (len(class_indices) - members))
 
 
-def score_predictions(scores: ndarray, target: ndarray) -> FoldScore:
+def score_predictions(scores: ndarray, class_indices: ndarray) -> FoldScore:
     """Accuracy and AUROC of scores [pieces, classes]; for two classes, scores [pieces] or [pieces,
     1] of class 1 do as well."""
     if scores.ndim == 1 or scores.shape[1] == 1:
         scores = scores.reshape(-1, 1) * [-1, 1]
-    auroc = measure_aurocs(scores, target, scores.shape[1]).diagonal()
-    return FoldScore(float((scores.argmax(1) == target).mean()), float(np.nanmean(auroc)))
+    auroc = measure_aurocs(scores, class_indices, scores.shape[1]).diagonal()
+    return FoldScore(float((scores.argmax(1) == class_indices).mean()), float(np.nanmean(auroc)))
 
 
 @contextmanager

@@ -200,7 +200,7 @@ def fit_probes(
     return Probes(
         label=text.label,
         classes=text.classes,
-        pieces=torch.bincount(text.target, minlength=len(text.classes)).tolist(),
+        pieces=torch.bincount(text.class_indices, minlength=len(text.classes)).tolist(),
         context=text.tokens.shape[1],
         notes=text.notes,
         scores=scores,
@@ -213,10 +213,10 @@ def _fit_folds(
 ) -> tuple[dict[int | None, list[FoldScore]], list[BestUnit]]:
     """Fit probes on units of x [pieces, units], and test them on each fold in turn -> {size (None:
     all units): score on each fold}, and the best single unit of each class."""
-    target, folds = text.target.numpy(), text.fold.numpy()
+    class_indices, folds = text.class_indices.numpy(), text.fold.numpy()
     fold_scores, best_of_fold = {size: [] for size in sizes}, []
     for tested in np.unique(folds).tolist():
-        split = FoldSplit(x, target, folds, tested)
+        split = FoldSplit(x, class_indices, folds, tested)
         best_of_fold.append(split.score_best_units())
         for size in sizes:
             fold_scores[size].append(split.fit_all() if size is None else split.fit_sparse(size))
