@@ -147,7 +147,7 @@ def _make_list_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     }
     if catalogue.token_sets is not None:
         fields["score"] = _to_array(catalogue.token_sets.score, "f4")
-    if catalogue.informativeness is not None:
+    if catalogue.informativeness is not None:  # copy_of is set with it
         fields["informativeness"] = _to_array(catalogue.informativeness, "f4")
         fields["copy_of"] = _to_array(catalogue.copy_of, "u4")
     if catalogue.effect is not None:
