@@ -150,6 +150,7 @@ def _find_culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
     if broken:
         return f"the loss term {' and '.join(broken)}", remedy
     for name, coefficient in head.effective_coefficients.items():
-        if not coefficient * terms[name] < 1e6 * terms["mse"]:  # also true of NaN (0 x infinity)
+        is_large = not coefficient * terms[name] < 1e6 * terms["mse"]  # also NaN (0 x infinity)
+        if is_large and hasattr(head.loss, name):  # a setting, not a constant
             remedy = f"a lower loss.{name} (now {getattr(head.loss, name):g})"
     return "the gradient" if head.last_step.loss.isfinite() else "the loss term sum", remedy

@@ -25,7 +25,7 @@ from sae_lightning.training.callbacks.normalize import (
 from sae_lightning.training.callbacks.resample import resample
 from sae_lightning.training.callbacks.update import ClipGradient, DecoderNorm, Schedule, TargetL0
 from sae_lightning.training.head import Head
-from sae_lightning.training.module import SAEModule
+from sae_lightning.training.module import SAEModule, _find_culprit
 from sae_lightning.training.settings import (
     CallbacksConfig,
     Normalization,
@@ -463,3 +463,17 @@ def test_nothing_is_resampled_while_every_feature_lives():
     before = head.generator_state.clone()
     assert resample(head, optimizer, activations(), activations()) == 0
     assert torch.equal(head.generator_state, before)
+
+
+@pytest.mark.parametrize(
+    ("term", "remedy"), [("gate", "a lower optim.lr"), ("l1", "a lower loss.l1")]
+)
+def test_the_remedy_for_a_huge_term_is_a_setting(term, remedy):
+    # the coefficient of "gate" is a constant
+    head = make_head(sae=GatedConfig(name="gated", features=6), loss=GatedLoss())
+    batch = {SITE: activations()}
+    head(batch)
+    head.last_step.terms[term] = torch.tensor(1e30)
+    culprit, advice = _find_culprit(head, batch)
+    assert culprit == "the gradient"
+    assert advice.startswith(f"{remedy} (now ")
