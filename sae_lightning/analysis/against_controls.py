@@ -114,7 +114,8 @@ def score_probes(probes: Probes, kind: str = FEATURES) -> Scores:
 
 
 def pick_scores(numbers: Mapping[str, Any]) -> Scores:
-    """Scores among the numbers of a scorecard, by name."""
+    """Scores among the numbers of a scorecard, by name; those that are missing or NaN are left
+    out."""
     return {
         name: Score(numbers[name])
         for name in SCORE_KINDS
@@ -173,13 +174,14 @@ def _format_score(score: Score | None, kind: ScoreKind) -> str:
 
 
 def _compare_features(scores: Scores, controls: Mapping[str, Scores]) -> str:
-    """Say what the features do better than those of the best control, and what they do not."""
+    """Say what the features do better than those of the best control, and what they do not; empty
+    if no score with a claim was measured on both."""
     better, not_better = [], []
     for name, kind in SCORE_KINDS.items():
-        of_controls = [control[name] for control in controls.values() if name in control]
-        if not (kind.claim and name in scores and of_controls):
+        control_scores = [control[name] for control in controls.values() if name in control]
+        if not (kind.claim and name in scores and control_scores):
             continue
-        best = max(of_controls, key=lambda score: score.value)
+        best = max(control_scores, key=lambda score: score.value)
         claim = f"{kind.claim} ({_format_score(scores[name], kind)} against "
         claim += f"{_format_score(best, kind)})"
         is_better = exceeds_noise(scores[name].samples, best.samples, paired=kind.paired)
@@ -192,9 +194,11 @@ def _compare_features(scores: Scores, controls: Mapping[str, Scores]) -> str:
 
 
 def exceeds_noise(a: Sequence[float], b: Sequence[float], *, paired: bool) -> bool:
-    """Whether the mean of `a` is above that of `b` in a t-test at the 5 % level; False where there
-    is only one sample. `paired`: a[i] and b[i] are measured on the same concept or fold."""
+    """Whether the mean of `a` is above that of `b` in a t-test at the 5 % level; False if one of
+    them has fewer than two samples. `paired`: a[i] and b[i] are measured on the same concept or
+    fold."""
     samples = [[x - y for x, y in zip(a, b, strict=True)]] if paired else [a, b]
+    # unpaired: the degrees of freedom of the smaller sample, so that the test errs towards False
     freedom = min(map(len, samples)) - 1
     if freedom < 1:
         return False

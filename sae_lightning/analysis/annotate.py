@@ -60,7 +60,7 @@ class TextTask(FeaturesTask):
         text = self.text if self.file is None else read_text_file(self.file)
         text_name = "text" if self.file is None else f"file={self.file}"
         subject = self.load_subject(given_settings)
-        # before the LLM is loaded, as the text may be refused
+        # counted before the LLM is loaded, because this may refuse the text
         sequences = len(make_sequences(subject, text, text_name).sequence_ids)
         catalogue = self.find_catalogue(subject, given_settings)
         annotated = AnnotatedText(annotate(subject, text, text_name), catalogue)
@@ -111,7 +111,7 @@ def make_sequences(subject: Subject, text: str, text_name: str = "text") -> Sequ
     called `text_name`, if it is empty or too long or has a token that the LLM does not know."""
     tokenizer, context = subject.tokenizer, subject.config.data.context
     separator = find_separator_id(tokenizer)
-    ids = tokenise_documents(tokenizer, [text], separator)[0][:-1]
+    ids = tokenise_documents(tokenizer, [text], separator)[0][:-1]  # without the separator
     if not text.strip() or not len(ids):
         raise UserError(f"{text_name}: there is no word in it; give a text")
     if len(ids) > MAX_TEXT_TASK_TOKENS:
@@ -120,6 +120,7 @@ def make_sequences(subject: Subject, text: str, text_name: str = "text") -> Sequ
             "use task=features data=text data.path=...)"
         )
     check_ids(tokenizer, ids, text_name)
+    # a short text is one short sequence (1: BOS) instead of a padded one
     packing = Packing(min(context, 1 + len(ids)), find_bos_id(tokenizer), separator)
     windows = [
         ids[start : start + packing.window_size]
@@ -166,11 +167,12 @@ class FeaturesByToken:
     def add(self, batch: EncodedBatch) -> None:
         strengths, features = batch.active_features
         norms = self.decoder_norms[features]
-        for row, sequence in enumerate((batch.sequence_indices - self.skipped).tolist()):
-            for i, values in enumerate(strengths[row] if sequence >= 0 else ()):
+        # `sequence` is negative for a skipped one
+        for in_batch, sequence in enumerate((batch.sequence_indices - self.skipped).tolist()):
+            for i, values in enumerate(strengths[in_batch] if sequence >= 0 else ()):
                 active = values.nonzero().squeeze(1)
                 active = active[(values * norms)[active].argsort(descending=True)]
-                is_read = bool(batch.keep[row, i])
+                is_read = bool(batch.keep[in_batch, i])
                 firing = features[active.cpu()], values[active].cpu()
                 self.by_position[sequence, i] = is_read, *firing
 
@@ -182,7 +184,8 @@ def make_entry(firing: Firing, annotated: AnnotatedText) -> dict[str, Any]:
 
 
 def make_token_section(annotated: AnnotatedText, top: int) -> Section:
-    """List the `top` features of each token, for as many tokens as fit into the table."""
+    """List the `top` features of each token that the SAE reads, for as many tokens as fit into the
+    table."""
     rows: list[list[str]] = []
     places = [place for place, token in enumerate(annotated.tokens) if token.read]
     listed = places[: max(1, TOKEN_TABLE_LINES // top)]

@@ -46,7 +46,7 @@ RANKED_AT_ONCE = 32  # features whose tokens are ranked at a time: their product
 SHARPEST_SHOWN = 10  # features shown if the user names none
 
 FIT_TOKENS = 8192  # for fitting the linear maps; three times as many do not improve them
-RIDGE_PENALTY = 0.5  # times the mean variance; results are similar from 0.3 to 1
+RIDGE_PENALTY = 0.5  # times the inputs' mean sum of squares; results are similar from 0.3 to 1
 MAX_CONTEXTS = 1000
 REFERENCE_FEATURES = 200  # random features, whose mean effect is subtracted from each feature's
 CONTEXT_TOKENS = 16  # length of a context; a feature is added at its last token
@@ -161,7 +161,7 @@ def _unembed(subject: Subject, written: Tensor, top: int) -> LogitEffect:
 
 def _skip_to_unembedding(subject: Subject) -> Tensor | None:
     """Map W_dec to the unembedding's input [features, d], skipping the blocks: gain * centred(row),
-    the effect of a small strength up to the scale of the final norm. None: no direct path."""
+    the effect of a small strength up to the final norm's scale. None if there is no direct path."""
     if subject.sites.target.kind is Kind.mlp_in:
         return None
     return find_final_norm(subject.llm.model).apply_linear(subject.sae.W_dec)
@@ -169,7 +169,7 @@ def _skip_to_unembedding(subject: Subject) -> Tensor | None:
 
 def _skip_to_embedding(subject: Subject) -> Tensor | None:
     """Map W_enc's columns back to the embedding [features, d], skipping the blocks; for mlp_in also
-    through the MLP's norm. None: no direct path."""
+    through the MLP's norm. None if there is no direct path."""
     source = subject.sites.source
     if source.kind in (Kind.attn, Kind.mlp):
         return None
@@ -180,7 +180,7 @@ def _skip_to_embedding(subject: Subject) -> Tensor | None:
 
 
 def _fit_maps(subject: Subject, text: TokenStream, embeddings: Tensor) -> "_Maps":
-    """Fit the linear maps for the blocks below and above the SAE on `text`."""
+    """Fit the linear maps for the blocks below and above the SAE on `text`; needs no features."""
     maps = _Maps(subject.llm.model, embeddings)
     parts, total = excerpt(text, FIT_TOKENS, batch=16)
     collect(subject, parts, [maps], total=total, label="fitting linear maps", encode=False)
@@ -189,7 +189,7 @@ def _fit_maps(subject: Subject, text: TokenStream, embeddings: Tensor) -> "_Maps
 
 def _map_to_unembedding(subject: Subject, maps: "_Maps") -> Tensor:
     """Map W_dec to the unembedding's input [features, d] by the linear map for the blocks above,
-    and subtract the mean row."""
+    and subtract the mean over features."""
     written = subject.sae.W_dec @ maps.above.result()
     return written.sub_(written.mean(0))
 
@@ -197,8 +197,8 @@ def _map_to_unembedding(subject: Subject, maps: "_Maps") -> Tensor:
 def _measure_written(
     subject: Subject, text: TokenStream, features: list[int], contexts: int
 ) -> Tensor:
-    """Measure the mean change [n, d] of the unembedding's input when a feature's row of W_dec is
-    added to the target at the last token of each context, minus that for random features."""
+    """Measure the mean change [len(features), d] of the unembedding's input when W_dec[feature] is
+    added to the target at each context's last token, minus random features' mean change."""
     random = torch.Generator().manual_seed(0)
     reference = torch.randperm(subject.features, generator=random)[:REFERENCE_FEATURES]
     rows = subject.sae.W_dec[torch.cat([torch.tensor(features), reference]).to(subject.device)]
@@ -225,7 +225,7 @@ class _Maps:
 
 
 class _Ridge:
-    """Ridge regression: B minimises |b - a B|^2 + ridge |B|^2, with a and b centred."""
+    """Ridge regression: the B [d_a, d_b] that minimises |b - a B|^2 + ridge |B|^2; a, b centred."""
 
     def __init__(self):
         self.tokens = 0
@@ -278,7 +278,7 @@ def make_lens_section(
 
 
 def _pick_sharpest(result: Lens) -> list[int]:
-    """The features with the sharpest effect; the first ones if no effect is known."""
+    """The features with the sharpest effect; the first ones if only the tokens read are known."""
     if result.effect is None:
         return (
             [] if result.read_tokens is None else [*range(len(result.read_tokens))][:SHARPEST_SHOWN]

@@ -89,7 +89,7 @@ class PublishTask(Task):
         """UserError unless the repository, if it exists, is as visible as `private` says, and the
         user agrees to make files public."""
         repo_is_private = is_private(self.repo)
-        if self.private and repo_is_private is False:
+        if self.private and repo_is_private is False:  # None: it does not exist yet
             raise UserError(
                 f"repo={self.repo} is public, so everybody would see these files: give another "
                 "repository, or private=false"
@@ -181,7 +181,8 @@ def hide_folders(value: Any) -> Any:
 
 
 def is_path(text: str) -> bool:
-    """Whether the whole text is an absolute path with folders to hide."""
+    """Whether the whole text is an absolute path with folders to hide: a single part below the root
+    (/data) has none."""
     return os.path.isabs(text) and len(Path(text).parts) > 2
 
 
@@ -192,14 +193,15 @@ def find_paths(value: Any) -> set[str]:
         return set().union(*map(find_paths, inner))
     if not isinstance(value, str):
         return set()
-    path = value.partition("=")[2] or value
+    path = value.partition("=")[2] or value  # an override such as data.path=/..., or a path
     return {path} if is_path(path) else {*PATH.findall(value)}
 
 
 def cut_paths(text: str, paths: Collection[str]) -> str:
     """Replace `paths` in the text of a page or of JSON by their last parts."""
+    # the longest first: a folder's path must not be cut out of the path of a file in it
     for path in sorted(paths, key=len, reverse=True):
-        for spelling in {path, html.escape(path), json.dumps(path)[1:-1]}:
+        for spelling in {path, html.escape(path), json.dumps(path)[1:-1]}:  # without the quotes
             text = text.replace(spelling, Path(path).name)
     return text
 

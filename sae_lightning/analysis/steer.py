@@ -85,7 +85,7 @@ class SteerTask(Task):
 
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
-        # check before the LLM is loaded
+        # refuse a wrong feature or prompt before the LLM is loaded
         subject.check_features([self.feature])
         encode_prompt(subject.tokenizer, self.prompt, self.tokens, subject.context)
         result = steer(
@@ -110,9 +110,9 @@ class Continuation(NamedTuple):
     text: str
     """Prompt and continuation."""
     tokens: list[str]
-    """Prompt and continuation, token by token."""
+    """Prompt and continuation, token by token, without BOS."""
     activations: list[float]
-    """The feature's own activation on each token, when the unsteered LLM reads the text."""
+    """The feature's own activation on each of `tokens`, when the unsteered LLM reads the text."""
     written: int
     """Number of tokens in the continuation."""
     surprise: float
@@ -165,11 +165,12 @@ def steer(
     subject.check_features([feature])
     llm = subject.llm
     ids = encode_prompt(llm.tokenizer, prompt, tokens, read_context_length(llm.model))
+    # [prompt tokens, d]; without BOS, which is not steered
     y = capture(llm.model, ids[None], [subject.sites.target])[subject.sites.target][0, 1:]
     full_strength = (y.float().norm(dim=1).median() / subject.sae.W_dec[feature].norm()).item()
     if strengths is None:
         strengths = [float(f"{length * full_strength:.2g}") for length in DEFAULT_LENGTHS]
-    strengths = [None, *strengths]
+    strengths = [None, *strengths]  # None: unsteered
     with phase(f"writing {len(strengths)} texts"):
         intervene = _make_intervention(subject, feature, strengths, mode)
         texts = generate(llm, ids, tokens, subject.sites, intervene, len(strengths), sampling)
@@ -187,14 +188,15 @@ def _make_intervention(
     """Make a function (x, y) -> steered y, where sequence i has strengths[i]; it is left unsteered
     if that is None."""
     sae = subject.sae
-    targets = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
+    # [sequences, 1]; 0 where unsteered
+    wanted = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
     is_steered = torch.tensor([s is not None for s in strengths], device=subject.device)[:, None]
 
     def intervene(x: Tensor, y: Tensor) -> Tensor:
-        changes = targets  # [sequences, 1]: what is added to the feature's activation
+        changes = wanted  # [sequences, 1]: what is added to the feature's activation
         if mode is Mode.clamp:
             activation = sae.encode(x.flatten(0, 1))[:, feature].view(x.shape[:2])
-            changes = (targets - activation) * is_steered  # [sequences, tokens]
+            changes = (wanted - activation) * is_steered  # [sequences, tokens]
         return y + changes[..., None] * sae.W_dec[feature]
 
     return intervene
@@ -209,10 +211,11 @@ def _read_continuation(
     vocabulary: list[str],
 ) -> Continuation:
     """Read a text, `ids` [n], with the unsteered LLM and the SAE; it starts with the prompt, of
-    `prompt_length` tokens. `strength`: the one that it was written with."""
+    `prompt_length` tokens, BOS included. `strength`: the one that the text was written with."""
     llm, source = subject.llm, subject.sites.source
     x = capture(llm.model, ids[None], [source])[source][0, 1:].float()
     written = len(ids) - prompt_length
+    # of the tokens written; BOS, the first of `ids`, has no surprisal
     surprisal = compute_surprisal(llm.model, ids)[len(ids) - 1 - written :]
     return Continuation(
         strength=strength,

@@ -46,7 +46,7 @@ class Subject:
 
     @property
     def run(self) -> str:
-        """What to give as `run` to open the SAE again."""
+        """The value of the setting `run` that opens the SAE again."""
         return self.address or str(shorten_path(self.folder))
 
     @property
@@ -149,6 +149,7 @@ def open_subject(
             f"{run} holds a sweep: give one of the run folders in it, or task=sweep for a report "
             "of all of them"
         )
+    # sae/ or sae-<tokens>/ in a run folder stands for that run
     run_folder = folder.parent if re.fullmatch(r"sae(-\d+)?", folder.name) else folder
     # a transcoder set of circuit-tracer has a file config.yaml, too
     if (run_folder / CONFIG_FILE).is_file() and not any(run_folder.glob(CIRCUIT_TRACER.files[0])):
@@ -162,6 +163,7 @@ def open_subject(
         config = config_from_metadata(sae, run, settings, given_settings)
     llm = config.data_source.read_shape()
     sites = config.data_source.find_sites(config.layer, llm)
+    # resumed: without the checks of files and cache that only a new run needs
     config.data_source.check_before_loading(llm, resumed=True)
     widths = {"reads": len(sae.W_enc), "writes": len(sae.b_dec)}
     for (verb, width), site in zip(widths.items(), sites, strict=True):
@@ -186,6 +188,7 @@ def open_run(
 
     UserError: there is no SAE, or it does not fit the LLM.
     """
+    # what is not given comes from the folder, and only where that says nothing from these
     settings = {
         "llm": llm or LLMConfig(name="smollm2"),
         "data": data or PlaysConfig(),
@@ -225,7 +228,7 @@ def _read_run_config(
             replaced[group] = given_group
         elif names:
             values = {name: getattr(given_group, name) for name in names}
-            if "load" in values:
+            if "load" in values:  # options of loading add to those of the run
                 values["load"] = config.llm.load | values["load"]
             replaced[group] = replace(getattr(config, group), **values)
     return replace(config, **replaced)

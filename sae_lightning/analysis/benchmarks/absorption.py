@@ -30,11 +30,11 @@ SPLIT_GAIN = 0.03  # F1 that one more feature must add to count as a feature of 
 MAX_OWN_FEATURES = 10  # of a concept
 ABSORBED_SHARE = 0.4  # least share of the activation's projection that absorbing features write
 ABSORBING_COSINE = 0.025  # least cosine with the probe, for a feature that absorbs alone
-PARTLY_ABSORBING_COSINE = 0.1  # and for one of several that absorb together
-MAX_ABSORBING = 3  # how many may absorb together
+PARTLY_ABSORBING_COSINE = 0.1  # the same, for one of several features that absorb together
+MAX_ABSORBING = 3  # how many features may absorb together
 
 ENCODED_AT_ONCE = 1024  # samples: bounds memory
-L1_PENALTY = 0.01
+L1_PENALTY = 0.01  # of the probe that ranks features, which it reads in units of their rms
 ITERATIONS = 100  # of L-BFGS; 150 change no F1 by 0.01
 L1_SMOOTHING = 1e-3  # weights far below it count as 0 in the L1 penalty
 
@@ -74,6 +74,8 @@ def find_absorption(
     by_others = written.clamp(min=0) * (cosine >= PARTLY_ABSORBING_COSINE)
     by_others[:, own] = 0
     by_others = by_others.topk(min(MAX_ABSORBING, len(W_dec))).values.sum(dim=1)
+    # no absorption: the activation lacks the concept, the own features write all of it, or the
+    # others write too little
     is_zero = (projection <= 0) | (by_own >= projection)
     is_zero |= by_others < ABSORBED_SHARE * projection
     by_others = torch.minimum(by_others, projection - by_own)  # no more than what is missing
@@ -116,7 +118,8 @@ class ConceptSamples(NamedTuple):
     probe_f1: list[float]
     """F1 of `detected` on tested samples, by concept; NaN without a probe."""
     children: Tensor | None = None
-    """[n, concepts] bool: whether a child of the concept is active; None if that is not known"""
+    """[n, concepts] bool: whether a child of the concept, a more specific one, is active; None if
+    that is not known"""
 
 
 class ConceptResult(NamedTuple):
@@ -176,7 +179,7 @@ def find_own_features(strengths: Tensor, labels: Tensor, parts: SampleParts) -> 
     fit_labels, choose_labels, test_labels = (labels[part].numpy() for part in parts)
     result = []
     for c, concept_weights in enumerate(weights):
-        best_f1, own, test_f1 = -1.0, [], 0.0
+        best_f1, own, test_f1 = -1.0, [], 0.0  # -1: the first feature counts whatever its F1
         count = min(MAX_OWN_FEATURES, int((concept_weights > 0).sum()))
         ranked = concept_weights.topk(count).indices.tolist()
         for k in range(1, count + 1):
@@ -264,10 +267,11 @@ def fit_one_against_rest(
     """Fit a logistic regression for each concept, on x [n, inputs] and labels [n, concepts] (bool)
     -> weights [concepts, inputs] and biases [concepts].
 
-    Samples with and without the concept weigh the same in all. The penalties are `l1` times the sum
-    of |w|, smoothed at 0, and `l2` times the sum of w^2.
+    All samples with the concept together weigh as much as all without it. The penalties are `l1`
+    times the sum of |w|, smoothed at 0, and `l2` times the sum of w^2.
     """
     truth = labels.to(x.dtype)
+    # bounded against a division by 0 where no sample, or every sample, has the concept
     share = truth.mean(dim=0).clamp(1 / len(x), 1 - 1 / len(x))
     importance = torch.where(labels, 0.5 / share, 0.5 / (1 - share))
     weights = torch.zeros(labels.shape[1], x.shape[1], requires_grad=True)

@@ -22,7 +22,7 @@ from sae_lightning.analysis.subject import Subject
 from sae_lightning.terminal import console, shorten_path
 
 Row = dict[str, Any]
-"""A row of a table of Neuronpedia's database, by its columns."""
+"""A row of a table of Neuronpedia's database: column -> value."""
 # Columns of a feature's row that are keys of SAEDashboard, too, with the same values.
 SAME_KEYS = [
     *(f"neuron_alignment_{number}" for number in ("indices", "values", "l1")),
@@ -98,7 +98,8 @@ def _format_row(row: Row) -> str:
 
 
 def _make_id(*parts: object) -> str:
-    """An id of 25 characters as in the database; exporting again gives the same id."""
+    """Make an id of 25 characters that begins with c, as in the database, from a hash of `parts`;
+    so exporting again gives the same id."""
     return f"c{hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()[:24]}"
 
 
@@ -167,7 +168,7 @@ def _list_neighbours(content: Dashboards, feature: int) -> Row:
 
 
 def _make_activation(content: Dashboards, dashboard: Dashboard, index: int, created: str) -> Row:
-    """Make the row of the example with an `index` in the dashboard."""
+    """Make the database row of the example that has this `index` in the dashboard."""
     name, feature = content.name, dashboard["feature_index"]
     example = dashboard["activations"][index]
     values = example["values"]

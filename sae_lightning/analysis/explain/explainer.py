@@ -57,7 +57,7 @@ class Explanation(NamedTuple):
     fuzzing: VerdictScore | None
     """None without an explanation, and if no text has enough silent tokens to mark."""
     examples: list[Window]
-    """Some of the texts for the explainer."""
+    """The first three of the texts for the explainer, or fewer."""
 
 
 class Trial(NamedTuple):
@@ -88,6 +88,7 @@ class Explainer:
         explanations: dict[int, str | None] = {}
         for feature, question in questions.items():
             reply = self.answers.read_cached(question)
+            # the longest possible explanation stands for one that is not cached
             explanations[feature] = (
                 prompts.parse_explanation(reply.text)
                 if reply
@@ -137,7 +138,8 @@ class Explainer:
         ]
 
     def _make_questions(self, all_evidence: list[Evidence]) -> dict[int, Question]:
-        """Feature -> the question that asks for its explanation, if there is enough evidence."""
+        """Feature -> the question that asks for its explanation; features with too little evidence are
+    left out."""
         tokens = EXPLANATION_TOKENS + self.thinking
         return {
             evidence.feature: Question(prompts.write_explain_prompt(evidence.shown), tokens)
@@ -172,7 +174,8 @@ def make_detection_trials(evidence: Evidence, together: int, seed: int = 0) -> l
 
 def make_fuzzing_trials(evidence: Evidence, together: int, seed: int = 0) -> list[Trial]:
     """Trials on at most `together` texts each; no trial has both versions of a text, because their
-    difference would give the answer away."""
+    difference would give the answer away. Left out are texts with fewer silent tokens than marked
+    ones, whose wrong version could not be made."""
     rng = random.Random(f"{seed} fuzzing {evidence.feature}")
     versions = []  # of each text: rightly and wrongly marked
     for window in evidence.firing:

@@ -88,7 +88,7 @@ class Probes(NamedTuple):
     best_units: dict[str, list[BestUnit]]
     """features, neurons -> the best unit of each class."""
     controls: list[ProbeScore] = []
-    """Scores of the features of controls."""
+    """Scores of the features of controls; empty without controls."""
 
     @property
     def majority(self) -> float:
@@ -119,7 +119,8 @@ class Probes(NamedTuple):
 
 
 class PieceMeans:
-    """Reducer that averages activations and features over the tokens of each piece of text."""
+    """Reducer that averages activations and features over the tokens of each of `pieces` pieces of
+    text, one sequence each, which it is given in order."""
 
     def __init__(self, pieces: int, features: int) -> None:
         self._pieces, self._features, self._filled = pieces, features, 0
@@ -127,7 +128,7 @@ class PieceMeans:
 
     def add(self, batch: EncodedBatch) -> None:
         keep = batch.keep[..., None]
-        count = keep.sum(1).clamp(min=1)
+        count = keep.sum(1).clamp(min=1)  # a piece without kept tokens has means of 0
         strengths, active = batch.active_features
         features = strengths.new_zeros(*batch.keep.shape, self._features)
         features[..., active] = strengths
@@ -182,6 +183,7 @@ def fit_probes(
     from sklearn.preprocessing import StandardScaler
 
     representations = {kind: x.numpy() for kind, x in means.items()}
+    # standardised, so that large neurons do not dominate the random directions
     neurons = StandardScaler().fit_transform(representations[NEURONS])
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(neurons.shape[1], means[FEATURES].shape[1], generator=generator)
@@ -189,6 +191,7 @@ def fit_probes(
     scores, best_units = [], {}
     with phase("fitting probes", total=len(representations)) as advance:
         for kind, x in representations.items():
+            # all units are not a size but None, below
             sizes: list[int | None] = [size for size in k if size < x.shape[1]]
             if kind != RANDOM:  # all random directions tell a probe what all neurons do
                 sizes.append(None)
@@ -222,6 +225,6 @@ def _fit_folds(
             fold_scores[size].append(split.fit_all() if size is None else split.fit_sparse(size))
     units, aurocs = map(np.stack, zip(*best_of_fold, strict=True))  # [folds, classes]
     most_common = [Counter(chosen).most_common(1)[0] for chosen in units.T.tolist()]
-    means = np.nanmean(aurocs, 0).tolist()
+    means = np.nanmean(aurocs, 0).tolist()  # NaN on a fold without pieces of the class
     best = [BestUnit(unit, n, mean) for (unit, n), mean in zip(most_common, means, strict=True)]
     return fold_scores, best

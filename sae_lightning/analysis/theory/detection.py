@@ -2,8 +2,8 @@
 
     counts[half, concept, unit, bin]   number of the concept's tokens on which the unit's strength
                                        is in the bin; the last concept: all tokens
-    first half of the sequences        -> the unit and the threshold with the best F1
-    second half                        -> their scores
+    half 0: sequences of even index    -> the unit and the threshold with the best F1
+    half 1: sequences of odd index     -> their scores
 
 Shapes: n = tokens, units = features or neurons, bins = bins of strengths.
 """
@@ -21,8 +21,9 @@ CELLS_AT_ONCE = 1 << 22  # cells to collect before they are counted: bounds memo
 SCORED_AT_ONCE = 16_384  # units scored at a time: bounds memory
 MAX_QUANTILE_VALUES = 1 << 23  # torch.quantile refuses very large inputs
 # Quantiles that separate the bins of neurons: finer at both ends, where rare concepts are.
+# From the median to 2^-11 from either end, four to an octave.
 _TAIL = 0.5 * 2.0 ** -torch.arange(0, 10.25, 0.25)
-QUANTILE_LEVELS = torch.cat([_TAIL.flip(0), 1 - _TAIL[1:]])
+QUANTILE_LEVELS = torch.cat([_TAIL.flip(0), 1 - _TAIL[1:]])  # 1: the median only once
 
 
 class Detector(NamedTuple):
@@ -51,7 +52,8 @@ class Detector(NamedTuple):
 
 
 class StrengthCounts(NamedTuple):
-    """Histogram of each unit's strengths on each concept's tokens, in two halves of the text.
+    """Histogram of each unit's strengths on each concept's tokens, in two halves of the text
+    (sequences of even index, of odd index).
 
     Of `counts[half, concept, unit, bin]` only the cells that are not 0 are stored. They are few,
     because a feature fires on few tokens.
@@ -87,6 +89,8 @@ class StrengthCounts(NamedTuple):
         and recall [sides, part, bins - 1] of detecting the concept by each threshold, and AUROC
         [sides, part] of ranking tokens by strength. Side 0 detects at or above the threshold.
         Signed units also have a side 1, which detects below it and ranks by falling strength.
+        Precision is 0 where nothing is detected; recall and AUROC are NaN for a concept without
+        tokens in that half, and AUROC for one of all tokens.
         """
         all_tokens = self.tokens.shape[1] - 1
         counts = (self.read(half, c)[units] for c in (concept, all_tokens))
@@ -141,8 +145,9 @@ class FeatureCounts:
             values = strengths[token, column]
             bin_index = torch.bucketize(values, self.edges, right=True).clamp(min=1)
             entry, block = _pair_with_concepts(is_member[token], half[token])
-            row = block * self.features + active[column[entry]]  # of counts [..., bins]
-            self.uncounted.append(row * (len(self.edges) + 1) + bin_index[entry])
+            # flat index into counts[half, concept, unit]
+            histogram = block * self.features + active[column[entry]]
+            self.uncounted.append(histogram * (len(self.edges) + 1) + bin_index[entry])
             # counting sorts all cells, so it waits until there are as many new ones as old ones
             if sum(map(len, self.uncounted)) > max(CELLS_AT_ONCE, len(self.cells)):
                 self._count()
@@ -159,6 +164,7 @@ class FeatureCounts:
         """The counts of all tokens added so far, on the CPU."""
         self._count()
         counted = self.cells.cpu(), self.numbers.cpu(), self.tokens.cpu()
+        # bin 1 begins at 0, because `add` puts strengths below all edges into it
         thresholds = torch.cat([torch.zeros(1), EDGES[1:]]).expand(self.features, -1)
         return StrengthCounts(*counted, thresholds, signed=False)
 
@@ -168,7 +174,7 @@ class NeuronCounts:
 
     def __init__(self, concepts: int):
         self.concepts = concepts
-        self.edges = self.counts = None
+        self.edges = self.counts = None  # made from the first batch
 
     def add(self, x: Tensor, is_member: Tensor, half: Tensor) -> None:
         """Add tokens: activations [n, d]; the rest as in `FeatureCounts.add`."""
@@ -209,24 +215,25 @@ def _increment(counts: Tensor, indices: Tensor) -> None:
 
 
 def find_detector(counts: StrengthCounts, concept: int, units: Tensor | None = None) -> Detector:
-    """Choose unit and threshold by F1, and a unit by AUROC, on the first half; score them on the
-    second. units: indices of the units to choose from, all by default."""
+    """Choose unit and threshold by F1, and a unit by AUROC, on half 0; score them on half 1.
+    units: indices of the units to choose from, all by default."""
     units = torch.arange(len(counts.thresholds)) if units is None else units
     parts = [
         (*f1.max(dim=-1), auroc) for f1, _, _, auroc in counts.score_thresholds(0, concept, units)
     ]
     # [sides, units]
     chosen_f1, best_thresholds, aurocs = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
-    side, row = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))
-    i = int(best_thresholds[side, row])
-    auroc_side, auroc_row = (int(i) for i in torch.unravel_index(aurocs.argmax(), aurocs.shape))
-    best = units[[row, auroc_row]]
+    # indices into `units`: of the unit with the best F1, and of the one with the best AUROC
+    side, column = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))
+    i = int(best_thresholds[side, column])
+    auroc_side, auroc_column = (int(i) for i in torch.unravel_index(aurocs.argmax(), aurocs.shape))
+    best = units[[column, auroc_column]]
     ((f1, precision, recall, auroc),) = counts.score_thresholds(1, concept, best)
     return Detector(
         unit=int(best[0]),
         below=side == 1,
         threshold=counts.thresholds[best[0], i].item(),
-        chosen_f1=chosen_f1[side, row].item(),
+        chosen_f1=chosen_f1[side, column].item(),
         f1=f1[side, 0, i].item(),
         precision=precision[side, 0, i].item(),
         recall=recall[side, 0, i].item(),

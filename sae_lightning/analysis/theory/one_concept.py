@@ -34,7 +34,7 @@ class ConceptDetectors(NamedTuple):
 
     concept: str
     share: float
-    """Share of tokens that belong to the concept, in the half that is scored."""
+    """Share of tokens that belong to the concept, in the half on which units are scored."""
     feature: Detector
     neuron: Detector
     """The best of the site's dimensions, in either direction."""
@@ -108,8 +108,8 @@ def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[C
 
 
 def compare_units(detectors: list[ConceptDetectors]) -> dict[str, Any]:
-    """Mean scores over concepts of the best feature, neuron and feature of the random subset; and
-    all scores of each concept."""
+    """Mean scores over concepts of the best feature, neuron and feature of the random subset (0
+    without concepts); and all scores of each concept."""
     each = [best.to_dict() for best in detectors]
     means = {
         f"{kind}_{score}": sum(best[kind][score] for best in each) / max(1, len(each))
@@ -121,8 +121,8 @@ def compare_units(detectors: list[ConceptDetectors]) -> dict[str, Any]:
 
 
 def make_concept_section(numbers: dict[str, Any], detectors: list[ConceptDetectors]) -> Section:
-    """Whether single features stand for concepts better than single neurons do. numbers: those that
-    `compare_units` returns."""
+    """Say whether single features stand for concepts better than single neurons do. numbers: those
+    that `compare_units` returns."""
     title, n = "One feature, one concept", len(detectors)
     if not n:
         return Section(title, "No concept of the lists is frequent enough in this text.")
@@ -135,6 +135,7 @@ def make_concept_section(numbers: dict[str, Any], detectors: list[ConceptDetecto
     else:
         why = "a feature does not rank the tokens on which it is silent"
         ranking = f"Features do not rank tokens better {aurocs}: {why}."
+    # saying yes on every token has a recall of 1 and a precision of `share`
     always_yes = sum(2 * best.share / (1 + best.share) for best in detectors) / n
     return Section(
         title=title,

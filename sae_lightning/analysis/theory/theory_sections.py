@@ -22,7 +22,7 @@ MAX_BARS = 80
 
 
 def make_theory_sections(result: TheoryResult) -> list[Section]:
-    """One section for each claim that was measured."""
+    """Make one section for each claim that was measured."""
     makers = {
         "agreement": _make_agreement_section,
         "biases": _make_biases_section,
@@ -43,7 +43,7 @@ def _make_agreement_section(result: TheoryResult) -> Section:
         verdict = "a feature is written nearly in the direction in which it is read"
     elif median > 0.5:
         verdict = "directions are alike but not the same"
-    elif median > 4 * chance:
+    elif median > 4 * chance:  # far beyond what random directions reach
         verdict = "directions are related but mostly different"
     else:
         verdict = "directions have nothing to do with one another"
@@ -67,7 +67,7 @@ def _make_agreement_section(result: TheoryResult) -> Section:
 
 
 def _draw_around_zero(values: Tensor, axis: str, name: str) -> "Figure":
-    """Histogram of the values, with a vertical line at 0 labelled `name`."""
+    """Draw a histogram of the values, with a vertical line at 0 labelled `name`."""
     figure = plot_histogram(values, axis)
     middles = figure.data[0].x
     side = "left" if middles[0] + middles[-1] < 0 else "right"  # where there is more room
@@ -148,6 +148,7 @@ def _make_overlap_section(result: TheoryResult) -> Section:
 def _make_activity_section(result: TheoryResult) -> Section:
     numbers, features = result.numbers["activity"], result.numbers["features"]
     deviation, independent = numbers["deviation"], numbers["deviation_if_independent"]
+    # 0 / 0 if every feature fires always or never: nothing deviates
     ratio = deviation / independent if independent else 1.0
     if ratio > 1.1:
         compared = f"{ratio:.1f} times what"
@@ -169,9 +170,10 @@ def _make_activity_section(result: TheoryResult) -> Section:
 
 
 def _draw_active(l0_counts: Tensor) -> "Figure":
-    """Histogram of active features per token, with at most MAX_BARS bars."""
+    """Draw a histogram of active features per token, with at most MAX_BARS bars. l0_counts:
+    [features + 1] number of tokens with 0, 1, 2, ... active features."""
     greatest = int(l0_counts.nonzero().max())
-    width = -(-(greatest + 1) // MAX_BARS)
+    width = -(-(greatest + 1) // MAX_BARS)  # L0s in a bar, rounded up
     heights = torch.stack([part.sum() for part in l0_counts[: greatest + 1].split(width)])
     middles = torch.arange(len(heights)) * width + (width - 1) / 2
     figure = make_figure("active features", "tokens", bargap=0)
@@ -186,6 +188,7 @@ def _make_dense_section(result: TheoryResult) -> Section:
         for check in numbers["checks"]
     )
     if worth < d:
+        # 1e-9: a rounding error must not cost a whole feature
         compared = f"{math.ceil(worth - 1e-9)} dense features"
     else:
         compared = f"no fewer dense features than the site has dimensions, {d:,}"
