@@ -138,8 +138,8 @@ class Explainer:
         ]
 
     def _make_questions(self, all_evidence: list[Evidence]) -> dict[int, Question]:
-        """Feature -> the question that asks for its explanation; features with too little evidence are
-    left out."""
+        """Feature -> the question that asks for its explanation; a feature without enough evidence
+        has none."""
         tokens = EXPLANATION_TOKENS + self.thinking
         return {
             evidence.feature: Question(prompts.write_explain_prompt(evidence.shown), tokens)
