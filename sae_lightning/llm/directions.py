@@ -114,6 +114,7 @@ def _measure_norm(module: nn.Module, width: int) -> Norm | None:
     y_of_ones = apply(torch.ones(width)) - bias  # 0 if the mean is subtracted
     centres = bool(y_of_ones.abs().max() < 1e-3 * y.abs().max())
     x = (signs - signs.mean() if centres else signs).to(y.device)
+    # the norm divides x by its root mean square, before the gain
     return Norm(gain=y * x.square().mean().sqrt() / x, centres=centres)
 
 

@@ -107,7 +107,8 @@ class LLMConfig:
             )
 
 
-_last_tokenizer: dict[str, Any] = {}  # of one LLM, by its settings and the times of its files
+# at most one tokenizer, by the settings of its LLM and the times of its files
+_last_tokenizer: dict[str, Any] = {}
 
 
 class LLM(NamedTuple):
@@ -140,7 +141,7 @@ def pick_device(config: LLMConfig) -> torch.device:
 
 
 def pick_dtype(config: LLMConfig) -> torch.dtype:
-    """The dtype that `llm.dtype` stands for on this machine."""
+    """The dtype that `llm.dtype` stands for on this machine; without an LLM, auto is float32."""
     if config.dtype is not Dtype.auto:
         return getattr(torch, config.dtype.value)
     if config.name == NO_LLM:

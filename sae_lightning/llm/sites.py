@@ -48,6 +48,7 @@ class Kind(Enum):
         return order.index(self) < order.index(other)
 
 
+# TransformerLens' names, within a block.
 HOOK_NAMES = {
     Kind.attn: "hook_attn_out",
     # not ln2.hook_normalized, which lacks the norm's gain
@@ -174,6 +175,7 @@ def find_site_module(model: nn.Module, site: Site) -> nn.Module:
     stack = find_decoder_stack(model)
     LayerConfig(index=site.layer, source=site.kind).resolve_sites(len(stack))
     block, text_config = stack[site.layer], model.config.get_text_config()
+    # a config without these keys, or with null, has one stream
     streams = max(getattr(text_config, name, None) or 1 for name in STREAM_COUNTS)
     if streams > 1 and site.kind is not Kind.mlp_in:
         raise UserError(

@@ -28,7 +28,7 @@ FLOAT32_ROWS = {"cpu": 32, "other": 128}
 
 Function = Callable[[Tensor], Tensor]  # source -> what replaces the target
 Edit = Callable[[Tensor, Tensor], Tensor]  # source, target -> what replaces the target
-Advance = Callable[[int], None]  # called with the number of sequences just done
+Advance = Callable[[int], None]  # called with the number of sequences that have just been scored
 
 
 class SpliceBaseline(NamedTuple):
@@ -149,8 +149,9 @@ def _measure_means(
     ranks: Ranks,
     with_kl: bool = False,
 ) -> tuple[float, list[float], list[float]]:
-    """Mean cross-entropy of the clean model, then mean cross-entropy and KL with each edit."""
-    predictions = int(keep[:, 1:].sum())
+    """Mean cross-entropy of the clean model, then lists of the mean cross-entropy and KL with each
+    edit; the list of KLs is empty unless `with_kl`."""
+    predictions = int(keep[:, 1:].sum())  # of kept tokens: nothing predicts the first position
     if predictions == 0:
         raise ValueError("keep marks no token after the first position: nothing to score")
     batches = list(zip(tokens.split(batch), keep.split(batch), strict=True))
@@ -162,7 +163,7 @@ def _measure_means(
         chunk_sums.append(_sum_chunks(model, ids, keep, source, target, edits, with_kl))
         advance(sum(len(ids) for ids, _ in round_batches))
     by_rank = ranks.gather_values(chunk_sums)
-    sums = [0.0] * (1 + (1 + with_kl) * len(edits))
+    sums = [0.0] * (1 + (1 + with_kl) * len(edits))  # as in `_sum_chunks`
     for i in range(len(batches)):  # in the order of a single rank, for the same rounding
         for chunk in by_rank[i % ranks.size][i // ranks.size]:
             sums = [total + x for total, x in zip(sums, chunk, strict=True)]

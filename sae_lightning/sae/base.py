@@ -20,7 +20,7 @@ from sae_lightning.sae.initial import draw_directions
 from sae_lightning.sae.matrix import DenseMatrix, Matrix, SparseMatrix
 from sae_lightning.sae.sparse import SparsityPattern
 
-SMALLEST_NORM = 1e-12  # keeps rows of zeros from becoming NaN
+SMALLEST_NORM = 1e-12  # keeps decoder rows of zeros from becoming NaN
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,7 +8,8 @@ from sae_lightning.sae.base import SAE
 from sae_lightning.sae.sparse import SparsityPattern
 
 THRESHOLD_DECAY = 0.9  # per update, of the threshold's running mean (about 10 updates long)
-# Multiples of the threshold, tried in turn as a lower bound until batch x k values exceed it.
+# Multiples of the threshold, tried in turn as a lower bound until batch x k values exceed it. The
+# last one, 0, finds all positive values.
 BOUND_FACTORS = (0.8, 0.4, 0.0)
 
 

@@ -20,6 +20,7 @@ def draw_directions(split: FeatureSplit, d: int, generator: Generator) -> Tensor
     stops = [*range(piece_rows, split.features - piece_rows + 1, piece_rows), split.features]
     for start, stop in pairwise([0, *stops]):
         piece = torch.randn(stop - start, d, generator=generator)
+        # feature i is on rank i % size
         first = (split.ranks.rank - start) % split.ranks.size
         rows[split.count_own(start) : split.count_own(stop)] = piece[first :: split.ranks.size]
     return rows

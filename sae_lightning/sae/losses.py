@@ -39,7 +39,7 @@ def lp(
     powers = ((strengths + smooth) ** p - smooth**p).sum(dim=1).mean()
     with torch.no_grad():
         scale = ranks.sum(strengths.sum(dim=1).mean()) / ranks.sum(powers)
-    return powers * scale.nan_to_num(0.0, 0.0, 0.0)
+    return powers * scale.nan_to_num(0.0, 0.0, 0.0)  # 0 / 0 if no feature is active
 
 
 def tanh_l0(features: Tensor, norms: Tensor, scale: float) -> Tensor:

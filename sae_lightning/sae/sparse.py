@@ -59,7 +59,7 @@ class SparsityPattern:
 
     def column_sums(self, values: Tensor) -> Tensor:
         """[columns]: sum of the values [n entries] of each column, added in a fixed order."""
-        if values.is_cuda:
+        if values.is_cuda:  # where index_add_ adds in any order
             ones = values.new_ones(self.shape[0], 1)
             return self.transposed_product(values, ones).squeeze(1)
         return values.new_zeros(self.shape[1]).index_add_(0, self.columns, values)

@@ -5,7 +5,7 @@ does), so entries are cut at multiples of PIECE_ENTRIES, and a program works on 
 
     entry     0   1   2   3 | 4   5   6   7 | 8   9      cuts at 4 and 8, if PIECE_ENTRIES is 4
     row       a   b   b   b   b   b   b   b   b   c
-    head      a   b . . . .                       c      the first piece of every row
+    first     a   b . . . .                       c      the first piece of every row
     tail                      b . . . . . .   b          pieces that begin at a cut inside a row
 
 That makes rows + nnz // PIECE_ENTRIES programs, a number known from the shapes, without waiting for
@@ -94,7 +94,7 @@ def _sum_pieces(
     offsets, cut_rows, indices, weights, table, sums, tails, d, cuts,
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Store the sums of heads in `sums` [rows, d] and the sums of tails in `tails` [cuts, d]."""
+    """Store the sums of first pieces in `sums` [rows, d], those of tails in `tails` [cuts, d]."""
     row, begin, end, tail = _find_piece(offsets, cut_rows, cuts, PIECE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     within = column < d

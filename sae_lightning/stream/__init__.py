@@ -30,4 +30,5 @@ def make_source(llm: LLMConfig, data: DataConfig, seed: int) -> DataSource:
 
 def open_text(data: TextConfig) -> SplitDocuments:
     """Open the documents that `data` describes, without loading an LLM."""
+    # documents do not depend on the seed: it only orders their tokens
     return make_source(LLMConfig(name="none"), data, seed=0).open_quietly()

@@ -30,7 +30,7 @@ from sae_lightning.stream.states import LLM_DTYPES
 SUFFIXES = (".safetensors", ".npy", ".parquet")
 UNNAMED = Site(0, Kind.resid)  # site of a matrix whose name is not that of a site
 FINGERPRINT_ROWS = 1024  # rows in a fingerprint
-OPEN_SHARDS = 128  # files that are kept open at a time: many systems allow a process 1024
+OPEN_SHARDS = 128  # files kept open at a time: many systems allow a process only 1024 open files
 # dtypes by their names in safetensors and in NumPy
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 FLOATS |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
@@ -199,7 +199,7 @@ def _pick_unnamed(shards: Sequence[MatrixFile], where: str) -> list[MatrixFile]:
         refusal = f"{shards[0]} {shards[0].refusal}" if shards else "its files hold nothing"
         raise UserError(f"{where}: {refusal}")
     names = list(dict.fromkeys(shard.name for shard in usable))
-    if len(names) > 1:
+    if len(names) > 1:  # at most one of them is None, that of .npy files
         raise UserError(
             f"{where}: holds several matrices ({', '.join(map(str, names))}); choose one as "
             f"'data.sites={{resid.0:{names[0] or names[1]}}}'"
@@ -223,6 +223,7 @@ def _check_shards(site: Site, shards: list[MatrixFile], where: str) -> list[Matr
 
 def _list_shards(file: str, path: Path) -> list[MatrixFile]:
     """List what a file below `path` holds, with the names that it can be called by."""
+    # of a file or glob, the deepest folder that exists: names count from there
     base = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
     relative = Path(os.path.relpath(file, base))
     path_names = (relative.stem, *reversed(relative.parts[:-1]))

@@ -83,10 +83,10 @@ class ActivationsSource(NoLLMSource):
         """Describe the matrices as sites of an LLM: its blocks and the width of each site."""
         widths = {site: matrix.width for site, matrix in self.read_headers().items()}
         layers = 1 + max(site.layer for site in widths)
-        return LLMShape(layers, max(widths.values()), None, 0, widths)
+        return LLMShape(layers, max(widths.values()), context=None, vocabulary=0, widths=widths)
 
     def find_sites(self, layer: LayerConfig, shape: LLMShape) -> SitePair:
-        pair = layer.resolve_sites(layer.index + 1)
+        pair = layer.resolve_sites(layer.index + 1)  # any index: the files decide what there is
         missing = [site for site in pair if site not in shape.widths]
         if missing and [*shape.widths] == [UNNAMED]:
             raise UserError(

@@ -36,7 +36,7 @@ from sae_lightning.stream.states import TextChanged, check_text
 from sae_lightning.terminal import console
 
 MANIFEST = "manifest.json"
-SHARD_BYTES = 1 << 27  # buffered in memory; at most this is lost when a run is killed
+SHARD_BYTES = 1 << 27  # rows buffered in memory; at most these are lost when a run is killed
 RESERVED_BYTES = 4 << 30  # disk space left for checkpoints
 
 
@@ -64,11 +64,11 @@ class CachedRows(RowStream):
         self.folder, self.settings, self.resumed = folder, settings, resumed
         self.width, self.own_sites = width, own_sites or live.sites
         itemsize = next(live.llm.model.parameters()).dtype.itemsize
-        self.row_bytes = len(self.sites) * width * itemsize + 8  # for the id
-        self.shards: list[Shard] = []  # in order
+        self.row_bytes = len(self.sites) * width * itemsize + 8  # of the sequence id, int64
+        self.shards: list[Shard] = []  # by their first LLM batch
         self.epoch = live.epoch
         self._position = 0  # LLM batches served
-        self._stop: int | None = 0  # LLM batch that ends this stretch; None: not known yet
+        self._stop: int | None = 0  # this stretch's end, exclusive; None: not known yet
         self._shard: Shard | None = None  # being read
         self._buffer: list[tuple[Rows, int, int]] | None = None  # rows, epoch, crc32
         self._earlier_state = live.state_dict()  # of `live`, at `_position` or before
@@ -153,7 +153,7 @@ class CachedRows(RowStream):
         UserError: the skipped text is not the one that the shards were made from.
         """
         state = self._earlier_state
-        try:
+        try:  # with nothing to skip: the loop below does that, and compares the text
             self.live.load_state_dict(state | {"llm_batches": state["read"]})
         except TextChanged:
             if self.resumed:

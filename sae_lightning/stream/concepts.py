@@ -1,6 +1,6 @@
 """Superposition with known concepts: activations are sparse sums of the concepts' directions.
 
-Shapes: n = samples, concepts, dim = length of an activation (fewer than concepts).
+Shapes: n = samples, concepts, dim = length of an activation (usually less than concepts).
 """
 
 import math

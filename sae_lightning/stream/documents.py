@@ -84,8 +84,9 @@ def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitDocumen
     sizes = pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64)
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(data))
     sums = np.concatenate([[0], np.cumsum(sizes[order])])  # bytes of the first n in `order`
-    count = min(max(1, round(share * len(data))), len(data) - 1)
+    count = min(max(1, round(share * len(data))), len(data) - 1)  # leaves one to train on
     last = int(np.searchsorted(sums[1:], share * sums[-1]))  # the document that reaches the share
+    # near the share: a half to four times, and never over half of what training should get
     lowest, highest = share / 2, min(4 * share, (1 + share) / 2)
     for n in (count,) if whole else (count, last + 1, last):
         if whole or lowest * sums[-1] <= sums[n] <= highest * sums[-1]:
@@ -127,6 +128,7 @@ def _find_cut(text: "Buffer", share: float) -> int:
 def _mark_characters(text: "Buffer") -> Iterator[np.ndarray]:
     """Yield, piece by piece, whether each byte of UTF-8 begins a character."""
     for start in range(0, len(text), SCANNED_BYTES):
+        # the later bytes of a character are 10xxxxxx
         yield np.frombuffer(text[start : start + SCANNED_BYTES], np.uint8) & 0xC0 != 0x80
 
 

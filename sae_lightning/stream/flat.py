@@ -46,7 +46,7 @@ class DocumentPiece(NamedTuple):
 
     text: str
     share: float
-    """Fraction of the document."""
+    """Fraction of the document's bytes; 0 for an empty document."""
     is_first: bool
     is_last: bool
 

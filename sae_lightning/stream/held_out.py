@@ -58,8 +58,8 @@ class HeldOut(HeldOutData):
         sequences = text.pick_sequences(-(-tokens // text.packing.window_size))
         self.tokens = read_ids(sequences)  # [sequences, context]
         dropped_ids = torch.tensor([] if keep_special else find_special_ids(llm.tokenizer))
-        self._keep = ~torch.isin(self.tokens, dropped_ids) & (sequences >= 0)
-        self._keep[:, 0] = False
+        self._keep = ~torch.isin(self.tokens, dropped_ids) & (sequences >= 0)  # see `read_ids`
+        self._keep[:, 0] = False  # BOS
         count = min(len(self.tokens), -(-loss_tokens // text.packing.window_size))
         # indices of sequences
         self._loss_sequences = torch.linspace(0, len(self.tokens) - 1, count).round().long()

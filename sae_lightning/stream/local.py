@@ -130,6 +130,7 @@ class LocalSource(TextSource):
     def _check_files(self) -> None:
         """UserError: a text is missing, or a file belongs to two texts of a mixture."""
         text_of_file: dict[str, str] = {}
+        # "": the only text, if there is no mixture
         for config, name in zip(self._list_texts(), self.data.weights or [""], strict=True):
             for file in _find_text_files(config) or [config.path]:  # a saved data set is a folder
                 other = text_of_file.setdefault(os.path.realpath(file), name)

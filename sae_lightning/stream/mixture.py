@@ -26,6 +26,7 @@ class MixedTokens(TokenStream):
 
     @property
     def epoch(self) -> int:
+        """The epoch of the text that has been read least often."""
         return min(text.epoch for text in self.texts)
 
     def next(self, n: int) -> Sequences:

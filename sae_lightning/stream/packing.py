@@ -104,7 +104,7 @@ class TokenStream(Protocol):
     """An endless stream of packed sequences whose position can be saved."""
 
     epoch: int
-    """Number of the current pass over the text, from 1."""
+    """Number of the current epoch, which is one reading of the whole text, from 1."""
 
     packing: Packing
 

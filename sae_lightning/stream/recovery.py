@@ -98,7 +98,7 @@ class Detection:
     def __init__(self, matching: Matching, directions: Tensor):
         self.matching, self.directions = matching, directions
         concepts = len(directions)
-        self.n = 0
+        self.n = 0  # samples added so far
         # numbers of samples, by concept: where it is active, where its feature fires, and both
         self.active, self.fires, self.both = torch.zeros(3, concepts, dtype=torch.float64)
         # sums for strength, feature and projection: of values, squares, products with strength

@@ -36,7 +36,7 @@ class Pool:
         self._random = np.random.Generator(np.random.PCG64(seed))
         self._rows: dict[Site, Tensor] = {}  # {site: [capacity, d]}
         self._sequence_ids = torch.empty(capacity, dtype=torch.int64)
-        self._filled = 0  # rows
+        self._filled = 0  # number of rows held
 
     def __len__(self) -> int:
         return self._filled

@@ -46,7 +46,7 @@ class RowStream(Protocol):
     llm_seconds: float
     """Seconds that this process has spent in the LLM, by the CPU's clock."""
     epoch: int
-    """Number of the current pass over the text, from 1."""
+    """Number of the current epoch, which is one reading of the whole text, from 1."""
 
     def next(self, remaining: int) -> Rows:
         """Return the rows of the next LLM batch; the run needs `remaining` more, these included."""
@@ -157,8 +157,8 @@ class HeldOutData(Protocol):
 
         saes: [n, d_in] of `source` -> `Output` [n, d_out] of `target`, for n <= rows_per_call;
         weights: functions that return weights for raw activations; splits: how the features are
-        spread over ranks; means: mean reconstructions [d_out], if the LLM's loss is to be measured
-        also with the error alone."""
+        spread over ranks; means: each SAE's mean reconstruction [d_out], if the LLM's loss is to be
+        measured also with that mean in place of the reconstruction and the SAE's error kept."""
         return [None] * len(saes)
 
     def prepare(self, targets: Collection[Site]) -> None:
@@ -172,9 +172,9 @@ class Needs(NamedTuple):
     tokens: int
     """Held-out tokens."""
     loss_tokens: int
-    """How many of them the LLM's loss is measured on."""
+    """How many of the held-out tokens the LLM's loss is measured on; 0: not measured."""
     ahead: int = 0
-    """Rows to prefetch while SAEs train."""
+    """Rows to prefetch while SAEs train; 0: none."""
     resumed: bool = False
     """Whether the run was begun earlier: it goes on without a cache if there is no disk space."""
     own_sites: Sequence[Site] | None = None
@@ -189,7 +189,7 @@ class OpenedData(NamedTuple):
     about: dict[str, str]
     """Facts about the data to print, {label: text}."""
     modules: dict[Site, str] = {}
-    """Name of the LLM's module at each site."""
+    """Name of the LLM's module at each site; empty without an LLM."""
     tuning_text: Any = None
     """A `TuningText`, for `loss.kl`; None without an LLM."""
 
@@ -224,7 +224,7 @@ class DataSource(ABC):
     headline: ClassVar[str]
     """The metric that is shown first."""
     labels: ClassVar[tuple[str, ...]] = ()
-    """Labels that probes can read from the text."""
+    """Labels that probes can read from the text; none for most kinds of data."""
 
     def __init__(self, llm: LLMConfig, data: DataConfig, seed: int) -> None:
         self.llm, self.data, self.seed = llm, data, seed

@@ -106,6 +106,7 @@ class SyntheticConfig(DataConfig):
             )
         rates = make_zipf_rates(self.concepts, self.l0, self.zipf)
         parents = self.concepts - children
+        # parents in turn, as in `make_concept_world`
         parent_rates = rates[torch.arange(children) % parents]
         if (rates[parents:] / parent_rates).max() > 0.9:
             raise UserError(
@@ -148,7 +149,7 @@ class ConceptRows(RowStream):
         self.llm_seconds = 0.0
         self.epoch = 1
         self._generator = make_generator("training", seed)
-        self._served = 0  # rows
+        self._served = 0  # rows served so far
 
     def next(self, remaining: int) -> Rows:
         """Sample `max_rows` rows, whatever `remaining` is; each counts as a sequence of its own."""
@@ -242,6 +243,7 @@ class SyntheticSource(NoLLMSource):
 
     def read_shape(self) -> LLMShape:
         """The shape of an LLM with one block, whose output the samples stand for."""
+        # nothing reads tokens: no limit of the context, and no vocabulary
         return LLMShape(layers=1, width=self.data.dim, context=None, vocabulary=0)
 
     def estimate_data_memory(

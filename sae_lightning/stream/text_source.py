@@ -156,7 +156,8 @@ class TextSource(DataSource):
         )
         about = {"LLM": f"{self.llm.name}, {self.llm.dtype.name} on {rows.device}"}
         if llm.tokenizer.lacks_bos_and_eos:
-            bos, separator = llm.tokenizer.convert_ids_to_tokens([*text.train.packing[1:]])
+            _, bos_id, separator_id = text.train.packing
+            bos, separator = llm.tokenizer.convert_ids_to_tokens([bos_id, separator_id])
             about["special tokens"] = (
                 f"the tokenizer names none: {bos} opens sequences and {separator} ends documents "
                 "(others: llm.bos, llm.separator)"

@@ -58,6 +58,7 @@ class HeldOutTokens(HeldOutStream):
             )
         full = [window for window in windows if len(window) == self.packing.window_size]
         windows = full or windows
+        # all windows are equally long: cuts the padding of a short one
         return self.packing.pack(windows)[:, : 1 + len(windows[0])]
 
 

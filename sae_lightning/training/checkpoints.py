@@ -42,7 +42,8 @@ class HeadCheckpoints(CheckpointIO):
         self.heads = list(heads)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options=None) -> None:
-        """Write a checkpoint for each head that has not failed; `path` is not used."""
+        """Write a checkpoint for each head that has not failed, in its run folder; so Lightning's
+        `path` is not used."""
         stream = _get_loader_states(checkpoint).pop()
         step = checkpoint["global_step"]
         heads = {i: head for i, head in enumerate(self.heads) if head.failure is None}
@@ -64,7 +65,8 @@ class HeadCheckpoints(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load all heads' checkpoints, joined into one; `path` is not used."""
+        """Load the checkpoints from all heads' run folders (so `path` is not used), joined into
+        one."""
         options = {"map_location": map_location or "cpu", "weights_only": weights_only}
         parts = [_load_part(head, options) for head in self.heads]
         checkpoint = _join_heads(parts)
@@ -87,8 +89,8 @@ class HeadCheckpoints(CheckpointIO):
 
 @contextmanager
 def assemble_whole(head: Head, tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """A head's weights with all features, gathered from its ranks, until the block ends; None in
-    place of each split one on a rank that does not write."""
+    """Yield a head's weights with all features, gathered from its ranks; they are valid within the
+    `with`. On a rank that does not write, a weight that is split is None."""
     is_split = head.sae.split.ranks.size > 1
     mmaps = make_private_folder(head.folder / "whole") if head.writes and is_split else None
     with mmaps or nullcontext(Path()) as folder:
@@ -100,7 +102,8 @@ def assemble_whole(head: Head, tensors: dict[str, Tensor]) -> Iterator[dict[str,
 
 
 def _gather(head: Head, folder: Path, x: Tensor, dim: int, name: str) -> Tensor | None:
-    """`Split.gather_on_rank_zero` of a tensor of a head, with the file `name` in `folder`."""
+    """`FeatureSplit.gather_on_rank_zero` of a tensor of a head, with the file `name` in `folder`;
+    None on all ranks of a split head but the first."""
     return head.sae.split.gather_on_rank_zero(x, dim, folder / name)
 
 

@@ -7,7 +7,7 @@ from sae_lightning.stream.held_out import HeldOut
 
 
 class ActivationData(L.LightningDataModule):
-    """Batches {site: [batch, d_site]} of LLM activations for training, and held-out activations.
+    """Batches {site: [batch, d_site]} of activations for training, and held-out data.
 
     The stream itself is the data loader. It has a length, so Lightning does not prefetch a batch
     and the saved cursor matches training. It has a `state_dict`, which Lightning saves with its

@@ -75,8 +75,8 @@ class Head(nn.Module):
         self.start_metrics: dict[str, float] = {}  # held-out metrics of that SAE
         self.tuned_from: int | None = None  # the first update with `loss.kl`
         self.before_kl: dict[str, float] = {}  # held-out metrics before that update
-        self.adam_steps = 0  # updates in Adam's state when training starts
-        self.fates: dict[str, int] = {}  # number of features by fate, see `count_fates`
+        self.adam_steps = 0  # updates that Adam's state already had at a warm start; else 0
+        self.fates: dict[str, int] = {}  # see `count_fates`; empty without a warm start
         self.last_step: StepResult | None = None
         self.training_metrics: dict[str, float] = {}  # the last points of the training curves
         # of the last evaluation
@@ -84,10 +84,11 @@ class Head(nn.Module):
         self.density: Tensor | None = None  # share of tokens on which each feature fires [features]
         self.density_counts: dict[str, int] = {}  # see `count_by_density`
 
-        self.failure: str | None = None  # why the head is frozen
+        self.failure: str | None = None  # why the head is frozen; None while it trains
         self.writes = True  # whether this rank writes its files
         self.leader: int | None = None  # of a control: index of the head whose L0 it follows
-        self.active_density = 1.0  # density of sparse products at the last update
+        # share of [batch, features] that sparse products need, at the last update; 1 before it
+        self.active_density = 1.0
         self._register_state(seed)
 
     def _register_state(self, seed: int) -> None:
@@ -130,6 +131,7 @@ class Head(nn.Module):
 
     def use_sparse_products(self, x: Tensor) -> bool:
         """Whether to compute the update on `x` [batch, d_in] with sparse products."""
+        # 0 on a device without sparse products
         limit = break_even_density(x.device.type, pick_working_dtype(x))
         if self.products is Products.sparse:
             return limit > 0

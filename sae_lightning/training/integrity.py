@@ -106,11 +106,11 @@ def _expect_progress(checkpoint: dict[str, Any], step: int, steps: int) -> None:
         | {"is_last_batch": bool},
     }
     expected = {
-        "global_step": range(1, steps + 1),
-        "epoch": 0,
+        "global_step": range(1, steps + 1),  # nothing is saved before the first update
+        "epoch": 0,  # a run is one epoch for Lightning, however often it reads the text
         "pytorch-lightning_version": str,
         "callbacks": {},
-        "lr_schedulers": [],
+        "lr_schedulers": [],  # the callback `Schedule` sets learning rates
         "state_dict": dict,
         "optimizer_states": list,
         "loops": {"fit_loop": loops},

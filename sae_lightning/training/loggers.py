@@ -19,12 +19,14 @@ from sae_lightning.training.remote_loggers import ANSWER_SECONDS, MLflowCurves, 
 
 
 class CSVCurves(ExtraLogger):
-    """Writes `csv/metrics.csv` in the run folder: a row for each point, `step` in tokens."""
+    """Writes `csv/metrics.csv` in the run folder: a line for each number of tokens (column `step`)
+    at which there are points."""
 
     def __init__(self, run: LoggedRun):
-        """A resumed run keeps the rows up to `run.resumed_at`."""
+        """A resumed run keeps the lines up to `run.resumed_at` tokens."""
         folder = run.folder / "csv"
         refuse_link(folder)
+        # `row`: the points at `tokens`, which are not written yet
         self.path, self.row, self.tokens = folder / "metrics.csv", {}, 0
         kept = [] if run.resumed_at is None else _read_rows(self.path, run.resumed_at)
         with convert_write_errors(self.path):  # deletes the earlier table, or a link in its place
@@ -55,7 +57,8 @@ class CSVCurves(ExtraLogger):
 
 
 def _read_rows(path: Path, last: int) -> list[dict[str, Any]]:
-    """The rows of an earlier table up to `last` tokens, without empty cells."""
+    """The lines of an earlier table up to `last` tokens, without empty cells; none if there is no
+    regular file at `path`."""
     if not path.is_file() or path.is_symlink():
         return []
     rows = [

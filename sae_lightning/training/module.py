@@ -68,7 +68,7 @@ class SAEModule(L.LightningModule):
         return [head for head in self.heads if head.failure is None]
 
     def training_step(self, batch: dict[Site, Tensor], _: int) -> None:
-        """One update of every head on a batch {site: [batch, d_site]}."""
+        """Update every head that has not failed on a batch {site: [batch, d_site]}."""
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.last_batch = batch
@@ -141,7 +141,7 @@ class SAEModule(L.LightningModule):
 
 
 def _find_culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
-    """Find what is not finite in a head's update; returns it, and the remedy to suggest."""
+    """Find what is not finite in a head's update -> its name, and the remedy to suggest."""
     for site in (head.source, head.target):
         if not batch[site].isfinite().all():
             return f"the LLM's activation at {site}", "llm.dtype=float32"

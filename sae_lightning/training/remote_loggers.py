@@ -31,8 +31,8 @@ class RemoteLogger(ExtraLogger):
     """Sends a head's curves to Weights & Biases or MLflow from its own thread.
 
     After an error it prints one line and sends nothing more. `notes` is a set that the heads of a
-    pass share: the kinds of logger that could not be started, the servers that could not be
-    reached, and the pages already printed.
+    pass share. It holds the kinds of logger that could not be started, the servers that could not
+    be reached, and the pages already printed.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class RemoteLogger(ExtraLogger):
         self.run, self.config, self.notes = run, config, notes
         self.id_path = run.folder / f"{self.kind}.json"
         self.queue: SimpleQueue = SimpleQueue()
-        self.failed, self.sent = False, 0  # actions so far
+        self.failed, self.sent = False, 0  # `sent`: number of queued actions done so far
         self.logger: WandbLogger | MLFlowLogger | None = None
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
@@ -174,6 +174,7 @@ class WandbCurves(RemoteLogger):
                 silent=True,
                 console="off",  # the terminal shows all heads
                 symlink=False,
+                # wandb then reports its own error before `await_end` gives up
                 finish_timeout=ANSWER_SECONDS / 2,
                 finish_timeout_raises=True,
             ),
@@ -240,6 +241,7 @@ class MLflowCurves(RemoteLogger):
             self.last[tag] = max(point.step for point in client.get_metric_history(run_id, tag))
 
     def _send(self, values: dict[str, float], tokens: int) -> None:
+        # -1: a curve without a point yet takes one at 0 tokens, too
         new = {tag: value for tag, value in values.items() if tokens > self.last.get(tag, -1)}
         if new:
             self.logger.log_metrics(new, tokens)

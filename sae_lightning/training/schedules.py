@@ -6,13 +6,14 @@ import math
 def compute_warmup(step: int, total: int, share: float) -> float:
     """Factor that rises linearly to 1 over the first `share` of the run, then stays 1."""
     length = share * total
+    # + 1: the first update already has a factor above 0
     return 1.0 if step + 1 >= length else (step + 1) / length
 
 
 def compute_decay(step: int, total: int, share: float) -> float:
     """Factor that stays 1, then falls linearly towards 0 over the last `share` of the run."""
     length = share * total
-    remaining = total - step
+    remaining = total - step  # the coming update included, so that no factor is 0
     return 1.0 if remaining >= length else remaining / length
 
 

@@ -72,7 +72,7 @@ def start_head(head: Head, optimizer: Optimizer) -> str:
 
 
 def _take_weights(head: Head, start_sae: SAE, keep_norms: bool) -> None:
-    """Load the start's weights, in the head's units, into the head's first features. Unless
+    """Load the weights of `start_sae`, in the head's units, into the head's first features. Unless
     `keep_norms`, decoder rows are rescaled by `_find_factors`."""
     sae = head.sae
     in_mean, in_scale, out_mean, out_scale = (
@@ -96,23 +96,23 @@ def _take_weights(head: Head, start_sae: SAE, keep_norms: bool) -> None:
 
 
 def _find_factors(head: Head, start_sae: SAE, W_dec: Tensor) -> Tensor:
-    """Find the factors [features] by which the start's features become stronger and their decoder
-    rows shorter, given these rows W_dec [features, d_out] in the head's units.
+    """Find the factors [features] by which the features of `start_sae` become stronger and their
+    decoder rows shorter, given these rows W_dec [features, d_out] in the head's units.
 
     With fixed norms, each row gets the norm `decoder_norm`. Otherwise our own SAEs keep theirs, and
     each row of another tool's SAE gets the norm 1. If its features compete, all are divided by the
     same number, so that their order stays: the mean norm becomes 1.
     """
     config, norms = head.sae.config, W_dec.norm(dim=1)
-    live = norms > SMALLEST_NORM
-    mean = norms[live].mean()
+    is_nonzero = norms > SMALLEST_NORM  # a row of zeros counts as one of the mean norm
+    mean = norms[is_nonzero].mean()
     if config.fixed_norm:
-        return torch.where(live, norms, mean) / config.decoder_norm
+        return torch.where(is_nonzero, norms, mean) / config.decoder_norm
     if OWN_KEY in start_sae.metadata:
         return torch.ones_like(norms)
     if head.sae.features_compete:
         return mean.expand_as(norms)
-    return torch.where(live, norms, mean)
+    return torch.where(is_nonzero, norms, mean)
 
 
 def _open_checkpoint(address: str) -> dict[str, Any] | None:
@@ -158,7 +158,7 @@ def _take_normalisation(head: Head, state: dict[str, Tensor]) -> None:
 
 
 def _take_moments(head: Head, start_sae: SAE, adam: dict[str, Any], optimizer: Optimizer) -> None:
-    """Copy Adam's moments of the start's features; those of new features are 0."""
+    """Copy Adam's moments of the features of `start_sae`; the moments of new features are 0."""
     sae = head.sae
     parameters, start_parameters = dict(sae.named_parameters()), dict(start_sae.named_parameters())
     names = [name for group in head.group_parameters() for name in group]

@@ -52,6 +52,7 @@ class Curves(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Log if it is time."""
         step, stream = trainer.global_step, trainer.datamodule.stream
+        # a batch of 1, because `log_every` counts updates, not tokens
         if not (is_due(step, 1, self.log_every) or step == module.steps):
             return
         rates: dict[int, dict[str, float]] = {}

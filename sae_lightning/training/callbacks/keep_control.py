@@ -65,5 +65,5 @@ def set_principal_directions(head: Head, mean: Tensor, directions: Tensor) -> No
     sae.b_enc[: len(rows)] -= rows @ centre
     if isinstance(sae, Gated):
         sae.b_mag[: len(rows)] -= rows @ centre
-    sae.b_enc[len(rows) :] = -1
+    sae.b_enc[len(rows) :] = -1  # below 0, so that features with zero weights never fire
     sae.b_dec.copy_(centre)

@@ -14,13 +14,14 @@ from sae_lightning.training.settings import Normalization
 @torch.no_grad()
 def estimate_normalization(x: Tensor, mode: Normalization) -> tuple[Tensor, Tensor]:
     """Mean [d] and scale [] of x [n, d] that give (x - mean) / scale a mean square of 1; 0 and 1
-    if `mode` is none."""
+    if `mode` is none. UserError: all of x is equal to the mean, or x is not finite."""
     x = x.cpu()  # not every accelerator has float64
     mean = torch.zeros(x.shape[1], dtype=torch.float64)
     if mode is Normalization.none:
         return mean.float(), torch.ones(())
     if mode is Normalization.standardize:
         mean = x.double().mean(dim=0)
+    # in parts, because a float64 copy of all of x may not fit in memory
     squares = [(part.double() - mean).square().sum() for part in x.split(4096)]
     scale = (torch.stack(squares).sum() / x.numel()).sqrt()
     if not 0 < scale.item() < float("inf"):
@@ -32,7 +33,8 @@ def estimate_normalization(x: Tensor, mode: Normalization) -> tuple[Tensor, Tens
 
 
 def describe_outliers(site: Site, x: Tensor) -> str | None:
-    """A warning if a few activations of x [n, d] with large norm dominate the variance."""
+    """A warning if a few activations of x [n, d] with large norm dominate the variance, else
+    None."""
     outliers = find_dominant_tokens(x)
     if outliers is None:
         return None

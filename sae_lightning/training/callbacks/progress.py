@@ -27,6 +27,7 @@ class ProgressBar(L.Callback):
         )
         self.live = show_live(self.bar)
         self.live.__enter__()
+        # the number of the bar's only line, which rich calls a task
         self.task = self.bar.add_task(
             "training", total=module.steps, completed=trainer.global_step, text=""
         )
@@ -40,7 +41,7 @@ class ProgressBar(L.Callback):
 
     def on_train_end(self, *_) -> None:
         """Remove the bar; after an error, before the error is printed."""
-        if hasattr(self, "live"):
+        if hasattr(self, "live"):  # not if an error came before `on_train_start`
             self.live.__exit__(None, None, None)
             del self.live
 

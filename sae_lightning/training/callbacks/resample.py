@@ -14,13 +14,14 @@ from sae_lightning.training.settings import ResampleConfig
 
 @torch.no_grad()
 def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int:
-    """Restart the dead features of `head`, unless all are dead; returns the number restarted on all
-    ranks.
+    """Restart the dead features of `head`, unless all are dead or `x` is empty; returns the number
+    restarted on all ranks.
 
-    For each, a token is drawn with probability proportional to the square of its loss. The encoder
-    column takes the direction of the token's normalised input (`x` [n, d_in]) and 0.2 times the
-    mean norm of live columns; the decoder row takes the direction of its target (`target`
-    [n, d_out]) and the mean norm of live rows. Other parameters are reset, Adam's moments become 0.
+    For each of them, a token is drawn with probability proportional to the square of its loss. The
+    encoder column takes the direction of the token's normalised input (`x` [n, d_in]) and 0.2 times
+    the mean norm of the columns of features that are not dead; the decoder row takes the direction
+    of the token's target (`target` [n, d_out]) and the mean norm of such rows. Other parameters are
+    reset, Adam's moments become 0.
     """
     sae, split = head.sae, head.sae.split
     all_dead = split.join(head.dead)
@@ -31,11 +32,13 @@ def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int
     generator = torch.Generator()
     generator.set_state(head.generator_state.cpu())
     weights = loss.cpu().double().square()
+    # a token is drawn twice only if there are fewer tokens than dead features
     tokens = torch.multinomial(weights, count, count > len(x), generator=generator)
     head.generator_state.copy_(generator.get_state())
 
-    # of this rank
+    # of this rank only, while `all_dead` is of all ranks
     alive, dead = ~head.dead, head.dead.nonzero().squeeze(1)
+    # the i-th dead feature of all ranks takes token i
     drawn = tokens.to(x.device)[split.slice(all_dead.cumsum(0) - 1)[dead]]
     decoder_norm = _average(sae.W_dec[alive].norm(dim=1), split.ranks)
     encoder_norm = _average(sae.W_enc[:, alive].norm(dim=0), split.ranks)

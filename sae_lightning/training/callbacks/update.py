@@ -112,7 +112,7 @@ class TargetL0(L.Callback):
                 continue
             l0, last_error, warmup, *l0_target = torch.stack(buffers).tolist()
             (target,) = l0_target or [target]
-            if warmup < 1 or target < 0:
+            if warmup < 1 or target < 0:  # -1: the trained SAE's L0 is not known yet
                 continue
             error = measure_l0_error(l0, target)
             last_error = error if last_error > 1 else last_error  # above 1: there is none yet
