@@ -74,7 +74,7 @@ def make_dictionary_learning_settings(sae: SAE, key: str, origin: Origin) -> Set
     if hasattr(config, "k"):
         trainer["k"] = config.k
         tensors["k"] = torch.tensor(config.k, dtype=torch.int32)
-        tensors["threshold"] = torch.tensor(-1.0)  # a TopK has none
+        tensors["threshold"] = torch.tensor(-1.0)  # below 0: not set, as in a TopK
     if hasattr(sae, "threshold") and hasattr(config, "k"):
         tensors["threshold"] = sae.threshold[0].clone()
         if (sae.threshold != tensors["threshold"]).any():

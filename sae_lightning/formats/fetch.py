@@ -21,7 +21,7 @@ MAIN = "main"  # the default revision
 COMMIT = re.compile("[0-9a-f]{40}")
 RUN_CONFIG = "config.yaml"  # of a run, published with its SAE
 ANSWER_TIMEOUT = 10.0  # seconds for a first answer, before a cached copy is used
-ATTEMPTS = 3
+ATTEMPTS = 3  # at each request or download
 MB = 1e6
 
 
@@ -81,6 +81,7 @@ def fetch_saved(address: str | os.PathLike) -> Path:
         commit = _find_commit(parsed)
         if commit is None:
             return _find_cached(parsed, _read_cached_commit(parsed))
+        # what a branch or tag stands for may have changed, but a commit never changes
         if commit == parsed.revision and (cached := _find_cached(parsed, commit)):
             return cached
         path = _choose_on_hub(address, parsed, commit)
@@ -103,6 +104,7 @@ def _find_commit(parsed: HubAddress) -> str | None:
     try:
         return _retry(HfApi().model_info, parsed.repo, **settings).sha
     except (HTTPError, OfflineModeIsEnabled) as error:
+        # below 429 (too many requests), the answer is final: no such repository, or no access to it
         refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 429
         if refused or _find_cached(parsed, _read_cached_commit(parsed)) is None:
             raise
@@ -161,7 +163,7 @@ def _list_sizes(parsed: HubAddress, path: str, commit: str) -> dict[str, int]:
                 f"{parsed.revision}; leave out the last part of the path for a list"
             )
         if any(isinstance(entry, RepoFile) for entry in entries if entry.path == path):
-            folder = str(PurePosixPath(path).parent).removeprefix(".")
+            folder = str(PurePosixPath(path).parent).removeprefix(".")  # "" at the top
     tree = api.list_repo_tree(parsed.repo, folder or None, recursive=True, revision=commit)
     entries = (*tree, *settings_above)
     return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
@@ -169,7 +171,7 @@ def _list_sizes(parsed: HubAddress, path: str, commit: str) -> dict[str, int]:
 
 def _list_settings_above(path: str) -> list[str]:
     """List the optional settings that a format may read from a folder above `path`."""
-    patterns = [p for row in FORMATS.values() for p in row.optional if p.startswith("../")]
+    patterns = [p for entry in FORMATS.values() for p in entry.optional if p.startswith("../")]
     folders = (path, str(PurePosixPath(path).parent))  # the SAE's, if `path` is a folder or a file
     names = {posixpath.normpath(f"{folder}/{p}") for folder in folders for p in patterns}
     return sorted(name for name in names if not name.startswith(".."))
@@ -203,6 +205,7 @@ def _find_needed(path: str, names: Iterable[str]) -> list[str]:
         return []
     folder = PurePosixPath(path).parent if path in names else PurePosixPath(path)
     config = [str(folder / RUN_CONFIG)] if str(folder / RUN_CONFIG) in names else []
+    # weights last: without them, files of a download that broke off are not taken for an SAE
     return [*saes[0].others, *config, saes[0].weights]
 
 

@@ -1,4 +1,4 @@
-"""`Format`, a row of the table FORMATS, and the steps of reading that all formats share."""
+"""`Format`, an entry of the table FORMATS, and the steps of reading that all formats share."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -98,10 +98,11 @@ SettingsAndTensors = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 class Format(NamedTuple):
-    """A row of FORMATS: how the SAEs of a tool are stored."""
+    """An entry of FORMATS: how the SAEs of a tool are stored."""
 
     files: tuple[str, ...]
-    """Patterns of the files that are needed, relative to the SAE's folder: weights, settings."""
+    """Patterns of the files that are needed, relative to the SAE's folder: first the weights, then
+    the settings, if they have a file."""
     read: Callable[[SavedFiles], StoredSAE]
     """Translates settings and tensors to ours."""
     layouts: dict[str, Layout] = {}
@@ -123,7 +124,7 @@ class Format(NamedTuple):
     @property
     def settings_file(self) -> str | None:
         """Name of the file that holds the settings; None if the format has no such file."""
-        return next(iter((*self.files, *self.optional)[1:]), None)
+        return next(iter((*self.files, *self.optional)[1:]), None)  # the first: the weights
 
 
 def is_match(name: str, pattern: str) -> bool:
@@ -200,12 +201,12 @@ def check_tensors(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name}: {wrong:,} of {x.numel():,} numbers are not finite")
 
 
-def rename_tensors(row: Format, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_tensors(entry: Format, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert stored tensors to our names, our orientation and float32; ValueError if two have the
     same name, or for what `check_tensors` refuses."""
     check_tensors(tensors)
-    our_names, weights = dict(row.aliases), {}
-    for layout in row.layouts.values():
+    our_names, weights = dict(entry.aliases), {}
+    for layout in entry.layouts.values():
         our_names |= layout.names
     for name, tensor in tensors.items():
         ours, tensor = our_names.get(name, name), tensor.float()
@@ -232,10 +233,11 @@ def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
         if name in weights and factor != 1:
             weights[name] = weights[name] * factor
     if stored.rescale:
-        norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
+        norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)  # rows may be all 0
         weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms, weights["b_enc"] * norms
         weights["W_dec"] = weights["W_dec"] / norms[:, None]
         if "threshold" in weights:
+            # it applies to products with the stored norms, which are scale_out times these norms
             weights["threshold"] = weights["threshold"] / stored.scale_out
     if "threshold" in weights and weights["threshold"].numel() == 1:
         threshold = weights["threshold"].reshape(()).clamp(min=0)

@@ -32,6 +32,7 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
     cfg, tensors = files.settings, dict(files.tensors)
     activation, norm_setting = _check_settings(files)
     hooks = [cfg["hook_point_in"], cfg.get("hook_point_out", cfg["hook_point_in"])]
+    # by hook, or by side (`in` and `out`)
     mean_norms = _pop_mean_norms(tensors) | cfg.get(MEAN_NORMS, {})
     weights = rename_tensors(LLAMASCOPIUM, tensors)
     if not cfg.get("use_decoder_bias", True):
@@ -110,7 +111,7 @@ def make_llamascopium_settings(sae: SAE, key: str, origin: Origin) -> SettingsAn
         "act_fn": key,
         "norm_activation": "inference",
         "sparsity_include_decoder_norm": False,
-        "top_k": getattr(sae.config, "k", 50),
+        "top_k": getattr(sae.config, "k", 50),  # without a k, the number has no effect
         "hook_point_in": sites.source.hook_name,
         "hook_point_out": sites.target.hook_name,
         "use_glu_encoder": False,

@@ -32,9 +32,9 @@ def load_sae(path: str | os.PathLike) -> SAE:
     The SAE is on the CPU, frozen, in float32; `sae.metadata` says what it was trained on.
     """
     path = fetch_saved(path)
-    row, folder, file = _find_weights(path)
+    entry, folder, file = _find_weights(path)
     try:
-        stored = row.read(_read_files(row, folder, file))
+        stored = entry.read(_read_files(entry, folder, file))
         sae = _build(stored._replace(weights=fold_scales(stored)))
         check_tensors(sae.weights())  # folding in a scale may have overflowed
         expect(stored.metadata, dict, "metadata")
@@ -67,24 +67,24 @@ def _find_weights(path: Path) -> tuple[Format, Path, Path]:
     below_root = path.absolute().relative_to(root).as_posix() if path.is_file() else "."
     saes = find_saes(below_root, names)
     if not saes:
-        patterns = ", ".join(dict.fromkeys(row.files[0] for row in FORMATS.values()))
+        patterns = ", ".join(dict.fromkeys(entry.files[0] for entry in FORMATS.values()))
         raise UserError(
             f"{path} holds no saved SAE: give a run folder (outputs/<day>/<time>), or a folder or "
             f"file of another tool ({patterns})"
         )
-    row, folder, weights, _ = saes[0]
+    entry, folder, weights, _ = saes[0]
     if len(saes) > 1:
         raise UserError(
             f"{path} holds {len(saes)} SAEs: give one of the files, such as {root / weights}"
         )
-    return row, root / folder, root / weights
+    return entry, root / folder, root / weights
 
 
-def _read_files(row: Format, folder: Path, file: Path) -> SavedFiles:
+def _read_files(entry: Format, folder: Path, file: Path) -> SavedFiles:
     """Read settings and weights; FileNotFoundError if the settings are needed and missing."""
-    settings_file = folder / (row.settings_file or file.name)
+    settings_file = folder / (entry.settings_file or file.name)
     settings = {}
-    if row.settings_file and (row.settings_file in row.files or settings_file.exists()):
+    if entry.settings_file and (entry.settings_file in entry.files or settings_file.exists()):
         settings = read_settings_file(settings_file)
     return SavedFiles(file, settings_file, settings, read_weights(file))
 

@@ -66,6 +66,7 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
     )
     scale = _read_scale(files.settings_file, cfg.get("normalize_activations") or "none")
     weights, metadata = rename_tensors(SAELENS, files.tensors), cfg.get("metadata", cfg)
+    # where a key is missing, SAELens' default holds
     centred = "transcoder" not in kind and cfg.get("apply_b_dec_to_input", True)
     options = metadata.get("model_from_pretrained_kwargs", {})
     has_layernorm = str(metadata.get("model_name")).startswith(LAYERNORM_MODELS)
@@ -94,13 +95,13 @@ def _center_dimensions(weights: dict[str, Tensor], centred: bool) -> dict[str, T
 def _check_own_settings(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that this project wrote; UserError if the architecture or a setting is
     unknown."""
-    row = ARCHITECTURES.get(settings["name"])
-    if row is None:
+    entry = ARCHITECTURES.get(settings["name"])
+    if entry is None:
         raise UserError(
             f"{file}: there is no architecture {settings['name']} here; add the plugin that "
             "brings it, plugins=[...] (in Python: import it), or update"
         )
-    if unknown := settings.keys() - {field.name for field in fields(row.config)}:
+    if unknown := settings.keys() - {field.name for field in fields(entry.config)}:
         key = min(unknown)
         raise UserError(
             f"{file}: {OWN_KEY}.{key}={settings[key]} was written by another version: update, or "
@@ -129,7 +130,7 @@ def _read_scale(file: Path, normalisation: str | bool) -> float:
     if normalisation == "none":
         return 1.0
     setting = f"{file}: normalize_activations={normalisation}"
-    if normalisation not in (True, "expected_average_only_in"):
+    if normalisation not in (True, "expected_average_only_in"):  # True in old versions
         raise UserError(
             f"{setting} cannot be folded into the weights; only expected_average_only_in can"
         )

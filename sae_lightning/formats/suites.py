@@ -14,7 +14,7 @@ USUAL_L0 = 100.0
 
 
 class Suite(NamedTuple):
-    """A row: `hub:<suite>/<parts>` stands for a path in a repository."""
+    """An entry of SUITES: `hub:<suite>/<parts>` stands for a path in a repository."""
 
     parts: str
     """Names of the parts after the suite's name."""
@@ -91,7 +91,7 @@ def expand_suite(name: str) -> tuple[str, tuple[str, ...]] | None:
         return None
     suite, values = SUITES[first], {}
     parts = suite.parts.split()
-    for part, short_name in zip(parts, short_names, strict=False):
+    for part, short_name in zip(parts, short_names, strict=False):  # numbers are compared below
         names = suite.names.get(part)
         if names and short_name not in names:
             raise UserError(
@@ -119,7 +119,8 @@ def choose_path(paths: tuple[str, ...], list_folder: Callable[[str], list[str]])
 
 
 def _measure_distance(path: str) -> tuple[float, float]:
-    """Distance from USUAL_L0 of the L0 at the end of the path, and that L0."""
+    """Distance from USUAL_L0 of the L0 at the end of the path, and that L0 (0 if the path has
+    none)."""
     match = re.search(r"\d+(\.\d+)?$", path)
     l0 = float(match[0]) if match else 0.0
     return abs(l0 - USUAL_L0), l0

@@ -1,4 +1,4 @@
-"""The table of formats; a new format is a new row."""
+"""The table of formats; a new format is a new entry."""
 
 import glob
 import posixpath
@@ -16,7 +16,7 @@ from sae_lightning.formats.named_files import GOODFIRE, QWEN_SCOPE
 from sae_lightning.formats.saelens import SAELENS
 from sae_lightning.formats.sparsify import SPARSIFY
 
-# Earlier rows take precedence where several match.
+# Earlier entries take precedence where several match.
 FORMATS = {
     "saelens": SAELENS,
     "sparsify": SPARSIFY,
@@ -48,13 +48,13 @@ def find_format(names: Collection[str], weights: str | None = None) -> Format | 
         return any(is_match(name, pattern) for name in among)
 
     weights_files = names if weights is None else [weights]  # or candidates for it
-    rows = [row for row in FORMATS.values() if has_match(row.files[0], weights_files)]
-    same_weights = [row for row in rows if row.files[0] == rows[0].files[0]]
-    complete = [row for row in same_weights if all(map(has_match, row.files))]
+    entries = [entry for entry in FORMATS.values() if has_match(entry.files[0], weights_files)]
+    same_weights = [entry for entry in entries if entry.files[0] == entries[0].files[0]]
+    complete = [entry for entry in same_weights if all(map(has_match, entry.files))]
     for pattern, kind in UNREADABLE.items():
-        if not rows and has_match(pattern, weights_files):
+        if not entries and has_match(pattern, weights_files):
             raise UserError(f"{pattern} is {kind}, for which this project has no SAE")
-    return next(iter(complete + rows), None)
+    return next(iter(complete + entries), None)
 
 
 class SAEPaths(NamedTuple):
@@ -78,12 +78,13 @@ def find_saes(path: str, names: Collection[str]) -> list[SAEPaths]:
         # path below the folder -> path
         paths = {str(PurePosixPath(name).relative_to(folder)): name for name in in_folder}
         file = str(location.relative_to(folder)) if is_file else None
-        if row := find_format(paths, file):
+        if entry := find_format(paths, file):
             root = glob.escape(str(folder))
-            patterns = [posixpath.normpath(f"{root}/{p}") for p in (*row.files, *row.optional)]
-            weights = [file] if is_file else [n for n in paths if is_match(n, row.files[0])]
+            patterns = [posixpath.normpath(f"{root}/{p}") for p in (*entry.files, *entry.optional)]
+            weights = [file] if is_file else [n for n in paths if is_match(n, entry.files[0])]
             others = [n for n in names if any(is_match(n, pattern) for pattern in patterns[1:])]
             return [
-                SAEPaths(row, str(folder), paths[name], sorted(others)) for name in sorted(weights)
+                SAEPaths(entry, str(folder), paths[name], sorted(others))
+                for name in sorted(weights)
             ]
     return []

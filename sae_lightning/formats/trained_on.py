@@ -22,6 +22,7 @@ HUB_NAMES = {
     "tiny-stories-33M": "roneneldan/TinyStories-33M",
     "tiny-stories-1L-21M": "roneneldan/TinyStories-1Layer-21M",
 }
+# Beginning of another model name without an owner -> its owner on the hub.
 HUB_OWNERS = {"gpt2-": "openai-community", "pythia-": "EleutherAI", "gemma-": "google"}
 HUB_OWNERS |= {"Llama-": "meta-llama", "Qwen": "Qwen", "Mistral-": "mistralai"}
 # Hook and module names of TransformerLens and transformers, with the block's index -> kind of site,
@@ -150,7 +151,7 @@ def _read_hook(hook: str | None, address: str) -> tuple[int, Kind]:
     """Find the block index and the kind of site that a hook name stands for."""
     for pattern, (kind, offset) in HOOK_PATTERNS.items():
         match = hook and re.fullmatch(pattern, hook)
-        if match and int(match[1]) + offset >= 0:
+        if match and int(match[1]) + offset >= 0:  # the input of block 0 is no site of ours
             return int(match[1]) + offset, kind
     problem = "does not say where its SAE reads"
     for pattern, meaning in OTHER_HOOKS.items():

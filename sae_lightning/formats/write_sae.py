@@ -14,7 +14,9 @@ from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.formats.table import FORMATS
 from sae_lightning.sae import SAE
 
-WRITABLE = tuple(name for name, row in FORMATS.items() if row.make_settings or name == "saelens")
+WRITABLE = tuple(
+    name for name, entry in FORMATS.items() if entry.make_settings or name == "saelens"
+)
 
 
 @torch.no_grad()
@@ -24,10 +26,10 @@ def write_sae(name: str, sae: SAE, origin: Origin, folder: Path) -> None:
     if name == "saelens":  # the saved format, which expresses every SAE
         save_sae(folder, sae, sae.weights(), origin.metadata)
         return
-    row, key = FORMATS[name], choose_layout(name, sae, origin)
-    settings, tensors = row.make_settings(sae, key, origin)
-    tensors = convert_weights(row.layouts[key], sae) | tensors
-    file = row.files[0]
+    entry, key = FORMATS[name], choose_layout(name, sae, origin)
+    settings, tensors = entry.make_settings(sae, key, origin)
+    tensors = convert_weights(entry.layouts[key], sae) | tensors
+    file = entry.files[0]
     if "*" in file:  # a file for each block
         file = file.replace("*", str(origin.require_sites().source.layer))
     with write_atomically(folder / file) as temporary:
@@ -35,21 +37,21 @@ def write_sae(name: str, sae: SAE, origin: Origin, folder: Path) -> None:
             save_file(tensors, temporary)
         else:
             torch.save(tensors, temporary)
-    if row.settings_file.endswith(".json"):
-        write_json(folder / row.settings_file, settings)
+    if entry.settings_file.endswith(".json"):
+        write_json(folder / entry.settings_file, settings)
     else:
-        with write_atomically(folder / row.settings_file) as temporary:
+        with write_atomically(folder / entry.settings_file) as temporary:
             temporary.write_text(yaml.safe_dump(settings), encoding="utf8")
 
 
 def choose_layout(name: str, sae: SAE, origin: Origin) -> str:
     """Choose the key in `layouts` of the format `name` under which `sae` is written; UserError if
     the format has none."""
-    row, architecture = FORMATS[name], sae.config.name
+    entry, architecture = FORMATS[name], sae.config.name
     if origin.is_transcoder:
-        keys, noun, others = row.transcoders, "transcoder", "autoencoders"
+        keys, noun, others = entry.transcoders, "transcoder", "autoencoders"
     else:
-        keys, noun, others = row.autoencoders, "autoencoder", "transcoders"
+        keys, noun, others = entry.autoencoders, "autoencoder", "transcoders"
     if not keys:
         raise UserError(
             f"format={name} has no place for this {noun}: it holds {others} only; choose another "
@@ -61,7 +63,7 @@ def choose_layout(name: str, sae: SAE, origin: Origin) -> str:
             "another format"
         )
     key = keys[architecture]
-    our_names = row.layouts[key].names.values()
+    our_names = entry.layouts[key].names.values()
     if sae.config.skip and not any(name.startswith("W_skip") for name in our_names):
         raise UserError(
             f"format={name} has no skip connections (model.skip): choose another format"
@@ -81,6 +83,7 @@ def convert_weights(layout: Layout, sae: SAE) -> dict[str, Tensor]:
         weights = center_encoder(sae)
     if "threshold" in weights:
         smallest = torch.finfo(torch.float32).tiny
+        # a threshold may be 0, which has no finite logarithm
         weights["log_threshold"] = weights["threshold"].clamp(min=smallest).log()
     tensors = {}
     for theirs, ours in layout.names.items():

@@ -21,7 +21,7 @@ LINEAR_BINS = 50  # equally wide bins of a histogram; of strengths, 10 to each i
 
 def find_interval(strength: Tensor, maximum: Tensor) -> Tensor:
     """Find the index of the interval that each strength lies in, int64; 0 is the top interval,
-    which holds the maximum."""
+    which holds the maximum, and INTERVALS - 1 the lowest, which holds 0."""
     share = strength / maximum.clamp_min(torch.finfo(torch.float32).tiny)
     return INTERVALS - (share * INTERVALS).ceil().clamp(1, INTERVALS).long()
 

@@ -18,7 +18,7 @@ CLAIMS = {
     "recovered": "recovers {} of the concepts",
     "stable": "repeats {} of its features under another seed",
 }
-# Control -> what training adds in the trained SAE that it does not in the control.
+# Control -> what the training of the SAE includes and that of the control does not.
 ADDED_BY_TRAINING = {
     "frozen_decoder": "training the decoder",
     "soft_frozen_decoder": "letting decoder directions leave their random start",
@@ -44,7 +44,8 @@ class Comparison(NamedTuple):
 
 def compare_with_controls(means: MeansTable) -> list[Comparison]:
     """Compare each trained SAE with its best control in every metric that has a better direction.
-    A control whose L0 is within 10 % of the trained SAE's is preferred to all others."""
+    A control whose L0 is within 10 % of the trained SAE's is preferred to all others. Metrics that
+    are NaN are left out."""
     comparisons = []
     for row, kind in enumerate(means.kinds):
         if kind != TRAINED:

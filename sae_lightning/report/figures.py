@@ -51,7 +51,8 @@ def make_figure(x: str, y: str, **layout: Any) -> "Figure":
 
 
 def plot_histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) -> "Figure":
-    """Draw a histogram of the finite `values` [n]; the page holds the counts, not the values."""
+    """Draw a histogram of the finite `values` [n], without bars if there are none; the page holds
+    the counts, not the values."""
     values = values[values.isfinite()].double().cpu()
     low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 1.0)
     middle, size = (low + high) / 2, max(abs(low), abs(high))
@@ -104,9 +105,10 @@ def plot_tradeoff(
     )
     trained, controls = points[points.control == ""], points[points.control != ""]
     fronts = ((controls, "front of controls", "dot"), (trained, "front of trained SAEs", "solid"))
-    for rank, (candidates, name, dash) in zip((4, 2), fronts, strict=True):
+    # in the legend, each front comes after its points, which have the ranks 1 and 3
+    for legend_rank, (candidates, name, dash) in zip((4, 2), fronts, strict=True):
         if len(candidates):
-            style = {"name": name, "legendrank": rank, "showlegend": len(controls) > 0}
+            style = {"name": name, "legendrank": legend_rank, "showlegend": len(controls) > 0}
             _draw_front(figure, candidates, dash, style)
     for i, (name, group) in enumerate(controls.groupby("control")):
         symbol = f"{SHAPES[i % len(SHAPES)]}-open"

@@ -86,6 +86,8 @@ class MeansTable:
         return Estimates(*columns, seeds=self.seeds)
 
     def _find_best(self, name: str) -> np.ndarray:
+        """Mark the rows that the best one does not beat by more than the noise, bool [rows]; no row
+        if neither direction is better, or all values are NaN."""
         values, better = self.estimate(name), METRIC_COLUMNS[name].better
         if not better or np.isnan(values.mean).all():
             return np.zeros(len(self.members), bool)
@@ -116,7 +118,7 @@ class MeansTable:
         """Format a cell: the value of a single run, or mean ± spread."""
         value = self.frame.at[row, name]
         if len(self.members[row]) > 1 and np.isnan(value):
-            value = None
+            value = None  # a dash: some finished run lacks it, or none has finished
         return self._format(name, value, self.shown_spread.at[row, name])
 
     def format_compared(self, row: int, name: str) -> str:

@@ -18,7 +18,7 @@ CRITICAL_T = np.array(
 
 
 def find_critical_t(freedom: np.ndarray | float) -> np.ndarray:
-    """Critical value for degrees of freedom, rounded down to those of the table."""
+    """Critical value for degrees of freedom, rounded down and limited to those of the table."""
     return CRITICAL_T[np.clip(freedom, 1, len(CRITICAL_T)).astype(int) - 1]
 
 
@@ -53,6 +53,7 @@ def differ_significantly(a: Estimates, b: Estimates) -> np.ndarray:
     # a borrowed spread has the degrees of freedom of the side that it comes from
     one_sided = np.isnan(a.spread) | np.isnan(b.spread)
     freedom = np.where(one_sided, np.maximum(a.seeds, b.seeds) - 1, freedom)
+    # freedom is NaN if neither side varies: the noise is 0 then, whatever the critical value
     allowed = find_critical_t(np.nan_to_num(freedom, nan=1.0)) * np.sqrt(variance_a + variance_b)
     noise = np.nan_to_num(np.maximum(allowed, np.maximum(spread_a, spread_b)))
     return np.abs(a.mean - b.mean) > noise

@@ -104,7 +104,7 @@ def render_page(page: AnalysisPage, page_data: PageData | None) -> str:
 
 
 def _break_lines(token: str) -> "Markup":
-    """The token as shown, with a line break after each ↵ in it."""
+    """The token as shown, with a line break after each ↵, by which a newline in it is shown."""
     from markupsafe import escape
 
     return escape(show_token(token)).replace("↵", "↵\n")

@@ -209,11 +209,13 @@ def _to_array(values: Tensor, dtype: str | np.dtype) -> np.ndarray:
 
 
 def _describe_layout(fields: Fields) -> list[tuple[str, str, int]]:
-    """(name, dtype, numbers per unit) of each field, in the order of the block."""
+    """(name, dtype without byte order, numbers per unit or sequence) of each field, in the order of
+    the block."""
     return [(name, values.dtype.str[1:], values[0].size) for name, values in fields.items()]
 
 
 def _pack(fields: Fields) -> str:
+    """Pack a block, as the module's docstring says."""
     packed = []
     for values in fields.values():
         numbers = values.reshape(-1)

@@ -44,6 +44,7 @@ def _make_columns(catalogue: Catalogue, first: int, vocabulary: pa.Array) -> dic
         "density": _to_array(statistics.densities),
         "mean": _to_array(statistics.mean),
         "maximum": _to_array(statistics.maximum),
+        # counts are never below 0: every one is in the lists
         "histogram": _make_lists(statistics.histogram, statistics.histogram >= 0),
         "examples": _make_example_lists(catalogue.top, vocabulary),
         "examples_of_all_strengths": _make_example_lists(catalogue.random, vocabulary),
@@ -68,7 +69,7 @@ def _make_columns(catalogue: Catalogue, first: int, vocabulary: pa.Array) -> dic
         if effect.histogram is not None:
             for name in ("raised", "lowered", "histogram"):
                 values = getattr(effect, name)
-                columns[f"effect_{name}"] = _make_lists(values, values == values)
+                columns[f"effect_{name}"] = _make_lists(values, values == values)  # without NaN
     if (bins := catalogue.linear_histogram) is not None:
         columns["linear_histogram"] = _make_lists(bins, bins >= 0)
     return columns

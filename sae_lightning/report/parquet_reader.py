@@ -64,12 +64,13 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
     Lists are padded to the longest, [units, k]. Any exception means that the file is damaged.
     """
     columns = dict(_combine_columns(pyarrow.parquet.read_table(path)))
+    # the first column has the number of each unit, and is named after their kind
     kind, ids = next(iter(columns)), {word: i for i, word in enumerate(vocabulary)}
     last, tokens = len(columns[kind]) - 1, read_header(path).tokens
     numbers = {"firing_counts": _read_integers(columns["fired"], MAX_COUNT)}
     numbers |= {name: _read_reals(columns[name]) for name in ("mean", "maximum")}
     histogram = _read_counts(columns["histogram"], len(EDGES) - 1)
-    if not 1 <= tokens <= 2**53:
+    if not 1 <= tokens <= 2**53:  # JavaScript's integers are exact up to this
         raise ValueError(f"{tokens} tokens")
     examples = [_read_examples(columns[n], ids) for n in ("examples", "examples_of_all_strengths")]
     statistics = Statistics(tokens, **numbers, histogram=histogram)
@@ -115,6 +116,7 @@ def _read_effect(columns: dict[str, pa.Array], ids: dict[str, int]) -> LogitEffe
 
 
 def _combine_columns(table: pa.Table):
+    """Yield the name and the values of each column, as one array."""
     for name in table.column_names:
         column = table[name].combine_chunks()
         yield name, column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -63,7 +63,7 @@ def print_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -
         console.print()
         console.print(_make_heading(catalogue, unit), soft_wrap=False, width=_count_columns())
         for n, strength in enumerate(top.peak_strength[unit, :examples].tolist()):
-            if strength > 0:
+            if strength > 0:  # 0 where the unit has fewer examples
                 tokens = [catalogue.vocabulary[i] if i >= 0 else "" for i in top.tokens[unit, n]]
                 shares = top.strengths[unit, n] / catalogue.statistics.maximum[unit]
                 bars, line = _align_example([*map(show_token, tokens)], shares.tolist())
@@ -100,6 +100,7 @@ def _make_table(results: ResultTable) -> Table:
     """Lay out a table; if it is too wide, rich wraps its widest columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, (heading, *cells) in enumerate(zip(results.header, *results.rows, strict=True)):
+        # the first column always holds words
         is_text = i == 0 or max(map(cell_len, cells), default=0) > MAX_NUMBER_WIDTH
         table.add_column(
             Text(make_visible(heading)), justify="left" if is_text else "right", overflow="fold"
@@ -140,7 +141,7 @@ def isolate(token: str) -> str:
 
 def _draw_bar(share: float, text: str) -> str:
     """Draw a bar over each column of `text` except its leading spaces; `share` is the height as a
-    fraction of the full height."""
+    fraction of the full height, without a bar for 0 and less."""
     bar = BARS[max(1, round(share * (len(BARS) - 1)))] if share > 0 else " "
     word = text.lstrip(" ") or text
     return " " * (len(text) - len(word)) + bar * cell_len(word)

@@ -47,8 +47,9 @@ def write_report(folder: Path, runs: list[SweepRun]) -> None:
 
 
 def _write_csv(path: Path, frame: "pd.DataFrame") -> None:
-    """Write with full precision. NaN becomes "nan", so that it differs from a missing number."""
-    frame = frame.mask(frame.map(lambda value: value != value), "nan")
+    """Write `frame` with all digits of its numbers. NaN becomes "nan", so that it differs from a
+    missing number."""
+    frame = frame.mask(frame.map(lambda value: value != value), "nan")  # only NaN is not itself
     is_text = frame.map(lambda value: isinstance(value, str))
     frame = frame.mask(is_text, frame.map(disarm_formula)).rename(columns=disarm_formula)
     with write_atomically(path) as temporary:

@@ -177,7 +177,9 @@ class SweepTable:
         self.frame = pd.DataFrame(rows, columns=names, dtype=object)
         """Columns: `keys`, all metrics by name, then RUN_COLUMNS."""
         self.metrics = [name for name in measured if name not in {*self.keys, *RUN_COLUMNS}]
+        """Names of all metrics that a run has."""
         self.columns = {name: column for name, column in METRIC_COLUMNS.items() if name in measured}
+        """Those of METRIC_COLUMNS that a run has."""
         self.is_finished = self.frame.status == "finished"
         values = self.frame.reindex(columns=[*METRIC_COLUMNS, "ce_zero", "ce_clean"]).astype(float)
         values["ce_recovered"] = cap_recovered(values.ce_recovered, values.ce_zero, values.ce_clean)
@@ -186,6 +188,7 @@ class SweepTable:
         """Comparable metrics: finite ones of finished runs, NaN elsewhere."""
 
     def _read_swept(self, run: SweepRun) -> dict[str, str]:
+        """Each of `keys` -> its value in the run: as typed, or else as saved; "" if unknown."""
         return {
             key: run.override_values.get(key, str(run.settings.get(key, ""))) for key in self.keys
         }
@@ -217,7 +220,8 @@ def find_swept(overrides: Sequence[dict[str, str]]) -> list[str]:
 def cap_recovered(share: Any, ce_zero: Any, ce_clean: Any) -> Any:
     """Cap CE recovered at 1 for comparing runs: above 1 the LLM predicts better from
     reconstructions than from activations, which does not make them more faithful. NaN where zero
-    ablation does not increase the CE, because there is nothing to recover."""
+    ablation does not increase the CE, because there is nothing to recover. For numbers, or
+    elementwise for series."""
     return np.where(ce_zero <= ce_clean, np.nan, np.minimum(share, 1))
 
 
@@ -229,7 +233,8 @@ def measure_gap_closed(before: dict[str, float], after: dict[str, float]) -> flo
 
 
 def make_natural_key(value: str) -> tuple[bool, float, str]:
-    """Make a sort key that puts numbers, by value, before words: (is a word, number, word)."""
+    """Make a sort key that puts numbers, by value, before words: (is a word, number, word).
+    `nan` counts as a word, because NaN cannot be sorted."""
     try:
         number = float(value)
     except ValueError:

@@ -29,6 +29,7 @@ from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.terminal import name_program
 
+# Settings that may hold a path, in which a leading `~` is expanded.
 PATH_SETTINGS = (
     "resume",
     "run",
@@ -126,9 +127,9 @@ def allow_new_dict_keys(arguments: list[str]) -> list[str]:
 def find_text_settings() -> dict[str, bool]:
     """Name of each setting of type `str` -> whether it may be null."""
     schemas = [("", Config), *(("", task) for task in list_tasks().values())]
-    schemas += [("model.", row.config) for row in ARCHITECTURES.values()]
-    schemas += [("loss.", row.loss) for row in ARCHITECTURES.values()]
-    schemas += [("data.", row.settings) for row in SOURCES.values()]
+    schemas += [("model.", entry.config) for entry in ARCHITECTURES.values()]
+    schemas += [("loss.", entry.loss) for entry in ARCHITECTURES.values()]
+    schemas += [("data.", entry.settings) for entry in SOURCES.values()]
     may_be_null = {}
     while schemas:
         prefix, schema = schemas.pop()
@@ -158,7 +159,7 @@ def sweep_settings_of_swept_groups(arguments: list[str]) -> list[str]:
 
     Hydra first composes a config without the swept arguments. In `-m model=topk,batch_topk
     model.k=32` it would refuse `model.k`, because the default model has no `k`. A sweep of `model`
-    is also one of `loss`.
+    is also one of `loss`, because each model brings its own loss.
     """
     if not is_multirun(arguments):
         return arguments
@@ -235,14 +236,15 @@ def _quote_text(argument: str, multirun: bool, text_settings: dict[str, bool]) -
     is_path = setting in PATH_SETTINGS
     if not equals or not (is_path or setting in text_settings):
         return argument
-    may_be_null = text_settings.get(setting, True)
+    may_be_null = text_settings.get(setting, True)  # unknown: Hydra's own paths, llm.load
     if value == "null" and may_be_null:
         return argument
+    # Python decodes bytes that are not UTF-8 to these code points
     if not is_path and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"{setting}: the text is not UTF-8; use a terminal with a UTF-8 locale")
     has_syntax = (is_path or multirun) and HYDRA_SYNTAX.search(value)
     if has_syntax or (multirun and re.match(r"\w+\(", value)):
-        return argument  # the user has written it for Hydra
+        return argument  # the user has written it for Hydra, such as choice(a,b)
     if is_path and "," in value and not multirun and setting not in SINGLE_PATHS:
         return argument  # Hydra will report that several values need -m
     expand = os.path.expanduser if is_path else str

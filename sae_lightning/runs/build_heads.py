@@ -20,7 +20,9 @@ def build_heads(planned: PlannedPass, modules: dict[Site, str]) -> list[Head]:
     for index in planned.own_share:
         job, pair = planned.jobs[index], planned.sites[index]
         head = make_head(job, pair, planned.llm, world() if index in planned.split else ALONE)
+        # a checkpoint replaces the start
         head.start = None if planned.steps_done else job.config.model.start
+        # of several ranks that train the SAE, the first writes
         writer = next(rank for rank, share in enumerate(planned.shares) if index in share)
         head.writes = writer == world().rank
         log_type = HeadLog if head.writes else SilentLog

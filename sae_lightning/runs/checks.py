@@ -67,7 +67,8 @@ class CheckedJob(NamedTuple):
 
 
 def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
-    """Check jobs that share the stream half; UserError for the first problem."""
+    """Check jobs that share the stream half; UserError for the first problem. Prints a warning for
+    each start that was trained on another LLM."""
     config = jobs[0].config
     assert len({job.config.stream_key() for job in jobs}) == 1, "jobs must share the stream half"
     if config.trainer.accelerator is Accelerator.gpu and not torch.accelerator.is_available():
@@ -96,11 +97,12 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
     warnings = [
         check_start(job.config, pair, llm)
         for job, pair, done in zip(jobs, sites, steps_done, strict=True)
-        if job.config.model.start and not done
+        if job.config.model.start and not done  # a checkpoint replaces the start
     ]
     for warning in dict.fromkeys(filter(None, warnings)):
         console.print(make_visible(warning))
-    # of the shuffle pool, which the jobs share; it is on disk twice while a checkpoint is replaced
+    # each job's part of the shuffle pool, at most 4 bytes a number; it is on disk twice while a
+    # checkpoint is replaced
     pool_bytes = 2 * 4 * llm.width * config.data.pool * len(distinct_sites(sites)) // len(jobs)
     return [
         CheckedJob(job, pair, done, llm, _count_checkpoint_bytes(job, pair, llm) + pool_bytes)
@@ -121,8 +123,9 @@ def _check_folder(job: Job) -> None:
 
 
 def _check_shared(job: Job, first: Job) -> None:
-    """UserError if a job of a pass differs from the first one in settings that they share, though
-    these do not change its results."""
+    """UserError if a job differs from the `first` of its pass in settings of the cache or of
+    devices. (They are not in the stream key, because they change no result, but a pass has only one
+    value of each.)"""
     if job.config.data != first.config.data:
         raise UserError(
             "data.cache, data.cache_folder: jobs on one pass of the LLM share its cache; give all "

@@ -46,7 +46,7 @@ from sae_lightning.terminal import make_visible
 DEBUG = "SAE_LIGHTNING_DEBUG"
 # Group -> the setting that a value is probably for: `layer=9` means `layer.index=9`.
 MAIN_SETTINGS = {"layer": "index", "llm": "name", "data": "path", "model": "features"}
-# Sweeper or launcher -> the command that installs it.
+# Sweeper or launcher of Hydra -> the command that installs it.
 PLUGIN_INSTALLS = {
     "optuna": 'pip install -c constraints.txt -e ".[optuna]"',
     "submitit_slurm": 'pip install -c constraints.txt -e ".[submitit]"',
@@ -77,7 +77,7 @@ def report_errors(folder: Path | None = None, multirun: bool = False) -> Iterato
         yield
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, as shells report it
     except Exception as error:
         message = explain_error(error, sys.argv[1:])
         if multirun:
@@ -103,7 +103,8 @@ def rewrite_arguments(arguments: list[str]) -> list[str]:
 
 
 def refuse_other_ranks() -> None:
-    """UserError on all ranks but 0 if a launcher has started several with this command."""
+    """UserError on all ranks but 0 if torchrun, srun or submitit has started several with this
+    command."""
     if (launched := find_launched_rank()) and launched.rank > 0:
         raise UserError(
             f"task {launched.rank} of {launched.size}: the first one does all the work, so this "
@@ -143,7 +144,7 @@ def remove_unused_folder(folder: Path) -> None:
 def explain_error(error: BaseException, overrides: list[str]) -> str | None:
     """One line about an error that the user can correct; None for a bug. `overrides`: the
     arguments that were typed, for the message."""
-    for cause in list_causes(error, contexts=False):
+    for cause in list_causes(error, contexts=False):  # a context may be an unrelated error
         if line := describe_system_error(cause):
             return line
         if isinstance(cause, UserError):
@@ -212,9 +213,10 @@ def _describe_number_for_group(overrides: list[str]) -> str:
 
 def _find_sparsity_coefficient(overrides: list[str]) -> str | None:
     """Name of the sparsity coefficient of the chosen model's loss, if it has one."""
+    # train.py's default, then what is typed
     models = ["relu", *(o.removeprefix("model=") for o in overrides if o.startswith("model="))]
-    row = ARCHITECTURES.get(models[-1])
-    return row and row.loss().sparsity
+    entry = ARCHITECTURES.get(models[-1])
+    return entry and entry.loss().sparsity
 
 
 def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str]) -> str:
@@ -229,8 +231,8 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
             "it out"
         )
     tables = {
-        "model": {model: row.config for model, row in ARCHITECTURES.items()},
-        "loss": {model: row.loss for model, row in ARCHITECTURES.items()},
+        "model": {model: entry.config for model, entry in ARCHITECTURES.items()},
+        "loss": {model: entry.loss for model, entry in ARCHITECTURES.items()},
         "data": {preset: SOURCES[kind].settings for preset, kind in DATA_PRESETS.items()},
         "": tasks if schema in tasks.values() else {},
     }

@@ -125,19 +125,22 @@ class Config:
             names = ", ".join(ARCHITECTURES)
             raise UserError(f"model.name={name}: no such architecture; choose from {names}")
         if type(self.loss) is not ARCHITECTURES[name].loss:
-            others = [other for other, row in ARCHITECTURES.items() if row.loss is type(self.loss)]
+            others = [
+                other for other, entry in ARCHITECTURES.items() if entry.loss is type(self.loss)
+            ]
             raise UserError(
                 f"loss: this is not the objective of model.name={name} but of "
                 f"{' and '.join(f'model={other}' for other in others)}; choose model=..., which "
                 "brings its own loss, and leave loss=... out"
             )
         if type(self.model) is not ARCHITECTURES[name].config:
-            owners = [o for o, row in ARCHITECTURES.items() if row.config is type(self.model)]
+            owners = [o for o, entry in ARCHITECTURES.items() if entry.config is type(self.model)]
             raise UserError(
                 f"model.name={name}: these are settings of model={' and model='.join(owners)}; "
                 f"a preset of your own says which: name: {owners[0]}"
             )
-        if self.model.skip and self.layer.target in (None, self.layer.source):
+        is_autoencoder = self.layer.target in (None, self.layer.source)  # None: the source
+        if self.model.skip and is_autoencoder:
             raise UserError(
                 "model.skip=true: an autoencoder's skip connection would copy its input; only a "
                 "transcoder has one (layer=transcoder, or layer.target)"
@@ -183,7 +186,7 @@ class Config:
 
     @property
     def tuned_from(self) -> int | None:
-        """The update at which fine-tuning with `loss.kl` begins; None without it."""
+        """The update (counted from 0) at which fine-tuning with `loss.kl` begins; None without."""
         if not self.loss.kl:
             return None
         return find_tuning_start(self.trainer.steps, self.loss.kl_from)
@@ -225,8 +228,8 @@ class Config:
 
 
 def list_options() -> dict[str, list[str]]:
-    """Group -> its presets in conf/, and its options without one."""
-    groups: dict[str, list[str]] = {"model": []}
+    """Group -> names of its options: presets in conf/, and those that Hydra's store holds."""
+    groups: dict[str, list[str]] = {"model": []}  # conf/ has no presets of model
     for path in Path(find_conf_folder()).glob("*/*.yaml"):
         groups.setdefault(path.parent.name, []).append(path.stem)
     stored = ConfigStore.instance().repo
@@ -242,7 +245,8 @@ def list_presets() -> str:
 
 
 def to_dataclass(cfg: DictConfig) -> Any:
-    """The dataclass that a composed config describes; its settings are validated here."""
+    """The dataclass that a composed config describes; UserError if a setting is missing, unknown or
+    not finite, or the dataclass refuses its values."""
     try:
         for name, value in _flatten(OmegaConf.to_container(cfg, resolve=True)).items():
             check_finite(name, value)

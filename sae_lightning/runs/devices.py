@@ -35,7 +35,7 @@ from sae_lightning.terminal import console, phase
 from sae_lightning.training.settings import Accelerator
 
 OUT_OF_MEMORY = "out of memory"
-END_SECONDS = 10  # after which ranks that have not ended by themselves are killed
+END_SECONDS = 10  # ranks that have not ended by themselves after this time are killed
 
 
 def count_ranks(config: Config) -> int:
@@ -110,6 +110,7 @@ class Followers:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # torchrun may have started this command alone: its settings do not hold for these ranks
         env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
         # torch logs a lost connection with its C++ stack; our own line is enough
@@ -121,13 +122,13 @@ class Followers:
         return LaunchedRank(0, size, 0, "127.0.0.1", port)
 
     def check(self) -> None:
-        """RankLost if one of the processes has ended."""
+        """RankLost if one of the processes that this one has started has ended."""
         for rank, process in enumerate(self.processes, 1):
             if process.poll() is not None:
                 raise RankLost(f"rank {rank} ended with exit code {process.returncode}")
 
     def send_pass(self, planned: PlannedPass | None) -> None:
-        """Have all ranks train a pass; None ends them."""
+        """Have all other ranks train a pass; None makes them end."""
         self.passes_sent += 1
         jobs = planned.jobs if planned else []
         plugins = sorted({name for job in jobs for name in job.config.plugins})
@@ -218,7 +219,7 @@ def follow() -> None:
             traceback.print_exc()
         if not isinstance(error, RankLost):
             world().store_reason(message or f"{type(error).__name__}: {error}")
-        elif launched.rank == 1 and "rank 0" in message:
+        elif launched.rank == 1 and "rank 0" in message:  # rank 0 is lost: one rank reports it
             sys.stderr.write(format_error(message) + "\n")
         sys.stderr.flush()
         # A normal exit would wait for lost ranks. The exit code is 0, because a launcher would

@@ -17,7 +17,7 @@ def keep_freed_memory() -> None:
     """
     # glibc before 2.35 accepts at most 32 MiB
     if _set_option(M_MMAP_THRESHOLD, 1024 * MIB) or _set_option(M_MMAP_THRESHOLD, 32 * MIB):
-        _set_option(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        _set_option(M_TRIM_THRESHOLD, (1 << 31) - 1)  # the largest int: never trim
 
 
 def give_back_freed_memory() -> None:

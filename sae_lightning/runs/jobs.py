@@ -41,12 +41,13 @@ class Job:
     folder: Path
     overrides: list[str] = field(default_factory=list)
     resumed: bool = False
+    """Whether the run began earlier: it goes on from its checkpoint, if it has one."""
     multirun: bool = False
     """Whether the job is one of several: if it fails, the others go on."""
     sweep_folder: Path | None = None
     """Folder of the sweep that the job belongs to; None if it is started or resumed alone."""
     swept: Sequence[str] = ()
-    """See `read_swept_settings`."""
+    """Names of the settings that vary in its multirun (see `read_swept_settings`)."""
     hparams: "HParams | None" = None
     """Content of TensorBoard's HParams tab, set once all jobs of the command are known."""
 
@@ -221,9 +222,9 @@ def read_job(folder: Path, trusted: bool = False) -> Job:
 def _make_schema(data_kind: str, architecture: str) -> DictConfig:
     """The schema of a run's config for a kind of data and an architecture, cached for sweeps of
     many runs."""
-    schema, row = OmegaConf.structured(Config), ARCHITECTURES[architecture]
+    schema, entry = OmegaConf.structured(Config), ARCHITECTURES[architecture]
     schema.data = SOURCES[data_kind].settings
-    schema.model, schema.loss = row.config, row.loss
+    schema.model, schema.loss = entry.config, entry.loss
     return schema
 
 

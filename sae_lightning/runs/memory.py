@@ -66,7 +66,7 @@ def _read_free_in_cgroups(
     membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> float:
     """Memory that a container or cluster job may still use: the minimum over its cgroup and the
-    parent groups, for cgroup v1 and v2."""
+    parent groups, for cgroup v1 and v2; infinite without a limit."""
     free = math.inf
     for line in membership.read_text().splitlines() if membership.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -91,7 +91,7 @@ def _read_file_cache(group: Path) -> int:
 
 
 def _read_free_under_ulimit() -> float:
-    """Memory that `ulimit -v` leaves to this process."""
+    """Memory that `ulimit -v` leaves to this process; infinite without a limit."""
     process = psutil.Process()
     if not hasattr(process, "rlimit"):  # neither Linux nor FreeBSD
         return math.inf
@@ -151,6 +151,7 @@ def _count_head_bytes(config: Config, sites: SitePair, llm: LLMShape) -> int:
     parameters = count_parameters(config.model, *map(llm.width_at, sites))
     row_elements = config.model.features * llm.width_at(sites.target)
     is_soft = config.model.control is Control.soft_frozen_decoder
+    # W_dec has about half of the parameters, so in half precision it takes one byte for each
     return 18 * parameters + (parameters if config.model.start else 4 * row_elements * is_soft)
 
 

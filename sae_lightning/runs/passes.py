@@ -1,6 +1,6 @@
 """Trains jobs on as few passes of the LLM as possible; all training starts here.
 
-    jobs                          stream key   steps done      passes (at most max_heads SAEs each)
+    jobs                          stream key   steps done      passes (with sweep.max_heads=2)
     loss.l1=1e-4,seed=0           a            0           \\
     loss.l1=1e-3,seed=0           a            0            >  2 SAEs on one pass
     loss.l1=1e-4,seed=1           b            0           \\
@@ -24,12 +24,7 @@ from sae_lightning.runs import checks, folders, memory
 from sae_lightning.runs.checks import CheckedJob
 from sae_lightning.runs.cli import SEVERAL_ERRORS, explain_error, print_error
 from sae_lightning.runs.config import Config
-from sae_lightning.runs.devices import (
-    OUT_OF_MEMORY,
-    count_local_ranks,
-    count_ranks,
-    run_on_ranks,
-)
+from sae_lightning.runs.devices import OUT_OF_MEMORY, count_local_ranks, count_ranks, run_on_ranks
 from sae_lightning.runs.heap import give_back_freed_memory
 from sae_lightning.runs.hparams import make_hparams
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_resume_command, read_job
@@ -63,8 +58,8 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
     try:
         passes = plan_passes(todo)
     except UserError as error:
-        # a launcher that starts jobs one by one goes on with the other jobs: record the reason
-        # for the sweep's report
+        # without a sweep folder, Hydra runs the jobs of a multirun one by one and goes on with the
+        # others: record the reason for the sweep's report
         if jobs[0].multirun and not jobs[0].sweep_folder:
             folders.record_refusal(todo[0], str(error))
         raise
@@ -77,7 +72,7 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
         for number, planned in enumerate(passes, 1):
             if len(passes) > 1:
                 console.print(f"\npass {number} of {len(passes)}")
-            if planned.jobs[0].multirun:  # as _resume_if_begun would from here on
+            if planned.jobs[0].multirun:  # begun: if the pass fails, finished jobs have results
                 begun_jobs = [replace(job, resumed=True) for job in planned.jobs]
                 planned = planned._replace(jobs=begun_jobs)
             for job, metrics in zip(planned.jobs, _train_pass(planned), strict=True):
@@ -103,7 +98,8 @@ def _resume_if_begun(job: Job) -> Job:
     same values twice, and a sweep may be restarted."""
     if job.resumed or not job.multirun or not (job.folder / CONFIG_FILE).is_file():
         return job
-    saved, config = read_job(job.folder, trusted=True).config, job.config  # no LLM is loaded
+    # trusted: no LLM is loaded, so none of its code can run
+    saved, config = read_job(job.folder, trusted=True).config, job.config
     same_settings = saved.list_fixed_settings() == config.list_fixed_settings()
     return replace(job, resumed=same_settings and saved.eval == config.eval)
 
@@ -150,7 +146,7 @@ def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
         raise UserError(SEVERAL_ERRORS * (len(errors) > 1) + lines)
     if groups:
         checks.check_disk_space([checked for group in groups.values() for checked in group])
-    forget_starts()
+    forget_starts()  # opened once for all checks; training may change their files
     if controls_lost_leader:
         console.print(
             "some controls were saved at another update than their SAEs and train on another pass: "
@@ -163,7 +159,7 @@ def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
 def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
     """Split jobs with the same stream and steps done into passes of about equal size, each with at
     most `sweep.max_heads` SAEs or, by default, as many as fit into free memory. An SAE and the
-    controls that follow its L0 share a pass and a rank."""
+    controls that follow its L0 share a pass and a rank if they fit on one."""
     jobs, sites, _, shapes, _ = (list(column) for column in zip(*group, strict=True))
     configs = [job.config for job in jobs]
     split, leader_groups = configs[0].trainer.split, group_by_leader(jobs)
@@ -174,11 +170,11 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
         parts = 1 if split is Splitting.none else ranks  # into which an SAE can be split
         memory.check_memory(needed, configs, sites, shapes[0], free, parts)
         largest_bytes = max(needed.head_bytes) / (ranks if split is Splitting.all else 1)
-        left = 0.9 * free - needed.shared_bytes
+        left = 0.9 * free - needed.shared_bytes  # a tenth in reserve: these are estimates
         per_rank = max(1, int(left // (largest_bytes + needed.hidden_bytes)))
         rank_groups = cut_groups(leader_groups, per_rank)
         largest_group = max(map(len, rank_groups))
-        whole_groups = per_rank // largest_group  # that fit on a rank
+        whole_groups = per_rank // largest_group  # number that fits on a rank
         max_heads = per_rank if split is Splitting.all else ranks * whole_groups * largest_group
     else:
         rank_groups = cut_groups(leader_groups, max_heads)
@@ -203,7 +199,7 @@ def _plan_pass(
     split = frozenset(
         index
         for index, job in enumerate(jobs)
-        if 1 < ranks <= job.config.model.features
+        if 1 < ranks <= job.config.model.features  # each rank needs a feature
         and _is_split(config.trainer.split, len(jobs), needed.count_bytes([index]), free)
     )
     new_indices = iter(range(len(jobs)))  # in the pass
@@ -217,12 +213,13 @@ def _read_free_memory_per_rank(config: Config) -> float:
     """Free memory for each rank, in bytes."""
     free = memory.read_free_memory(config)
     if config.trainer.accelerator is Accelerator.cpu or not torch.cuda.is_available():
-        free /= count_local_ranks(config)  # which share the machine's memory
+        free /= count_local_ranks(config)  # on CPUs, ranks share the machine's memory
     return free
 
 
 def _is_split(choice: Splitting, heads_in_pass: int, needed: int, free: float) -> bool:
-    """Whether to split an SAE that needs `needed` of the `free` bytes if one rank trains it."""
+    """Whether to split an SAE that needs `needed` of the `free` bytes if one rank trains it. With
+    `auto`, it is split if it does not fit, or is alone on its pass: other ranks would be idle."""
     if choice is Splitting.auto:
         return heads_in_pass == 1 or needed > free
     return choice is Splitting.all
@@ -251,7 +248,7 @@ def _format_count(n: int, noun: str) -> str:
 
 def _train_pass(planned: PlannedPass) -> HeldOutResults:
     """Train the jobs of a pass. If it fails, record why; in a multirun, print the reason and return
-    what the jobs have reached."""
+    the metrics of jobs that had finished all the same, and None for the others."""
     jobs = planned.jobs
     try:
         return run_on_ranks(planned)
@@ -259,7 +256,7 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
         if folders.forget_empty_run(jobs[0]):
             raise
         console.print(f"interrupted. Continue with\n\n  {format_resume_command(jobs)}\n")
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, as shells report it
     except Exception as error:  # even a bug must not stop other passes
         reason = (
             _describe_out_of_memory(jobs)
@@ -267,10 +264,8 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
             else explain_error(error, [])
         )
         if not folders.forget_empty_run(jobs[0]):
-            if (
-                isinstance(error, WriteError | RankLost)
-                and (jobs[0].folder / CONFIG_FILE).is_file()
-            ):
+            has_config = (jobs[0].folder / CONFIG_FILE).is_file()  # without one, nothing to resume
+            if isinstance(error, WriteError | RankLost) and has_config:
                 correct = "correct this and " if isinstance(error, WriteError) else ""
                 reason = f"{error}; {correct}continue with: {format_resume_command(jobs)}"
             for job in jobs:

@@ -74,7 +74,7 @@ def cut_evenly(groups: Sequence[list[int]], most: int) -> list[list[list[int]]]:
     total, ends = sum(map(len, groups)), [0, *accumulate(map(len, groups))]
     for count in range(ceil(total / most), total):
         limits = [total * n // count for n in range(count + 1)]
-        cuts = [bisect(ends, limit) - 1 for limit in limits]
+        cuts = [bisect(ends, limit) - 1 for limit in limits]  # the last end up to each limit
         parts = [[*groups[a:b]] for a, b in pairwise(cuts) if b > a]
         if all(sum(map(len, part)) <= most for part in parts):
             return parts
@@ -103,6 +103,7 @@ def assign_jobs(
     for group in sorted(groups, key=add_up, reverse=True):
         min(shares, key=add_up).extend(group)
     if any(groups):
+        # -index: of several smallest ones, the last
         smallest = min(chain(*groups), key=lambda index: (sizes[index], -index))
         shares = [share or [smallest] for share in shares]
     return [sorted(split) + sorted(share) for share in shares]

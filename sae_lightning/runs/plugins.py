@@ -1,4 +1,4 @@
-"""Plugins: users' modules that add rows to ARCHITECTURES, SOURCES or TASKS when imported.
+"""Plugins: users' modules that add entries to ARCHITECTURES, SOURCES or TASKS when imported.
 
 Their code runs only if they are typed (plugins=[...]) or installed (an entry point of the group
 `sae_lightning.plugins`). No plugin is imported because a run folder names it.
@@ -40,7 +40,7 @@ def load_plugins(arguments: list[str], tasks: dict[str, type] | None = None) -> 
 
 def import_plugins(names: Iterable[str], tasks: dict[str, type] | None = None) -> None:
     """Import installed plugins and those in `names`: modules, or .py files. UserError if one is
-    missing, fails, or replaces a row of a table."""
+    missing, fails, or replaces an entry of a table."""
     tables = {"architecture": ARCHITECTURES, "kind of data": SOURCES, "task": tasks or {}}
     for point in entry_points(group=GROUP):
         _import_one(f"the installed plugin {point.name}", point.value.partition(":")[0], tables)
@@ -75,14 +75,15 @@ def _make_importable(folder: str) -> None:
 
 
 def _import_one(label: str, module: str, tables: Mapping[str, dict[str, Any]]) -> None:
-    """Import a plugin; UserError, which begins with `label`, if it fails or replaces a row of one
-    of the `tables`."""
+    """Import a plugin; UserError, which begins with `label`, if it fails or replaces an entry of
+    one of the `tables`."""
     before = {kind: dict(table) for kind, table in tables.items()}
     try:
         importlib.import_module(module)
     except UserError:
         raise
     except Exception as error:
+        # the plugin itself is missing, not a module that it imports
         if isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "\0"):
             raise UserError(
                 f"{label}: no module of this name; give one that Python finds from this folder, or "
@@ -94,7 +95,7 @@ def _import_one(label: str, module: str, tables: Mapping[str, dict[str, Any]]) -
             f"({where.filename}, line {where.lineno})"
         ) from error
     for kind, table in tables.items():
-        for name, row in before[kind].items():
-            if table[name] is not row:
-                table[name] = row
+        for name, entry in before[kind].items():
+            if table[name] is not entry:
+                table[name] = entry
                 raise UserError(f"{label}: the {kind} {name} is there already; choose another name")

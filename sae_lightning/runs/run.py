@@ -60,7 +60,7 @@ def run_pass(planned: PlannedPass) -> HeldOutResults:
     other results are in the run folders.
     """
     if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()  # of this pass, not of the one before
+        torch.cuda.reset_peak_memory_stats()  # or an earlier pass would count
     keep_freed_memory()
     # users cannot act on Lightning's messages
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -116,10 +116,11 @@ def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
             module,
             datamodule=parts.data,
             ckpt_path=locate_checkpoint(jobs[0].folder) if steps_done else None,
-            weights_only=True,
+            weights_only=True,  # run no code from the file
         )
     finally:
         parts.data.stream.close()  # otherwise an error's traceback keeps the cache locked
+    # stopped in its last update, a pass is still scored and saved
     if module.stopped_by and module.global_step < module.steps:
         world().wait()  # until all ranks have saved
         print_how_to_continue(module)
@@ -132,7 +133,7 @@ def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
     except KeyboardInterrupt:
         console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
         sys.exit(128 + signal.SIGINT)
-    module.stopped_by = module.received_signal
+    module.stopped_by = module.received_signal  # it may have come while SAEs were scored
     if module.stopped_by and jobs[0].sweep_folder:  # start no other pass
         print_how_to_continue(module)
         sys.exit(128 + module.stopped_by)
@@ -197,7 +198,7 @@ def _build_trainer(config: Config, heads: list[Head]) -> L.Trainer:
 
 def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
     """Score the trained SAEs, write `density.safetensors`, `metrics.json` and `sae/`, and print the
-    results."""
+    results. Returns each SAE's final held-out metrics, or None if it diverged."""
     module, jobs = parts.module, planned.jobs
     evaluate_heads(module.training_heads, parts.data.held_out, module.tokens_seen)
     results: dict[int, dict[str, float]] = {}

@@ -28,9 +28,9 @@ def register_schemas(
     # to be searched for presets: Hydra refuses one that has the name of a registered option
     folders = [Path(folder) for folder in (find_conf_folder(), config_dir) if folder]
     for group, table in (
-        ("model", {name: row.config for name, row in ARCHITECTURES.items()}),
-        ("loss", {name: row.loss for name, row in ARCHITECTURES.items()}),
-        ("data", {name: row.settings for name, row in SOURCES.items()}),
+        ("model", {name: entry.config for name, entry in ARCHITECTURES.items()}),
+        ("loss", {name: entry.loss for name, entry in ARCHITECTURES.items()}),
+        ("data", {name: entry.settings for name, entry in SOURCES.items()}),
     ):
         for name, schema in table.items():
             store.store(group=f"schema/{group}", name=name, node=schema)

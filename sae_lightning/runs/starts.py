@@ -49,7 +49,7 @@ class Start(NamedTuple):
     """Whether a run of this project saved it, so that all settings of the network are known."""
     metadata: dict[str, Any]
     norm_ratio: float
-    """The largest norm of a decoder row over the smallest."""
+    """The largest norm of a decoder row over the smallest, without rows of 0; 1 if all are 0."""
 
 
 def find_start(address: str) -> Start:
@@ -150,7 +150,7 @@ def _choose_layer(
         if "layer.index" in typed_names:
             return layer
         raise
-    if start_layer.target == start_layer.source:
+    if start_layer.target == start_layer.source:  # an autoencoder, which `layer` writes as null
         start_layer.target = None
     names = [name for name in ("source", "target") if {"layer", f"layer.{name}"} & {*typed_names}]
     names += ["index"] * ("layer.index" in typed_names)

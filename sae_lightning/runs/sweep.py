@@ -102,7 +102,7 @@ class Sweep(Callback):
         self.config_files = sorted(folder.glob(f"*/{CONFIG_FILE}"))  # of the runs so far
         with suppress(OSError, ValueError):
             self.record = read_regular_file(self.record_file)
-            self._restore_record()  # as a new file, in case it was a hard link
+            self._restore_record()  # as a new file: Hydra would write through a hard link
         atexit.register(self._restore_record)
 
     def _restore_record(self) -> None:
@@ -126,7 +126,7 @@ class Sweep(Callback):
             parsed = OverridesParser.create(loader).parse_overrides(overrides)
             jobs = math.prod(count_values(override) for override in parsed)
             missing = jobs - len(self.config_files)
-            missing_jobs = f"{missing} of the {jobs} jobs"  # ValueError: too many digits
+            missing_jobs = f"{missing} of the {jobs} jobs"  # a ValueError for too many digits
         except UserError:
             raise
         except (ValueError, ArithmeticError, RecursionError, YAMLError, HydraException):
@@ -196,9 +196,10 @@ def _make_new_folder(config: DictConfig, kind: str) -> None:
     """Make the folder of a new run or sweep (`kind`: `run` or `sweep`), under another name if
     another process has just made that folder. A folder that the user names is left alone."""
     hydra_output = config.hydra[kind]
+    # conf/config.yaml picks the folder with the resolver run_folder or sweep_folder
     if f"${{{kind}_folder:" not in OmegaConf.to_container(hydra_output, resolve=False)["dir"]:
         return
-    if hydra_output.dir == config.resume:
+    if hydra_output.dir == config.resume:  # a resumed run or sweep stays in its folder
         return
     folder = make_unique_folder(Path(hydra_output.dir))
     with read_write(config):
@@ -230,4 +231,4 @@ def _check_job(cfg: DictConfig, number: int, overrides: list[str]) -> None:
         cfg.hydra.job.num = number
         HydraConfig.instance().set_config(cfg)  # for ${hydra:job.num}
         del cfg["hydra"]
-    make_jobs(cfg, Path(), overrides, Path())
+    make_jobs(cfg, Path(), overrides, Path())  # any folder: the jobs are only checked
