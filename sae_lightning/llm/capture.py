@@ -63,6 +63,7 @@ def capture(
 
 
 def _make_skipped_error(model: nn.Module, site: Site) -> UserError:
+    """The UserError for a site that a forward pass did not reach."""
     return UserError(
         f"layer.index={site.layer}: {type(model).__name__} skips {site.kind.value} of this block "
         "for text without images; choose another block"
@@ -137,6 +138,7 @@ def _measure_scale(model: nn.Module, site: Site) -> float:
     scale, rounding = ratios.mean().item(), torch.finfo(c.dtype).eps
     if abs(scale - 1) < rounding:
         scale = 1.0
+    # equal ratios, up to a few rounding errors
     scales_only = scale > 0 and (ratios - scale).abs().max().item() < 8 * rounding * scale
     if not scales_only or (other and not (_run_block(model, c, zero_branches) == c).all()):
         block = find_decoder_stack(model)[site.layer]
@@ -177,4 +179,5 @@ def _run_block(model: nn.Module, x: Tensor, branches: dict[Site, Tensor]) -> Ten
 
 
 def _expand_like(x: Tensor, other: Tensor) -> Tensor:
+    """Copies of x [d] for all tokens, in the shape [..., d] and on the device of `other`."""
     return x.to(other.device).expand_as(other).clone()

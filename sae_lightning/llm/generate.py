@@ -70,9 +70,9 @@ def generate(
 
     function(x, y) replaces y, the activation at the target; x is the activation at the source.
     x, y and the result are float32 [sequences, tokens, d]: first for all tokens of the prompt, then
-    for each new token.
-    Sequences share the Gumbel noise g of each step (argmax(log p + g) is a sample of p), so that
-    they differ only by what `function` does. Each is cut before the first separator generated.
+    for each new token. Sequences share the Gumbel noise g of each step (argmax(log p + g) is a
+    sample of p), so that they differ only by what `function` does. Each sequence is cut before the
+    first separator that it generates.
     """
     from transformers import GenerationConfig
 
@@ -165,7 +165,8 @@ class Reply(NamedTuple):
 
 @torch.no_grad()
 def reply(llm: LLM, question: str, max_tokens: int) -> Reply:
-    """Answer in at most `max_tokens` tokens, by greedy decoding: the same at every call."""
+    """Answer in at most `max_tokens` tokens, by greedy decoding: the same at every call. UserError:
+    the chat template fails, or question and answer may exceed what the LLM can read."""
     tokenizer, context = llm.tokenizer, read_context_length(llm.model)
     if tokenizer.chat_template is None:
         inputs = tokenizer(f"{question}\n\nAnswer:", return_tensors="pt")

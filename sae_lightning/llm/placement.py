@@ -72,6 +72,7 @@ def check_arguments_of_load(load: dict[str, Any]) -> None:
 
 def is_spread(load: dict[str, Any]) -> bool:
     """Whether a device map puts the LLM onto GPUs, which several processes would have to share."""
+    # without a device map, each process has its own copy of the LLM: not spread
     devices = load.get("device_map", "cpu")
     devices = devices.values() if isinstance(devices, dict) else [devices]
     return not {*map(str, devices)} <= {*OFFLOADED}
@@ -109,7 +110,8 @@ def _make_offload_folder(folder: Path) -> Path:
 
 
 def find_computing_device(module: nn.Module) -> torch.device:
-    """The device that a module computes on; weights that are offloaded are elsewhere."""
+    """The device that a module computes on; weights that are offloaded are elsewhere. The CPU for a
+    module without weights."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device is not None:
         return torch.device(device)

@@ -23,6 +23,7 @@ BIDIRECTIONAL = re.compile(
     "reformer|rembert|roberta|roberta-prelayernorm|roc_bert|roformer|xlm|xlm-roberta|"
     "xlm-roberta-xl|xlnet|xmod"
 )
+# Families that cannot read a text without an image.
 NEEDS_IMAGES = re.compile("blip|blip-2|idefics|instructblip|instructblipvideo|kosmos-2|kosmos-2.5")
 
 
@@ -53,7 +54,6 @@ def _explain_not_causal(hf_config) -> str | None:
     if hf_config.is_encoder_decoder:
         return "is an encoder-decoder"
     is_masked = any(name.endswith("MaskedLM") for name in hf_config.architectures or [])
-    # AutoModelForCausalLM would load these as "causal" LMs that attend to later tokens.
     is_encoder = BIDIRECTIONAL.fullmatch(hf_config.model_type) and not getattr(
         hf_config, "is_decoder", False
     )

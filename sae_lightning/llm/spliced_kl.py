@@ -54,6 +54,7 @@ def measure_spliced_kl(
     function: float32 [n, d_in] -> [n, d_out]. On several `ranks`, which all call this with the same
     runs, value and gradient are means over the ranks, so that they agree bit for bit.
     """
+    # at least 1: if no token is kept, the KL is 0 / 1
     predictions = max(1, sum(int(run.keep[:, 1:].sum()) for run in runs))
     parts = [_differentiate(model, run, source, target, function) for run in runs]
     kl = ranks.sum(sum(kl for kl, _, _ in parts) / predictions) / ranks.size

@@ -67,7 +67,7 @@ class ReLULoss(PenaltyLoss):
         norms = RowNorms.apply(sae.W_dec)
         if self.p == 1:
             return output.features.apply_penalty(l1, norms)
-        # share of the time between the warm-up and the end of the run, which may be 0
+        # share of the time after the warm-up that is over; with `warmup` 1 there is no such time
         share = (float(status.progress) - self.warmup) / max(1 - self.warmup, 1e-9)
         p = 1 - (1 - self.p) * min(max(share, 0.0), 1.0)
         return output.features.apply_penalty(partial(lp, p=p, ranks=sae.split.ranks), norms)

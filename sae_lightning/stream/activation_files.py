@@ -129,6 +129,7 @@ class SavedMatrix:
         return shard, int(row - self._ends[shard] + self.shards[shard].shape[0])
 
     def _read_pieces(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Yield the rows `start` to `stop` - 1 as tensors [n, width], one from each shard."""
         while start < stop:
             shard, row = self._locate_row(start)
             count = min(int(stop - start), self.shards[shard].shape[0] - row)
@@ -253,4 +254,5 @@ def _read_headers(file: str) -> dict[str | None, tuple[Sequence[int], Any]]:
 def _parse_dtypes(
     entries: dict[str | None, tuple[Sequence[int], str]],
 ) -> dict[str | None, tuple[Sequence[int], Any]]:
+    # names of other dtypes than floats stay as they are
     return {name: (shape, FLOATS.get(dtype, dtype)) for name, (shape, dtype) in entries.items()}

@@ -266,7 +266,7 @@ class CachedRows(RowStream):
         """Stop writing, but go on training, when the disk is full or fails."""
         try:
             yield
-        except (OSError, SafetensorError, UserError) as error:
+        except (OSError, SafetensorError, UserError) as error:  # WriteError is a UserError
             why = getattr(error, "strerror", None) or find_system_error(error) or error
             console.print(
                 f"the activation cache in {self.folder} is not written any further ({why}); "

@@ -39,6 +39,7 @@ def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":
 
 
 def _read_parquet(file: str, where: str) -> Iterator[tuple[int, Any]]:
+    """Yield (number from 1, row) as `read_valid_json` does; `where` is not used."""
     import pyarrow.parquet as pq
 
     number = 0
@@ -64,6 +65,8 @@ def _read_messages(row: Any, column: str | None, where: str) -> list[dict[str, A
 
 
 def _read_message(message: Any, where: str) -> dict[str, Any]:
+    """The fields of a message that are not null, with `role` and `content` in place of ShareGPT's
+    `from` and `value`. UserError: it lacks one of the two, or one is not text."""
     if isinstance(message, dict):
         fields = {key: value for key, value in message.items() if value is not None}
         if "from" in fields and "role" not in fields:

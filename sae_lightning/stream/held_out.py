@@ -192,6 +192,7 @@ class HeldOut(HeldOutData):
 
 
 def _report_overflow(dtype: torch.dtype) -> None:
+    """Print that the LLM's loss is not finite, why, and what to do."""
     why, remedy = "the LLM computes NaN or infinity", "set eval.loss_tokens=0, or check its weights"
     if dtype is torch.float16:
         why = "float16 overflows in the LLM above the SAE"

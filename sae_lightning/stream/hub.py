@@ -21,7 +21,7 @@ from sae_lightning.terminal import phase
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-HELD_OUT_DOCUMENTS = 500  # by default
+HELD_OUT_DOCUMENTS = 500  # held out if `held_out_documents` is None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,6 +124,8 @@ def _open_split(config: HubConfig, split: str) -> "Dataset | IterableDataset":
 
 
 def _load_split(config: HubConfig, split: str) -> Documents:
+    """Open a split with all its columns. UserError: no such data set, subset or split, or it cannot
+    be read."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 

@@ -30,6 +30,7 @@ class IndexedTokens(TokenStream):
         self._begin(1)
 
     def _begin(self, epoch: int, cursor: int = 0) -> None:
+        """Go to window `cursor` of the order of `epoch`."""
         self.epoch, self.cursor = epoch, cursor
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         self._order = random.permutation(self.window_count)

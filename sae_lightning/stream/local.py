@@ -130,7 +130,7 @@ class LocalSource(TextSource):
     def _check_files(self) -> None:
         """UserError: a text is missing, or a file belongs to two texts of a mixture."""
         text_of_file: dict[str, str] = {}
-        # "": the only text, if there is no mixture
+        # without weights there is only one text, which needs no name
         for config, name in zip(self._list_texts(), self.data.weights or [""], strict=True):
             for file in _find_text_files(config) or [config.path]:  # a saved data set is a folder
                 other = text_of_file.setdefault(os.path.realpath(file), name)
@@ -201,6 +201,7 @@ def _find_text_files(config: LocalConfig) -> list[str]:
 
 
 def _load_files(files: list[str], column: str, where: str) -> "Dataset":
+    """Load files of one format with the loader of `datasets` for it; text files with our own."""
     from datasets import load_dataset_builder
     from datasets.data_files import DataFilesList
 
@@ -232,6 +233,7 @@ def _make_options(loader: str, file: str) -> dict[str, Any]:
 
 
 def _load_saved(path: Path, where: str) -> "Dataset":
+    """Load a data set written by `save_to_disk`; of several splits, `train`."""
     from datasets import DatasetDict, load_from_disk
 
     data = load_from_disk(str(path))

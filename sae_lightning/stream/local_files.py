@@ -159,6 +159,7 @@ def _check_json_rows(file: str, types: dict[str, type], where: str) -> None:
 
 
 def _check_csv(file: str, where: str) -> None:
+    """Raise UserError for the first line that does not fit the columns."""
     import pandas as pd
 
     try:
@@ -212,6 +213,7 @@ def read_valid_json(file: str, where: str) -> Iterator[tuple[int, Any]]:
 
 
 def _read_lines(file: str, where: str) -> Iterator[str]:
+    """Yield a file's lines as text; UserError for one that is not UTF-8."""
     for number, line in enumerate(_read_raw_lines(file, where), 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")

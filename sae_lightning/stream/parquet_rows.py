@@ -94,6 +94,7 @@ def _convert(
                 row = first + column.is_null().index(True).as_py()
                 raise UserError(f"data.path: {where} {row} (from 0) lacks {field.name}")
         return np.stack([column.to_numpy() for column in columns], axis=1)
+    # a missing list gets the length -1, which never equals `width`
     lengths = pc.fill_null(pc.list_value_length(columns[0]), -1).to_numpy()
     values = columns[0].flatten()
     if (lengths != width).any() or values.null_count:

@@ -85,6 +85,7 @@ class SavedRows(RowStream):
         self._begin_epoch(1)
 
     def _begin_epoch(self, epoch: int) -> None:
+        """Draw the order of the blocks in `epoch` (from 1)."""
         self.epoch = epoch
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         self._order = random.permutation(self.blocks.train)
@@ -94,7 +95,7 @@ class SavedRows(RowStream):
         """Read the next rows, whatever `remaining` is, but none of the next epoch; each counts as a
         sequence of its own."""
         epoch, position = divmod(self._served, self.rows_per_epoch)
-        if epoch + 1 != self.epoch:
+        if epoch + 1 != self.epoch:  # `divmod` counts epochs from 0, `self.epoch` from 1
             report_epoch(f"the activations ran out after {self.rows_per_epoch:,} rows", epoch + 1)
             self._begin_epoch(epoch + 1)
         stop = min(position + SERVED_ROWS, self.rows_per_epoch)

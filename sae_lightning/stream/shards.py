@@ -128,6 +128,7 @@ def write_shard(
         "epochs": epochs,
         "texts": crc32s,
     }
+    # tensors of the state are among `tensors`, so the header has null in their place
     header = json.dumps(about | {"state": state}, default=lambda tensor: None)
     path = folder / f"{state['llm_batches']:08d}{SHARD_SUFFIX}"
     with write_atomically(path) as temporary:
@@ -138,6 +139,7 @@ def write_shard(
 
 
 def _compute_checksum(about: str, tensors: dict[str, Tensor]) -> str:
+    """CRC-32, in hex, of `about` and of the names, dtypes, shapes and bytes of the tensors."""
     crc = zlib.crc32(about.encode())
     for name, x in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {x.dtype} {tuple(x.shape)}".encode(), crc)

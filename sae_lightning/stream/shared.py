@@ -79,6 +79,7 @@ class SharedRows(LLMRows):
                 first = next(rank for rank, ids in enumerate(ids_by_batch) if len(ids))
                 own_medians = compute_medians(own_rows) if ranks.rank == first else None
                 self._medians = ranks.gather_values(own_medians)[first]
+                # the states after that batch, which were taken without medians, get them
                 medians = {str(site): median for site, median in self._medians.items()}
                 for state in states_before[first + 1 :]:
                     state["medians"] = medians

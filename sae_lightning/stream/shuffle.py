@@ -91,6 +91,7 @@ class Pool:
         return self._copy(torch.from_numpy(np.linspace(0, self._filled - 1, n).astype(np.int64)))
 
     def _copy(self, indices: Tensor) -> Rows:
+        """Copy the rows at `indices`, which are on the CPU."""
         on_device = move_to_device(indices, self.device)
         # on a CPU, ten times as fast as indexing with brackets
         rows = {site: self._rows[site].index_select(0, on_device) for site in self.sites}

@@ -234,7 +234,7 @@ class DataSource(ABC):
         """Raise UserError for settings that have no meaning here; reads only the config."""
 
     def list_metrics(self, loss_tokens: int) -> tuple[frozenset[str], str]:
-        """The `metrics` that are measured, and where others are not, in words for a message."""
+        """The `metrics` that are measured, and words for messages: where others are missing."""
         return self.metrics, f"on {self.where}"
 
     def resolve_llm(self) -> LLMConfig:

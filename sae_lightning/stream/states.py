@@ -69,7 +69,7 @@ def expect_rows(
             raise ValueError("rows.medians: a median norm is not positive and finite")
     tokens, read = state["tokens"], state["read"] * batch
     pattern = {"epoch": range(1, ANY_COUNT.stop)}
-    if "texts" in tokens or "cursor" in tokens:  # of indexed texts
+    if "texts" in tokens or "cursor" in tokens:  # of a mixture, or of one indexed text
         texts, position = tokens.get("texts", [tokens]), 0  # sequences served
         expect(texts, list, "tokens.texts")
         for text in texts:
@@ -92,6 +92,7 @@ def expect_activations(rows: Any, widths: Mapping[Site, int], n: int, name: str)
     for site, width in widths.items():
         expect(rows, {str(site): Tensor}, name)
         dtype = rows[str(site)].dtype
+        # None is float32: an error then names that as the expected dtype
         like = torch.empty(n, width, dtype=dtype if dtype in LLM_DTYPES else None, device="meta")
         expect(rows[str(site)], like, f"{name}.{site}")
 

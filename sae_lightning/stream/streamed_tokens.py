@@ -16,7 +16,7 @@ from sae_lightning.stream.flat import tokenise_documents
 from sae_lightning.stream.packing import NO_TOKENS, Packing, Sequences, TokenStream, report_epoch
 from sae_lightning.stream.states import check_text
 
-SHUFFLE_BUFFER = 1000  # documents
+SHUFFLE_BUFFER = 1000  # documents held, of which a random one comes next
 STREAMED_CHARACTERS = 1 << 16  # characters tokenised at a time
 
 
@@ -35,13 +35,14 @@ class StreamedTokens(TokenStream):
     def __init__(
         self, data: Any, tokenizer: Any, packing: Packing, seed: int | None, where: str = "data"
     ) -> None:
-        """`seed` None keeps the documents in their own order; `where` names the text."""
+        """`seed` None keeps the documents in their order; `where` names the text in messages."""
         self.data, self.tokenizer, self.packing, self.seed = data, tokenizer, packing, seed
         self.where, self._fingerprint = where, ""
         self.served = 0
         self._begin(1)
 
     def _begin(self, epoch: int) -> None:
+        """Go to the first document of `epoch` (from 1), in its order."""
         self.epoch, self.documents_read, self.tokens_read, self.documents_crc32 = epoch, 0, 0, 0
         self.carry = np.empty(0, dtype=np.int32)
         data = self.data
@@ -139,6 +140,7 @@ class StreamedTokens(TokenStream):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last sequence served; UserError if the text is a different one."""
         self._begin(state["epoch"])
+        # read and dropped, for their checksum and to move on
         deque(islice(self._read_texts(), state["documents"]), maxlen=0)
         check_text(state, self.documents_crc32)
         self.tokens_read, self.served = state["read"], state["served"]

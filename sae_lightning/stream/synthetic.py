@@ -280,6 +280,7 @@ class SyntheticSource(NoLLMSource):
         )
 
     def _describe(self) -> dict[str, str]:
+        """Describe the concepts, {label: text}."""
         data = self.data
         summary = (
             f"{data.concepts:,} in {data.dim:,} dimensions, {data.l0:g} of them active, "

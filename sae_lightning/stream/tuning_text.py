@@ -60,6 +60,8 @@ class TuningText:
         return [run_clean(model, ids, self._drop_large_norms(ids, kept)) for ids, kept in parts]
 
     def _read(self, first: int, update: int, count: int) -> Sequences:
+        """Read the `count` sequences of an update; the first call in a resumed run first reads and
+        drops those of all updates before it."""
         stream, next_update = self._opened.get(first) or (self.token_stream.reopen(), first)
         if next_update < update:  # the run was resumed
             with phase("reading the text of loss.kl", total=update - next_update) as advance:

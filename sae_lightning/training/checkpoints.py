@@ -136,7 +136,7 @@ def _convert_split_tensors(
     state = {
         index: {
             key: convert(x, dims[names[index]], f"{names[index]}.{key}")
-            if x.ndim and names[index] in dims
+            if x.ndim and names[index] in dims  # Adam's `step` is a scalar
             else x
             for key, x in values.items()
         }

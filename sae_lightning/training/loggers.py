@@ -51,6 +51,7 @@ class CSVCurves(ExtraLogger):
         self.flush()
 
     def _end_row(self) -> None:
+        """Give the points at `tokens`, if any, to Lightning's logger as one line."""
         if self.row:
             self.logger.log_metrics(self.row, self.tokens)
         self.row = {}

@@ -135,8 +135,9 @@ class HeadLog:
             name: f"{GLANCE}/{number} {name.partition('/')[2]}"
             for number, name in enumerate(held_out, 1)
         }
+        # + 1: the points at the checkpoint itself stay
         self.events = EventFile(folder, None if resumed_at is None else resumed_at + 1)
-        if not resumed_at:
+        if not resumed_at:  # a resumed run has written them before
             for summary in _make_summaries(hparams):
                 self.events.write(Event(summary=summary))
 

@@ -68,7 +68,7 @@ class RemoteLogger(ExtraLogger):
         """Start the run, then send what is queued until the end, or an error."""
         try:
             with self.start_lock:
-                if self.kind in self.notes:
+                if self.kind in self.notes:  # another head could not start it
                     return
                 try:
                     self._start()
@@ -185,6 +185,7 @@ class WandbCurves(RemoteLogger):
             self.logger.experiment.log(values | {X_AXIS: tokens}, step=tokens)
 
     def _send_histogram(self, tag: str, values: Tensor, tokens: int) -> None:
+        """Send the distribution of `values` as one point of the curve `tag`."""
         import wandb
 
         self._send({tag: wandb.Histogram(values, num_bins=HISTOGRAM_BINS)}, tokens)

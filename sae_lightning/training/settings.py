@@ -144,6 +144,7 @@ class TrainerConfig:
     @property
     def kept_saes(self) -> int:
         """Number of SAEs that `keep_every` keeps in the whole run."""
+        # at most one after each update, however few tokens `keep_every` is
         return min(self.steps * self.batch // self.keep_every, self.steps) if self.keep_every else 0
 
 

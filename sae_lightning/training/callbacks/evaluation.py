@@ -81,6 +81,7 @@ class Evaluate(L.Callback):
     def _evaluate(
         self, heads: Sequence[Head], trainer: L.Trainer, module: L.LightningModule
     ) -> None:
+        """Evaluate `heads`; those that begin fine-tuning now keep the scores as `before_kl`."""
         evaluate_heads(heads, trainer.datamodule.held_out, module.tokens_seen)
         for head in heads:
             if head.tuned_from == trainer.global_step:

@@ -49,6 +49,7 @@ class ProgressBar(L.Callback):
 
 
 def _format_progress(module: L.LightningModule) -> str:
+    """The text beside the bar; without metrics until the first log point."""
     parts = [
         f"{module.tokens_seen:,}/{module.steps * module.batch:,} tokens",
         f"{module.tokens_per_second:,.0f}/s",

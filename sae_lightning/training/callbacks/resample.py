@@ -74,6 +74,7 @@ class Resample(L.Callback):
 
 
 def _is_due(settings: ResampleConfig, module: L.LightningModule) -> bool:
+    """Whether features are resampled after this update."""
     step = module.global_step
     # after the last update the pool is empty
     if settings.every is None or step > min(settings.until * module.steps, module.steps - 1):

@@ -86,6 +86,7 @@ class Throughput(L.Callback):
 
 
 def _compute_speed(before: Elapsed, after: Elapsed, batch: int, shares: bool) -> dict[str, float]:
+    """Tokens per second between two times and, with `shares`, the shares of time, by name."""
     steps, seconds, stream, llm = (b - a for a, b in zip(before, after, strict=True))
     speed = {"tokens_per_second": steps * batch / seconds}
     if shares:
