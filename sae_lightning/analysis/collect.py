@@ -34,7 +34,7 @@ class EncodedBatch:
     """[sequences, context] int64"""
     keep: Tensor
     """[sequences, context] bool: false for tokens that training drops: BOS, padding, other special
-    tokens, norms too large for data.max_norm"""
+    tokens (unless data.keep_special), and those with a norm too large for data.max_norm"""
     x: Tensor
     """[sequences, context, d_in] activations at the source, float32"""
     y: Tensor

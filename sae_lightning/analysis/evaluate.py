@@ -82,14 +82,15 @@ class Evaluation(NamedTuple):
 
 
 def list_numbers(card: scorecard.Scorecard) -> dict[str, float]:
-    """All numbers of a scorecard, with those of its fidelity. `features_share`: the share of the
-    cross-entropy added by mean ablation that the features recover without the error, and
-    `error_share` that the error recovers without the features (the error nodes of Marks et al.
-    2024, 2403.19647); NaN where mean ablation adds none."""
+    """All numbers of a scorecard, with those of its fidelity. Of the cross-entropy that mean
+    ablation (the mean in place of each activation) adds, `features_share` is the share that the
+    features recover without the error (what they leave out), and `error_share` the share that the
+    error recovers without the features (the error nodes of Marks et al. 2024, 2403.19647); NaN
+    where mean ablation adds none, and missing where the LLM's loss is not measured."""
     numbers = {**card.scalars(), **card.fidelity._asdict()}
     if isinstance(card.scores, SpliceScores):
         scores = card.scores
-        added = scores.ce_mean - scores.ce_clean or math.nan
+        added = scores.ce_mean - scores.ce_clean or math.nan  # NaN instead of a division by 0
         numbers["features_share"] = (scores.ce_mean - scores.ce_spliced) / added
         numbers["error_share"] = (scores.ce_mean - scores.ce_error) / added
     return numbers
@@ -129,7 +130,7 @@ def score_subject(
 
 
 def make_scorecard_section(result: Evaluation) -> Section:
-    """The scorecard as sentences, numbers and histograms."""
+    """Show the scorecard as sentences, numbers and histograms."""
     numbers = result.to_dict()
     return Section(
         title=f"Scorecard on held-out {result.noun}",
@@ -161,7 +162,7 @@ def _write_lead(numbers: dict[str, Any]) -> str:
 def _describe_error(numbers: dict[str, Any]) -> str:
     """Say what features and error each recover of what mean ablation costs; empty if it costs
     nothing."""
-    if not numbers["ce_mean"] > numbers["ce_clean"]:
+    if not numbers["ce_mean"] > numbers["ce_clean"]:  # also if one is NaN
         return ""
     return (
         f" Of what mean ablation costs, the features alone recover {numbers['features_share']:.1%}"

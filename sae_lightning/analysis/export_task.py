@@ -28,7 +28,7 @@ from sae_lightning.terminal import console, shorten_path
 
 
 class Writer(NamedTuple):
-    """A row of the table WRITERS."""
+    """An entry of the table WRITERS."""
 
     write: Callable[..., None]
     """Called with what `open` returned and the empty folder to write to."""
@@ -65,7 +65,7 @@ class ExportTask(DashboardSettings):
         check_target(folder)
         writer = WRITERS[self.format]
         for name in sorted(FORMAT_SETTINGS & {*given_settings} - writer.settings):
-            formats = [format for format, row in WRITERS.items() if name in row.settings]
+            formats = [format for format, other in WRITERS.items() if name in other.settings]
             raise UserError(
                 f"{name} has no meaning for format={self.format}, only for {', '.join(formats)}: "
                 "leave it out"

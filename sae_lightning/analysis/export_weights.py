@@ -49,7 +49,7 @@ def _read_exported(task: Task, run: str, given_settings: Collection[str]) -> Exp
     """Open the SAE in `run`; `llm` and `layer`, if given, replace what its metadata say."""
     sae = load_sae(run)
     metadata, groups = sae.metadata, {name.split(".")[0] for name in given_settings}
-    if {"llm", "llm.name"} & {*given_settings}:
+    if {"llm", "llm.name"} & {*given_settings}:  # OWN_KEY, which names the old LLM, comes first
         metadata = metadata | {"model_name": task.llm.name, OWN_KEY: None}
     layer = task.layer if "layer" in groups else None
     return ExportedSAE(sae, find_origin(metadata, run, layer))

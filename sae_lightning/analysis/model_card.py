@@ -58,6 +58,7 @@ def write_card(
     front_matter = {"library_name": "saelens", "tags": [*TAGS, sae.config.name]}
     front_matter |= {"license": licence} if licence else {}
     llm = _find_llm(sae)
+    # only a name on the hub, owner/name
     front_matter |= {"base_model": llm} if llm and llm.count("/") == 1 else {}
     sections = [
         f"# {repo.partition('/')[2]}",
@@ -82,7 +83,7 @@ def _find_llm(sae: SAE) -> str | None:
     except UserError:
         return None
     name = name.rpartition("/")[2] if name.startswith("/") else name
-    return None if name == "none" else name
+    return None if name == "none" else name  # what metadata say for data without an LLM
 
 
 def _describe(sae: SAE, llm: str | None) -> str:
@@ -108,7 +109,7 @@ def _list_training(sae: SAE, settings: dict[str, Any]) -> Iterator[list[str]]:
         for name, value in (values.items() if isinstance(values, dict) else [(group, values)])
     }
     if settings and not {"data.name", "data.path", "data.concepts"} & flat.keys():
-        yield ["text", "Shakespeare's plays"]
+        yield ["text", "Shakespeare's plays"]  # the only text that needs no such setting
     names = TRAINING_NAMES | (
         {"data.path": "activations"} if flat.get("data.kind") == "activations" else {}
     )
@@ -120,6 +121,7 @@ def _list_training(sae: SAE, settings: dict[str, Any]) -> Iterator[list[str]]:
 
 def _compare_scores(results: dict[str, Any]) -> str:
     """Make a table of scores, each with one to compare it with, from the results of other tasks."""
+    # a saved result may be null: an overview has no probes on most texts
     rows = [*_list_scores(results.get("evaluate") or {})]
     rows += [*_list_random_comparisons(results.get("theory") or {}, results.get("probe") or {})]
     if not rows:

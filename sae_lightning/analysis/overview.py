@@ -64,7 +64,7 @@ class OverviewTask(FeaturesTask):
         print_units(survey.features, pick_most_informative(survey.features, PRINTED_FEATURES))
         probes = None
         tokens = PROBE_TOKENS * PROBE_FEATURES // max(PROBE_FEATURES, subject.features)
-        if "speaker" in subject.config.data_source.labels:
+        if "speaker" in subject.config.data_source.labels:  # the packaged plays
             probes = run_probes(subject, "speaker", tokens, controls)
         scores = _gather_scores(card, survey, theory, probes, feature_scores)
         parts = {

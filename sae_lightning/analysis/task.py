@@ -60,7 +60,7 @@ class Task:
         """Open the SAE; UserError if results cannot be written beside it."""
         settings = {"llm": self.llm, "data": self.data, "layer": self.layer, "seed": self.seed}
         subject = open_subject(self.run, settings, given_settings)
-        if subject.address:
+        if subject.address:  # downloaded: results go to a new folder below the working folder
             subject.results_folder.parent.mkdir(parents=True, exist_ok=True)
         refuse_link(subject.results_folder)
         folder = subject.results_folder
@@ -96,6 +96,7 @@ class Task:
     ) -> None:
         """Write `results` as JSON and the rest as a page, and print their paths; the page suggests
         commands to run next, for `feature` if given."""
+        # the overview is the folder's main page
         name = f"{self.results_name}.html" if self.task != "overview" else "index.html"
         page_path = subject.results_folder / name
         json_path = page_path.with_name(f"{self.results_name}.json")

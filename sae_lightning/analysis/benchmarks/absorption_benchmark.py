@@ -63,10 +63,10 @@ def sample_parents(subject: Subject) -> ConceptSamples:
     """Sample synthetic activations. The concepts are the parents whose children fire most often,
     and their directions the true ones. UserError if no children fire often enough."""
     data, sites = subject.config.data, [subject.sites.source]
-    held_out = subject.config.data_source.open_held_out(sites, SAMPLES, 0)
+    held_out = subject.config.data_source.open_held_out(sites, SAMPLES, 0)  # 0: no LLM, no loss
     assert isinstance(held_out, HeldOutConcepts)
     world, active = held_out.world, held_out.strengths > 0
-    fifth = torch.arange(SAMPLES) % 5
+    fifth = torch.arange(SAMPLES) % 5  # 60 % fit, 20 % choose, 20 % test, as for first letters
     parts = SampleParts(fifth < 3, fifth == 3, fifth == 4)
     # parent[i] is i if concept i has no parent
     children = (world.parent != torch.arange(len(world.parent))).nonzero().squeeze(1)

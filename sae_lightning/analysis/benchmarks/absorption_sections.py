@@ -33,8 +33,8 @@ def make_absorption_sections(
     results: dict[str, list[ConceptResult]],
     means: dict[str, dict[str, float]],
 ) -> list[Section]:
-    """Sections on an SAE beside its controls, and on each concept. Keys of `results` and `means`:
-    first the SAE's name, then those of its controls."""
+    """Make sections on an SAE beside its controls, and on each concept. Keys of `results` and
+    `means`: first the SAE's name, then those of its controls."""
     first, *controls = results
     columns = {
         name: field

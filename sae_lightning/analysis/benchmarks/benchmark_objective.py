@@ -15,8 +15,9 @@ from sae_lightning.terminal import console, make_visible
 
 
 def train_and_score(jobs: Sequence[Job]) -> list[dict[str, float] | None]:
-    """Train the jobs as `train_jobs` does and, if their search maximises the score of a benchmark,
-    add it to the metrics of each job; the controls that a sweep adds are not scored.
+    """Train the jobs as `train_jobs` does and, if the score of a benchmark is the objective of
+    their search (with a minus in front: to minimise it), add it to the metrics of each job; the
+    controls that a sweep adds are not scored. None stays None: a job without metrics.
 
     UserError, before training: the benchmark cannot be run here."""
     objectives = [(job.config.sweep.objective or "").removeprefix("-") for job in jobs]

@@ -31,9 +31,9 @@ from sae_lightning.terminal import phase
 MAX_READ_WORDS = 16_384
 WORDS_IN_PROMPT = 32
 EXAMPLES = 4  # first words of a prompt, which are not read
-FIT_SHARE, CHOOSE_SHARE = 0.6, 0.2  # of the prompts; the others are the test part
-MIN_WORDS = 10  # with a letter, in each part; letters with fewer are left out
-MIN_F1 = 0.6  # of a letter's probe; letters with less are left out (SAEBench)
+FIT_SHARE, CHOOSE_SHARE = 0.6, 0.2  # parts of the prompts; the others are the test part
+MIN_WORDS = 10  # that begin with a letter, in each part; letters with fewer are left out
+MIN_F1 = 0.6  # of a letter's probe; letters whose probe has less are left out (SAEBench)
 L2_PENALTY = 1e-3  # 1e-4 and 3e-3 change the mean F1 of SmolLM2's probes by 0.01
 
 
@@ -47,7 +47,8 @@ def make_prompt(
 ) -> tuple[list[int], list[int]]:
     """The token ids of a prompt that lists `words`, and the position of each word in it.
 
-    word_ids: word -> its token id; answers: letter -> the token ids that follow a word with it.
+    word_ids: word -> its token id; answers: letter -> the token ids that follow a word which begins
+    with it.
     """
     tokens, positions = [bos], []
     for word in words:
@@ -67,7 +68,7 @@ def read_first_letters(subject: Subject) -> ConceptSamples:
     line_tokens = 1 + max(map(len, answers.values()))
     n = WORDS_IN_PROMPT
     if subject.context is not None:
-        n = min(n, (subject.context - 1) // line_tokens)
+        n = min(n, (subject.context - 1) // line_tokens)  # 1: BOS
     word_lists = [words[i : i + n] for i in range(0, len(words), n)]  # one for each prompt
     samples = [word for listed in word_lists for word in listed[EXAMPLES:]]
     # [samples] share of the prompts that come before the sample's
@@ -94,6 +95,7 @@ def _capture(subject: Subject, prompts: list[tuple[list[int], list[int]]]) -> tu
     with phase("reading words", total=len(prompts)) as advance:
         for first in range(0, len(prompts), batch):
             part = prompts[first : first + batch]
+            # padded with BOS, which no word reads, as it comes after all of them
             padded = torch.tensor([ids + ids[:1] * (longest - len(ids)) for ids, _ in part])
             places = torch.tensor(  # in the flattened batch
                 [
@@ -125,7 +127,7 @@ def _fit_probes(
     from sklearn.metrics import f1_score
 
     x = target - target[parts.fit].mean(dim=0)
-    x /= x[parts.fit].square().mean().sqrt()
+    x /= x[parts.fit].square().mean().sqrt()  # so that the penalty means the same at any scale
     with phase("fitting probes of letters"):
         weights, biases = fit_one_against_rest(x[parts.fit], labels[parts.fit], l2=L2_PENALTY)
     detected = x @ weights.T + biases > 0

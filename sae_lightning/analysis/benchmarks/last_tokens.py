@@ -20,7 +20,7 @@ def read_last_tokens(subject: Subject, texts: Sequence[str], context: int) -> Te
     bos, separator = find_bos_id(subject.tokenizer), find_separator_id(subject.tokenizer)
     with mute_libraries(), phase("tokenising the texts"):
         documents = tokenise_documents(subject.tokenizer, texts, separator)
-    # without the separator at the end
+    # without the separator at the end; at most context - 1 tokens, because BOS is added
     windows = [torch.from_numpy(tokens[:-1][1 - context :]).long() for tokens in documents]
     check_ids(subject.tokenizer, torch.cat(windows).numpy(), "sets")
     # texts of similar length share a batch, so that little is padding
@@ -34,8 +34,9 @@ def read_last_tokens(subject: Subject, texts: Sequence[str], context: int) -> Te
             batch, waiting = waiting[-count:], waiting[:-count]  # indices of texts
             tokens = torch.full((len(batch), longest), separator)
             tokens[:, 0] = bos
-            for row, i in zip(tokens, batch, strict=True):
-                row[1 : 1 + len(windows[i])] = windows[i]
+            for sequence, i in zip(tokens, batch, strict=True):
+                sequence[1 : 1 + len(windows[i])] = windows[i]
+            # also the position of the last token, as BOS is at 0
             lengths = torch.tensor([len(windows[i]) for i in batch])
             last_places = torch.arange(len(batch)) * longest + lengths  # in the flattened batch
             captured = capture(subject.llm.model, tokens, [site], last_places)[site].float().cpu()

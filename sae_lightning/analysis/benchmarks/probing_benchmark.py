@@ -59,8 +59,8 @@ def load_controls(subject: Subject) -> dict[str, SAE]:
 def score_sets(
     x: Tensor, sets: list[LabelledSet], saes: dict[str, SAE], splits: int
 ) -> ProbingScores:
-    """Fit and test all probes. x: [texts of all sets, d_in], set after set; saes: kind of units ->
-    the SAE whose features they are."""
+    """Fit and test all probes. x: activations [texts of all sets, d_in], set after set; saes: kind
+    of units -> the SAE whose features they are; splits: random splits of each set."""
     kinds = [FEATURES, NEURONS, RANDOM, *(kind for kind in saes if kind != FEATURES)]
     # kind of units -> k (None: all) -> [sets, splits], filled set by set
     scores: dict[str, dict[int | None, list[list[float]]]] = {kind: {} for kind in kinds}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def make_probing_sections(scores: ProbingScores) -> list[Section]:
-    """The mean over sets for each k, and the AUROC on each set."""
+    """Make sections on the mean AUROC over sets for each k, and on the AUROC on each set."""
     return [_make_mean_section(scores), _make_sets_section(scores)]
 
 

@@ -19,7 +19,7 @@ from pyarrow import ArrowInvalid, csv
 from sae_lightning.errors import UserError
 
 PACKAGE = "sae_probes"
-# of each kind of set, one whose texts have at most 120 characters on average
+# One set of each kind, whose texts have at most 120 characters on average.
 USUAL_SETS = (
     *("5_hist_fig_ismale", "21_headline_istrump", "36_sciq_tf", "66_living-room"),
     *("87_glue_cola", "92_glue_sst2", "96_spam_is", "105_click_bait", "106_hate_hate"),

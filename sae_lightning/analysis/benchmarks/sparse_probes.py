@@ -39,7 +39,7 @@ def split_texts(texts: int, seed: int) -> TextSplit:
     classes."""
     pairs = np.random.default_rng(seed).permutation(texts // 2)  # texts 2 i and 2 i + 1 are pair i
     order = (2 * pairs[:, None] + [0, 1]).ravel()
-    training_texts = 2 * (min(int(TRAINING_SHARE * texts), MAX_TRAINING) // 2)
+    training_texts = 2 * (min(int(TRAINING_SHARE * texts), MAX_TRAINING) // 2)  # whole pairs
     return TextSplit(order[:training_texts], order[training_texts:])
 
 
@@ -47,7 +47,8 @@ def measure_differences(x: ndarray | csr_array, labels: ndarray) -> ndarray:
     """Distance between the class means of each unit of x [texts, units], divided by the unit's mean
     |value| where it is not 0 -> [units].
 
-    The division is sae-probes' default; without it, units with large values would always win."""
+    The division is sae-probes' default; without it, units with large values would always win. The
+    1e-6 makes the result 0 for a unit that is 0 on all texts."""
     strength = abs(x).sum(0) / ((x != 0).sum(0) + 1e-6)
     gap = x[labels == 1].mean(0) - x[labels == 0].mean(0)
     return np.abs(gap / (strength + 1e-6))
@@ -70,6 +71,7 @@ def score_probe(x: ndarray, labels: ndarray, split: TextSplit) -> float:
     start = len(train_x) - validation_texts  # of the validation texts
 
     def measure_auroc(probe: LogisticRegression, x: ndarray, labels: ndarray) -> float:
+        # [1, 0]: of class 1, by the only "unit", the probe's output
         return float(measure_aurocs(probe.decision_function(x)[:, None], labels, 2)[1, 0])
 
     trial, aurocs = LogisticRegression(max_iter=1000, warm_start=True), []
@@ -118,7 +120,7 @@ def encode_sparse(sae: SAE, x: Tensor) -> csr_array:
     """Encode activations x [texts, d], some texts at a time -> features [texts, features]."""
     device = sae.W_enc.device
     parts = [
-        csr_array(sae.encode(rows.to(device)).cpu().numpy()) for rows in x.split(TEXTS_AT_ONCE)
+        csr_array(sae.encode(part.to(device)).cpu().numpy()) for part in x.split(TEXTS_AT_ONCE)
     ]
     return vstack(parts, format="csr")
 

@@ -61,6 +61,7 @@ def _make_entry(content: Dashboards, dashboard: Dashboard) -> dict[str, Any]:
     maximum = content.catalogue.statistics.maximum[feature].item()
     quantiles = [
         {
+            # bin_min is -1 for the strongest examples
             "quantile_name": "Top" if low < 0 else f"Interval {low:.3g} - {high:.3g}",
             "examples": [
                 {

@@ -102,7 +102,7 @@ class Dashboards(NamedTuple):
     features: list[int]
     """The features to write, ascending."""
     effect: LogitEffect | None
-    """Of all features; None with `direct` if there is no direct path."""
+    """Effects of all features; None with `direct` if there is no direct path."""
 
     @property
     def name(self) -> SourceName:
@@ -124,7 +124,7 @@ class Dashboards(NamedTuple):
     @property
     def prompt_shape(self) -> tuple[int, int]:
         """Number of sequences that the statistics are over, and of tokens in each."""
-        context = self.subject.config.data.context
+        context = self.subject.config.data.context  # BOS included, which the statistics leave out
         return -(-self.catalogue.statistics.tokens // (context - 1)), context
 
 

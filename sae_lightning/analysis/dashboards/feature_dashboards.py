@@ -118,6 +118,7 @@ def _describe_strengths(content: Dashboards, features: Tensor) -> dict[str, list
     statistics, counts = catalogue.statistics, catalogue.linear_histogram[features]
     maximum, firing_counts = statistics.maximum[features], statistics.firing_counts[features]
     centres = maximum[:, None] * (torch.arange(LINEAR_BINS) + 0.5) / LINEAR_BINS
+    # bins ascend, but interval 0 is the top one
     tokens_by_interval = counts.view(len(features), INTERVALS, -1).sum(dim=2).flip(1)
     shares = tokens_by_interval.double() / statistics.tokens
     shares[:, -1] += 1 - firing_counts.double() / statistics.tokens  # where it is silent
@@ -149,8 +150,9 @@ def _describe_strengths(content: Dashboards, features: Tensor) -> dict[str, list
 def _list_examples(
     examples: Examples, upper_bound: Tensor, vocabulary: list[str]
 ) -> list[list[Example]]:
-    """List the tokens and strengths of each example [n, k]. upper_bound: [n, k or 1] the strength
-    that no token of the example exceeds, except by rounding to half precision."""
+    """List the tokens and strengths of each example [n, k], {} where there is none. upper_bound:
+    [n, k or 1] the strength that no token of the example exceeds, except by rounding to half
+    precision."""
     position = examples.position[..., None] + torch.arange(WINDOW) - BEFORE
     inside = (examples.tokens >= 0) & (position > 0)  # without BOS
     # stored in half precision, except for the peak

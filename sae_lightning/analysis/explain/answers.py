@@ -27,7 +27,7 @@ TEST_QUESTION = Question("Answer with the word yes.", 16)  # asked to see whethe
 
 
 class Cost(NamedTuple):
-    """What the questions cost, estimated or spent, that the cache does not answer."""
+    """The cost, estimated or spent, of the questions that the cache does not answer."""
 
     requests: int = 0
     tokens_in: int = 0
@@ -60,7 +60,7 @@ class Answers:
     def __init__(self, model: ChatModel, folder: Path | None = None):
         self.model = model
         self.folder = folder or platformdirs.user_cache_path("sae_lightning") / "answers"
-        self.spent = Cost()  # by this object, since it was made
+        self.spent = Cost()  # of the questions that this object has sent to the model
         self._lock = Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

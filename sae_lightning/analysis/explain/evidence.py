@@ -92,6 +92,7 @@ def _gather_one(
     seed: int,
 ) -> Evidence:
     """Gather the evidence for one feature; token_texts: by token id."""
+    # a seed for each feature, so that its texts do not depend on which other features are explained
     rng = torch.Generator().manual_seed(seed * 1_000_003 + feature)
     strengths = sample.densify(feature)
     # [sequences, context] greatest strength in the window around each position
@@ -135,9 +136,9 @@ def _draw_windows(
     allowed: [sequences, context] bool: the positions to choose from."""
     tokens = pad(sample.tokens, (BEFORE, AFTER), value=-1)
     strengths = pad(strengths, (BEFORE, AFTER))
-    rows = allowed.any(dim=1).nonzero().squeeze(1)  # of the sample, one for each sequence
-    for row in rows[torch.randperm(len(rows), generator=rng)].tolist():
-        positions = allowed[row].nonzero().squeeze(1)
+    candidates = allowed.any(dim=1).nonzero().squeeze(1)  # indices of sequences in the sample
+    for i in candidates[torch.randperm(len(candidates), generator=rng)].tolist():
+        positions = allowed[i].nonzero().squeeze(1)
         position = int(positions[torch.randint(len(positions), (), generator=rng)])
-        window = slice(position, position + WINDOW)
-        yield int(sample.sequence_indices[row]), tokens[row, window], strengths[row, window]
+        window = slice(position, position + WINDOW)  # begins BEFORE tokens earlier, as both padded
+        yield int(sample.sequence_indices[i]), tokens[i, window], strengths[i, window]

@@ -59,7 +59,7 @@ class ExplainTask(Task):
         for name in ("count", "concurrency", "tokens", "together"):
             check_at_least(name, getattr(self, name), 1)
         for name in ("examples", "scored"):
-            check_at_least(name, getattr(self, name), 8)
+            check_at_least(name, getattr(self, name), 8)  # half of them must be MIN_TEXTS or more
         for name in ("budget", "thinking"):
             check_at_least(name, getattr(self, name), 0)
         if self.endpoint is not None and self.explainer is None:

@@ -32,7 +32,7 @@ class Explanations(NamedTuple):
 
 
 def make_explanation_section(result: Explanations) -> Section:
-    """The explanations with their scores, each beside a text in which its feature fires."""
+    """Show the explanations with their scores, each beside a text in which its feature fires."""
     explanations, spent, model = result
     explained = [explanation for explanation in explanations if explanation.text]
     numbers = {
@@ -66,7 +66,7 @@ def make_explanation_section(result: Explanations) -> Section:
 
 
 def make_token_set_section(catalogue: Catalogue, features: list[int]) -> Section:
-    """What is shown if no model is named: the token set that best predicts each feature."""
+    """Show, if no model is named, the token set that best predicts each feature."""
     token_sets = catalogue.token_sets
     rows = []
     for feature in sorted(features, key=lambda i: -token_sets.score[i].nan_to_num(-1)):
@@ -111,7 +111,7 @@ def _average(explanations: list[Explanation], test: str) -> float | None:
 
 
 def _summarise(explanations: list[Explanation], test: str) -> str:
-    """The mean over features with its standard error."""
+    """Format the mean over features, with its standard error if there are several."""
     accuracies = _list_accuracies(explanations, test)
     if not accuracies:
         return "no verdicts"

@@ -65,7 +65,8 @@ def _is_loopback(host: str) -> bool:
 def censor(text: str, key: str) -> str:
     """Replace the key in `text` by ***: all or part of it, also URL-encoded or JSON-escaped, or its
     ends around a mask (`sk-ab****yz`)."""
-    if len(key) < MIN_KEY_PART:  # a placeholder such as `none`: censored as a whole word only
+    # a placeholder such as `none` is censored as a whole word only, one of up to 3 characters never
+    if len(key) < MIN_KEY_PART:
         return re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", text) if len(key) > 3 else text
     characters = ENCODED_CHARACTER.findall(text)
     plain = "".join(c if len(c) == 1 else chr(int(c[-2:], 16)) for c in characters)
@@ -74,7 +75,7 @@ def censor(text: str, key: str) -> str:
             characters[start : start + MIN_KEY_PART] = "\0" * MIN_KEY_PART  # one for each
     text = re.sub("\0+", "***", "".join(characters))
     # beginnings and ends of the key, the longest first, that are too short to be censored alone
-    lengths = range(MIN_KEY_PART - 1, 2, -1)
+    lengths = range(MIN_KEY_PART - 1, 2, -1)  # 7 to 3 characters
     beginnings = "|".join(re.escape(key[:n]) for n in lengths)
     ends = "|".join(re.escape(key[-n:]) for n in lengths)
     masked = rf"(?:{beginnings}){MASK}(?:{ends})?|{MASK}(?:{ends})"

@@ -9,7 +9,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.generate import Reply, reply
 from sae_lightning.llm.load import LLM, LLMConfig, load_llm
 
-TIMEOUT = 120  # seconds
+TIMEOUT = 120  # seconds that an endpoint may take for an answer
 
 
 class Question(NamedTuple):
@@ -43,7 +43,7 @@ class LocalModel(ChatModel):
 
     def __init__(self, llm: LLM):
         self.llm = llm
-        *_, last = llm.model.parameters()
+        *_, last = llm.model.parameters()  # hashing all of them would take long
         weights_hash = hashlib.sha256(last.float().cpu().numpy().tobytes()).hexdigest()[:16]
         self.name = f"local {llm.name} {weights_hash}"  # the weights in a folder may change
 

@@ -71,8 +71,9 @@ def write_judge_prompt(template: str, explanation: str, texts: list[str]) -> str
 
 
 def find_marked(window: Window) -> list[int]:
-    """Indices of the tokens on which a feature fires strongly enough to be marked."""
-    threshold = MARK_THRESHOLD * max(window.strengths)
+    """Indices of the tokens on which a feature fires strongly enough to be marked; none in a window
+    in which it is silent."""
+    threshold = MARK_THRESHOLD * max(window.strengths)  # 0 where the feature is silent
     return [
         i for i, strength in enumerate(window.strengths) if strength > 0 and strength >= threshold
     ]

@@ -148,8 +148,8 @@ def share_out(available: list[int], total: int) -> list[int]:
 
 
 def _cut_beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:
-    """Tokenise texts and cut each to its first tokens; of pieces with the same tokens, keep one,
-    because they may be in two folds."""
+    """Tokenise the text of each piece and cut it to its first `packing.window_size` tokens; of
+    pieces with the same tokens, keep only one, because they may be in two folds."""
     texts = [piece.content for piece in pieces]
     documents = tokenise_documents(tokenizer, texts, packing.separator)
     windows = [tokens[:-1][: packing.window_size] for tokens in documents]  # without the separator

@@ -47,7 +47,7 @@ class FoldSplit:
         self.class_indices, self.test_class_indices = class_indices[~test], class_indices[test]
         scaler = StandardScaler()
         self.x, self.test_x = scaler.fit_transform(x[~test]), scaler.transform(x[test])
-        # one of the fitted folds chooses how strongly to regularise
+        # one of the fitted folds, another for each tested fold, chooses how strongly to regularise
         fitted_folds = sorted({*fold.tolist()} - {tested})
         self.is_validation = fold[~test] == fitted_folds[tested % len(fitted_folds)]
         self.aurocs = measure_aurocs(self.x, self.class_indices, self.classes)
@@ -86,7 +86,7 @@ class FoldSplit:
             # that solving in the space of the rows gives the same probe and is far cheaper.
             basis = np.linalg.svd(x, full_matrices=False)[2].T
             x, test_x = x @ basis, test_x @ basis
-        scale = self.x.shape[1] ** -0.5
+        scale = self.x.shape[1] ** -0.5  # the squares of standardised units then sum to about 1
         search = GridSearchCV(
             LogisticRegression(max_iter=300),
             {"C": ALL_C},
@@ -118,7 +118,7 @@ def measure_aurocs(x: ndarray, class_indices: ndarray, classes: int) -> ndarray:
 
 def score_predictions(scores: ndarray, class_indices: ndarray) -> FoldScore:
     """Accuracy and AUROC of scores [pieces, classes]; for two classes, scores [pieces] or [pieces,
-    1] of class 1 do as well."""
+    1] of class 1 do as well. The AUROC is the mean over classes that have pieces."""
     if scores.ndim == 1 or scores.shape[1] == 1:
         scores = scores.reshape(-1, 1) * [-1, 1]
     auroc = measure_aurocs(scores, class_indices, scores.shape[1]).diagonal()

@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     fold: int
     """0 to FOLDS - 1. Probes are tested on a fold that they were not fitted on."""
     content: np.ndarray | str
-    """Its token ids; of a document, first the text, until `read_labelled_text` has tokenised it."""
+    """Token ids of the piece; for a document its text, until `read_labelled_text` tokenises it."""
 
 
 def cut_plays(
@@ -56,12 +56,13 @@ def cut_plays(
         )
     plays = read_plays()
     texts = find_rivals(plays) if label == "speaker" else {play: plays[play][1] for play in plays}
-    # of each text; its name is its class if the label is play or speaker
+    # the class of each text: if the label is play or speaker, the text's name
     classes = [genre for genre, _ in plays.values()] if label == "genre" else list(texts)
     folds = deal_folds(classes, seed) if label == "genre" else None
     documents = tokenise_documents(tokenizer, list(texts.values()), packing.separator)
     pieces = []
     for i, tokens in enumerate(documents):
+        # whole windows only, without the separator that ends the text
         starts = range(0, len(tokens) - packing.window_size, packing.window_size)
         for window, start in enumerate(starts):
             fold = folds[i] if folds else pick_fold(window, len(starts))
@@ -158,7 +159,7 @@ def _read_rows(
         raise UserError(f"label={label}: that is the column of the text; give one with classes")
     # a ClassLabel holds indices into names
     class_names = getattr((data.features or {}).get(label), "names", None)
-    if hasattr(data, "__len__"):
+    if hasattr(data, "__len__"):  # not streamed
         order = np.random.default_rng(seed).permutation(len(data))
         data = data.select(np.sort(order[:MAX_DOCUMENTS]))
     for row in islice(data, MAX_DOCUMENTS):
@@ -178,7 +179,7 @@ def _read_class(value: Any, class_names: list[str] | None, where: str) -> str | 
     if value is None or value != value:  # NaN: missing in a table
         return None
     if class_names is not None:
-        return class_names[value] if value >= 0 else None
+        return class_names[value] if value >= 0 else None  # -1: a missing label
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)  # a column of integers with missing values is read as floats
     if not isinstance(value, str | bool | int):

@@ -23,7 +23,7 @@ MEASURES = {"AUROC": "auroc", "accuracy": "accuracy"}
 
 
 def make_probe_sections(probes: Probes) -> list[Section]:
-    """How well k units tell classes apart, and the best unit for each class."""
+    """Make sections on how well k units tell classes apart, and on the best unit for each class."""
     return [_make_comparison_section(probes), _make_units_section(probes)]
 
 
@@ -69,9 +69,9 @@ def _make_comparison_section(probes: Probes) -> Section:
 
 
 def describe_winner(features: ProbeScore, neurons: ProbeScore) -> str:
-    """Say whether features or neurons have the higher AUROC, and in how many folds."""
+    """Say whether features or neurons have the higher AUROC, by how much, and in how many folds."""
     gaps = [a.auroc - b.auroc for a, b in zip(features.folds, neurons.folds, strict=True)]
-    if abs(mean(gaps)) < 0.005:
+    if abs(mean(gaps)) < 0.005:  # with two decimals it would be 0.00
         return "neither is ahead"
     ahead = FEATURES if mean(gaps) > 0 else NEURONS
     folds = sum(gap > 0 if ahead == FEATURES else gap < 0 for gap in gaps)

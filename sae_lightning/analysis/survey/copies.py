@@ -16,7 +16,7 @@ def find_originals(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> 
     Its copies are the features that are reached from it by going from neighbour to neighbour, each
     with a cosine > COPY_COSINE to the original itself.
     """
-    near = (neighbours.similarity > COPY_COSINE) & (neighbours.units >= 0)
+    near = (neighbours.similarity > COPY_COSINE) & (neighbours.units >= 0)  # -1 is padding
     features, column = near.numpy().nonzero()
     others = neighbours.units.numpy()[features, column]
     # made symmetric: one feature of a pair may be missing from the other's list of neighbours

@@ -52,7 +52,7 @@ class FiringStatistics:
         self.maximum[units] = self.maximum[units].maximum(values.amax(dim=0).cpu())
         token, unit = values.nonzero(as_tuple=True)
         lowest = EDGES[0].log2().item()
-        half_octave = ((values[token, unit].log2() - lowest) * 2).floor().long()
+        half_octave = ((values[token, unit].log2() - lowest) * 2).floor().long()  # as in EDGES
         bins = units[unit.cpu()] * STRENGTH_BINS + half_octave.clamp(0, STRENGTH_BINS - 1).cpu()
         self.histogram.index_add_(0, bins, torch.ones_like(bins))
 

@@ -48,9 +48,9 @@ def _measure_rarity(ids: np.ndarray, sample: Sample, vocabulary: Sequence[str]) 
     -log2 p minus the entropy, clipped at 0, divided by the greatest such difference in the
     vocabulary; 0 if the token is no word. A piece of a word has PIECE_WEIGHT times that."""
     share = np.bincount(ids.ravel(), minlength=len(vocabulary)) / ids.size
-    surprisal = -np.log2(share.clip(min=1 / ids.size))
+    surprisal = -np.log2(share.clip(min=1 / ids.size))  # unread tokens count as read once
     above_mean = surprisal - (share * surprisal).sum()
-    rarity = above_mean.clip(min=0) / max(above_mean.max(), 1e-9)
+    rarity = above_mean.clip(min=0) / max(above_mean.max(), 1e-9)  # 0 if all are equally frequent
     rarity[[not _is_word(token) for token in vocabulary]] = 0
     # Scripts with upper and lower case write spaces between words: where two such letters meet, two
     # tokens are pieces of one word.

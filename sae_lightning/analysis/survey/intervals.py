@@ -32,6 +32,7 @@ def estimate_histogram(sample: Sample, maximum: Tensor, tokens: int) -> Tensor:
     LINEAR_BINS], int64; maximum: [units]. Exact if the sample is the whole text."""
     entry_units = sample.list_entry_units()
     share = sample.strengths / maximum[entry_units].clamp_min(torch.finfo(torch.float32).tiny)
+    # a bin holds its upper edge, so that the maximum is in the last one
     bins = (share * LINEAR_BINS).ceil().clamp(1, LINEAR_BINS).long() - 1
     counts = torch.bincount(entry_units * LINEAR_BINS + bins, minlength=len(maximum) * LINEAR_BINS)
     scale = tokens / max(1, int(sample.keep.sum()))
@@ -83,10 +84,11 @@ def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
     unit, i = (top.peak_strength > 0).numpy().nonzero()
     sequence, position = top.sequence.numpy()[unit, i], top.position.numpy()[unit, i]
     sampled = sample.sequence_indices.numpy()
-    row = np.searchsorted(sampled, sequence).clip(max=len(sampled) - 1)
-    in_sample = sampled[row] == sequence
+    # index in the sample; a wrong one, of a sequence that was not sampled, is sorted out below
+    index = np.searchsorted(sampled, sequence).clip(max=len(sampled) - 1)
+    in_sample = sampled[index] == sequence
     candidate = np.ones(len(keys), bool)
-    peaks = (unit * size + row * context + position)[in_sample]
+    peaks = (unit * size + index * context + position)[in_sample]
     candidate[np.searchsorted(keys, peaks)] = False
     return candidate.nonzero()[0]
 
@@ -147,7 +149,7 @@ def _read_windows(sample: Sample, entry_units: Tensor, entry: Tensor) -> Tensor:
     offset = sample.places[near] - place + BEFORE
     same = (entry_units[near] == entry_units[entry, None]) & (offset >= 0) & (offset < WINDOW)
     same &= sample.places[near] // context == place // context
-    row, column = same.nonzero(as_tuple=True)
+    i, column = same.nonzero(as_tuple=True)  # i: index in `entry`
     around = torch.zeros(len(entry), WINDOW)
-    around[row, offset[same]] = sample.strengths[near[row, column]]
+    around[i, offset[same]] = sample.strengths[near[i, column]]
     return around.clamp(max=torch.finfo(torch.float16).max)

@@ -25,12 +25,12 @@ def find_neighbours(W_dec: Tensor, k: int = 5) -> RelatedUnits:
 
     With more than 16,384 features, each is compared with only about 8,000 others, so time grows
     linearly. With 32,768 features in 768 dimensions, this misses one pair in 2,000 at a cosine of
-    0.9, one in 200 at 0.8, and most pairs below that.
+    0.9, one in 200 at 0.8, and most pairs below that. Returns [features, min(k, features - 1)].
     """
     rows = normalize(W_dec)
     k = min(k, len(rows) - 1)
     units = torch.full((len(rows), k), -1, device=rows.device)
-    cosines = rows.new_full((len(rows), k), -2)
+    cosines = rows.new_full((len(rows), k), -2)  # below any real cosine
     for block, others in _pick_comparisons(rows):
         products = rows[block] @ rows[others].T
         products[block[:, None] == others] = -2  # a feature is not its own neighbour
@@ -69,8 +69,9 @@ def _pick_comparisons(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def find_partners(sample: Sample, k: int = 5) -> RelatedUnits:
-    """Find the features with the largest Jaccard index of firing: the tokens on which both fire,
-    divided by those on which either fires."""
+    """Find the features with the largest Jaccard index of firing: the number of tokens on which
+    both fire, divided by the number on which either fires. A feature that fires together with fewer
+    than `k` others is padded with unit -1 and a similarity of 0."""
     from scipy.sparse import csr_array
 
     places, entry_units = sample.places.numpy(), sample.list_entry_units().numpy()

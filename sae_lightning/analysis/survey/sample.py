@@ -16,7 +16,7 @@ SAMPLE_ENTRIES = 1 << 24  # nonzero strengths of a sample, at most
 
 class Sample(NamedTuple):
     """Sequences, and where units (features or neurons) fire in them: an entry is a unit that fires
-    at a place; place = row of the sequence * context + position."""
+    at a place; place = index of the sequence in the sample * context + position."""
 
     tokens: Tensor
     """[sequences, context] int32"""
@@ -56,7 +56,7 @@ def rank_in_runs(values: np.ndarray) -> np.ndarray:
 
 class SequenceSampler:
     """A reducer: keeps a random sample of whole sequences. Each sequence gets a random key; when
-    the sample is full, sequences with the smallest keys are dropped."""
+    the sample exceeds a limit, the sequences with the smallest keys are dropped."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class SequenceSampler:
             item = (key, index, tokens[i].copy(), keep[i].copy(), *fires, value)
             heapq.heappush(self.kept, item)
             self._count(item, 1)
-            while self._is_full() and len(self.kept) > 1:
+            while self._is_full() and len(self.kept) > 1:  # one is kept, however large
                 dropped = heapq.heappop(self.kept)
                 self.least_key = dropped[0]
                 self._count(dropped, -1)

@@ -32,7 +32,9 @@ from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
-NEURON_ENTRIES = 1 << 23  # of the neurons' sample; neurons fire on most tokens
+# Most entries of the neurons' sample: neurons fire on most tokens, so it can have fewer sequences
+# than the sample of features.
+NEURON_ENTRIES = 1 << 23
 TOP_PER_DRAWN = 6  # strongest examples for each random example of an interval
 
 
@@ -41,7 +43,7 @@ class Survey(NamedTuple):
 
     features: Catalogue
     neurons: Catalogue
-    """Of the dimensions of the source site, made positive."""
+    """Catalogue of the neurons, the dimensions of the source site, made positive."""
     sample: Sample
     """Random sequences of the text, with all features that fire in them."""
 
@@ -129,8 +131,8 @@ def _make_reducers(
 
 
 def _compare(features: Catalogue, sample: Sample, W_dec: Tensor) -> Catalogue:
-    """Add to the catalogue what takes all features: their token sets, how informative each is, and
-    which others are similar to it or fire with it."""
+    """Add to the catalogue what is computed from all features at once: their token sets, how
+    informative each feature is, and which others are similar to it or fire with it."""
     vocabulary, statistics = features.vocabulary, features.statistics
     token_sets = score_token_sets(sample, len(vocabulary))
     features = features._replace(
@@ -173,7 +175,8 @@ def make_features_section(result: Survey) -> Section:
 
 
 def rank_units(catalogue: Catalogue) -> Tensor:
-    """Sort all units [units], the most informative first."""
+    """Sort all units: their indices [units], the most informative first, units without a rating
+    last."""
     return catalogue.informativeness.nan_to_num(-1).argsort(descending=True, stable=True)
 
 

@@ -36,7 +36,7 @@ class _Counts(NamedTuple):
 
 
 class _Sets(NamedTuple):
-    """The token sets of all features: one row per member, sorted by feature, then by falling
+    """The token sets of all features: one entry per member, sorted by feature, then by falling
     firings / (occurrences + 1): without the 1, tokens that occur once or twice would lead."""
 
     feature: np.ndarray
@@ -50,7 +50,8 @@ class _Sets(NamedTuple):
 
 
 def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
-    """Choose the best token set of every feature, and score how well it predicts firing."""
+    """Choose the best token set of every feature, and score how well it predicts firing; a feature
+    that fires on fewer than MIN_FIRINGS tokens of a half gets no set and a score of NaN."""
     scores, sets = [], []  # by shift
     for shift in (0, 1):
         a, b = _count_halves(sample, vocabulary, shift)
@@ -72,7 +73,8 @@ def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
 
 
 def _count_halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
-    """Count over even and over odd sequences, taking the tokens `shift` positions earlier."""
+    """Count over even and over odd sequences, taking the tokens `shift` (0 or 1) positions earlier,
+    which are in the same sequence, because the SAE never reads its first token, BOS."""
     context = sample.tokens.shape[1]
     tokens = sample.tokens.flatten().long().numpy()
     kept = sample.keep.flatten().nonzero().squeeze(1).numpy()

@@ -106,7 +106,7 @@ def measure_claims(subject: Subject, reducer: TheoryReducer) -> TheoryResult:
     with phase("testing the theory"):
         counts, tokens = reducer.feature_counts.result(), reducer.source.tokens
         # bin 0 counts the tokens on which a feature is silent
-        every_token = counts.tokens.shape[1] - 1
+        every_token = counts.tokens.shape[1] - 1  # the last concept, which holds all tokens
         firings = sum(counts.read(half, every_token)[:, 1:].sum(dim=1) for half in (0, 1))
         density = firings.double() / tokens
         detectors = detect_concepts(counts, reducer.neuron_counts.result())
@@ -138,7 +138,8 @@ def measure_activity(l0_counts: Tensor, density: Tensor) -> dict[str, float]:
     l0 = torch.arange(len(l0_counts)).double()
     share = l0_counts.double() / l0_counts.sum()
     cumulative_share = l0_counts.double().cumsum(0) / l0_counts.sum()
-    # the quantile q is the smallest L0 that a share q of the tokens does not exceed
+    # the quantile q is the smallest L0 that a share q of the tokens does not exceed (1e-9: rounding
+    # errors; for q = 0, the smallest L0 that occurs)
     quantiles = 0, 0.05, 0.25, 0.5, 0.75, 0.95, 1
     return {
         "mean": density.sum().item(),
@@ -178,8 +179,9 @@ def _measure_weights(
             [(normalize(a, dim=1) * normalize(b, dim=1)).sum(dim=1) for a, b in parts]
         )
         result.numbers["agreement"] = summarise_distribution(agreement) | {
-            "chance": decoder.shape[1] ** -0.5
+            "chance": decoder.shape[1] ** -0.5  # standard deviation for random directions
         }
+    # the others in which features compete have thresholds when they are evaluated
     competes = subject.sae.architecture == "topk"
     return result._replace(margin=margin, competes=competes, overlap=overlap, agreement=agreement)
 
@@ -191,15 +193,15 @@ def _measure_margins(weights: dict[str, Tensor], source: Moments) -> Tensor:
     b_enc alone says little: on raw activations it also has to cancel mean . W_enc[:, i].
     """
     W_enc, b_enc = weights["W_enc"], weights["b_enc"].double()
-    threshold = weights.get("threshold", torch.zeros(()))
+    threshold = weights.get("threshold", torch.zeros(()))  # an architecture without one fires at 0
     parts, covariance = W_enc.split(FEATURES_AT_ONCE, dim=1), source.covariance
     squares = [(part * (covariance @ part)).sum(dim=0) for part in map(Tensor.double, parts)]
-    deviation = torch.cat(squares).clamp(min=0).sqrt()
+    deviation = torch.cat(squares).clamp(min=0).sqrt()  # rounding errors can make a variance < 0
     means = torch.cat([source.mean @ part.double() for part in parts])
     return (means + b_enc - threshold) / deviation
 
 
 def summarise_distribution(values: Tensor) -> dict[str, float]:
-    """Mean, median, and 5 % and 95 % quantiles of values [n]."""
+    """Mean, median, and 5 % and 95 % quantiles (`low`, `high`) of values [n], n > 0."""
     low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     return {"mean": values.mean().item(), "low": low, "median": median, "high": high}

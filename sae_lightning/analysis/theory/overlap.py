@@ -35,6 +35,7 @@ class Cosines(NamedTuple):
         return (int((cumulative_share < share).sum()) + 1) / half
 
     def scalars(self) -> dict[str, float]:
+        """Summarise the cosines, by the keys that `theory.json` has for them."""
         return {
             "median": self.find_quantile(0.5),
             "99%": self.find_quantile(0.99),
@@ -60,7 +61,7 @@ def compare_directions(decoder: Tensor, covariance_root: Tensor) -> dict[str, Co
 
 
 def count_cosines(directions: Tensor, chosen: Tensor) -> Cosines:
-    """Cosines of the rows `chosen` [rows] of `directions` [n, d] with all other rows."""
+    """Count the cosines of the rows `chosen` [rows] of `directions` [n, d] with all other rows."""
     directions = normalize(directions.float(), dim=1)
     counts, nearest = torch.zeros(COSINE_BINS, dtype=torch.int64), []
     for part in chosen.split(ROWS_AT_ONCE):

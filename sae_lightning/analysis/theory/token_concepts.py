@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-# matched as whole words, ignoring case
+# Name of a concept -> its words (some are patterns), matched as whole words, ignoring case.
 WORD_LISTS = {
     "articles": "a an the",
     "prepositions": """of in on at by with from upon under over through against between among
