@@ -19,7 +19,7 @@ from sae_lightning.terminal import console, phase
 HUB = "hub:"
 MAIN = "main"  # the default revision
 COMMIT = re.compile("[0-9a-f]{40}")
-RUN_CONFIG = "config.yaml"  # of a run, published with its SAE
+RUN_CONFIG = "config.yaml"  # settings of a run, published with its SAE
 ANSWER_TIMEOUT = 10.0  # seconds for a first answer, before a cached copy is used
 ATTEMPTS = 3  # at each request or download
 MB = 1e6
@@ -184,7 +184,7 @@ def _choose_files(
     if needed := _find_needed(path, sizes):
         return {name: sizes[name] for name in needed}
     parents = {str(folder) for name in sizes for folder in PurePosixPath(name).parents}
-    paths = []  # of single SAEs
+    paths = []  # one for each SAE
     for folder in sorted(parents):
         saes = find_saes(folder, sizes)
         paths += [folder] if len(saes) == 1 else [sae.weights for sae in saes]

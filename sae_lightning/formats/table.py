@@ -47,7 +47,7 @@ def find_format(names: Collection[str], weights: str | None = None) -> Format | 
     def has_match(pattern: str, among: Collection[str] = names) -> bool:
         return any(is_match(name, pattern) for name in among)
 
-    weights_files = names if weights is None else [weights]  # or candidates for it
+    weights_files = names if weights is None else [weights]  # or all candidates
     entries = [entry for entry in FORMATS.values() if has_match(entry.files[0], weights_files)]
     same_weights = [entry for entry in entries if entry.files[0] == entries[0].files[0]]
     complete = [entry for entry in same_weights if all(map(has_match, entry.files))]

@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_lightning.report.catalogue import BEFORE, Catalogue
 from sae_lightning.report.section import show_token
 
-MAX_PEAK_TOKENS = 4  # that identify a feature in lists
+MAX_PEAK_TOKENS = 4  # tokens shown with a feature in lists, to identify it
 FEW_TOKENS = 20  # features that fire on fewer tokens of the catalogue's text are ranked last
 MAX_LISTED = 100  # features in the page's list for the whole text
 

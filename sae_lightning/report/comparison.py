@@ -108,10 +108,12 @@ def write_claims(means: MeansTable, comparisons: list[Comparison]) -> list[str]:
 
 
 def _write_claim(means: MeansTable, name: str, row: int) -> str:
+    """What the SAE in `row` does by metric `name`, such as `explains 0.8123 of the variance`."""
     return CLAIMS[name].format(means.format_cell(row, name))
 
 
 def _write_sentence(means: MeansTable, c: Comparison) -> str:
+    """The sentence on one comparison: the trained SAE, its best control and the verdict."""
     control, l0 = means.kinds[c.control], means.mean["l0"]
     amount = means.columns[c.metric].format_value(abs(c.difference)).replace("%", " points")
     added = ADDED_BY_TRAINING.get(control, "what the control does not learn")
@@ -130,6 +132,7 @@ def _write_sentence(means: MeansTable, c: Comparison) -> str:
 
 
 def _count_verdicts(means: MeansTable, comparisons: list[Comparison]) -> str:
+    """The sentence that counts the verdicts of `comparisons` in one metric."""
     counts = Counter(c.verdict for c in comparisons).most_common()
     return (
         f"{means.columns[comparisons[0].metric].label} of {len(comparisons)} trained SAEs, each "

@@ -141,6 +141,7 @@ def _draw_trained(figure: "Figure", trained: "pd.DataFrame") -> None:
 
 
 def _is_on_front(points: "pd.DataFrame") -> np.ndarray:
+    """Whether each of `points` is on their Pareto front, bool [n]."""
     l0, quality = (
         Estimates(*points[[mean, spread, "seeds"]].to_numpy(float).T)
         for mean, spread in (("l0", "l0_spread"), ("quality", "spread"))
@@ -173,6 +174,7 @@ def _draw_front(figure: "Figure", points: "pd.DataFrame", dash: str, style: dict
 
 
 def _draw_points(figure: "Figure", group: "pd.DataFrame", name: str, **style: Any) -> None:
+    """Draw the points of a group; the legend shows its `name` unless that is empty."""
     figure.add_scatter(
         name=_escape(name),
         showlegend=name != "",
@@ -193,6 +195,7 @@ def _make_bars(spread: "pd.Series") -> dict[str, Any] | None:
 
 
 def _shorten(label: str) -> str:
+    """Cut a label to 24 characters."""
     return label if len(label) <= 24 else label[:23] + "…"
 
 

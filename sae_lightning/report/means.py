@@ -127,6 +127,7 @@ class MeansTable:
         return self._format(name, values.mean(), values.std())
 
     def _format(self, name: str, value: float | None, spread: float) -> str:
+        """Format a value (a dash for None) and its spread, unless that is NaN."""
         format_value = self.columns[name].format_value
         return format_value(value) + ("" if np.isnan(spread) else f" ± {format_value(spread)}")
 

@@ -45,7 +45,7 @@ def render_template(template: str, *, figures: bool, **values: object) -> str:
     )
     return environment.get_template(template).render(
         asset=lambda name: Markup((TEMPLATES / name).read_text("utf8")),
-        # for a <script type="application/json">: no text in it can end the element
+        # embedded in a <script type="application/json">; no text in the data can end that element
         data=lambda value: Markup(to_json_plotly(value)),
         plotly=Markup(get_plotlyjs()) if figures else "",
         **values,

@@ -125,7 +125,7 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
             ids += [catalogue.effect.promoted, catalogue.effect.suppressed]
     for part in (part for tensor in ids for part in tensor.split(COUNTED_AT_ONCE)):
         counts += torch.bincount(part.flatten() + 1, minlength=len(counts))
-    counts = counts[1:]  # without -1
+    counts = counts[1:]  # without the count of -1, no token
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
     page_ids = np.zeros(len(vocabulary) + 1, "u2" if len(used) < 2**16 else "u4")
     page_ids[used] = range(1, len(used) + 1)

@@ -99,7 +99,7 @@ def _make_example_lists(examples: Examples, vocabulary: pa.Array) -> pa.ListArra
     columns = {
         "strength": _to_array(examples.peak_strength[exists]),
         "sequence": _to_array(examples.sequence[exists]),
-        "position": _to_array(examples.position[exists]),  # of the peak in its sequence
+        "position": _to_array(examples.position[exists]),  # index of the peak in its sequence
         # index of the peak in tokens
         "peak": _to_array((tokens[:, :BEFORE] >= 0).sum(dim=1).int()),
         "tokens": _make_text_lists(tokens, vocabulary),

@@ -104,6 +104,7 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
 
 
 def _read_effect(columns: dict[str, pa.Array], ids: dict[str, int]) -> LogitEffect:
+    """Read what units do to logits; files of older versions lack the numbers."""
     tokens = (_read_tokens(columns[name], ids).long() for name in ("promoted", "suppressed"))
     effect = LogitEffect(*tokens, _to_tensor(columns["sharpness"]).float())
     if "effect_histogram" not in columns:
@@ -152,10 +153,12 @@ def _read_reals(values: pa.Array) -> Tensor:
 
 
 def _count_entries(lists: pa.ListArray) -> Tensor:
+    """Number of values in each list, int64."""
     return _to_tensor(lists.value_lengths()).long()
 
 
 def _read_real_lists(lists: pa.ListArray) -> Tensor:
+    """Convert lists to float32 [units, k], padded with 0; ValueError unless all are finite."""
     return _pad_lists(lists, _read_reals(lists.flatten()), 0)
 
 
@@ -183,6 +186,7 @@ def _read_tokens(lists: pa.ListArray, ids: dict[str, int]) -> Tensor:
 
 
 def _read_examples(lists: pa.ListArray, ids: dict[str, int]) -> Examples:
+    """Read one list of examples per unit; the reverse of `parquet._make_example_lists`."""
     flat = lists.flatten()  # [examples of all units]
     texts, strengths, peaks = flat.field("tokens"), flat.field("strengths"), flat.field("peak")
     lengths = _count_entries(texts)

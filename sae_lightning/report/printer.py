@@ -72,6 +72,7 @@ def print_units(catalogue: Catalogue, units: Sequence[int], examples: int = 3) -
 
 
 def _make_heading(catalogue: Catalogue, unit: int) -> Text:
+    """A line about a unit: how often and how strongly it fires, its token set and its copies."""
     statistics, token_sets = catalogue.statistics, catalogue.token_sets
     heading = Text(f"{catalogue.kind} {unit}", "bold")
     density, maximum = float(statistics.densities[unit]), float(statistics.maximum[unit])
@@ -93,6 +94,7 @@ def _make_heading(catalogue: Catalogue, unit: int) -> Text:
 
 
 def _count_columns() -> int:
+    """Number of columns in which text is wrapped."""
     return min(console.width, MAX_WIDTH)
 
 

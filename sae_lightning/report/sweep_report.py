@@ -67,7 +67,7 @@ def disarm_formula(cell: object) -> object:
 
 def _print_table(folder: Path, means: MeansTable) -> None:
     """Print the table of means, why runs failed, and where the files are."""
-    table = means.table  # of single runs
+    table = means.table  # one row per run
     grid = _make_table(means)
     # full width: the terminal wraps long lines, while squeezed columns would be unreadable
     unbounded = console.options.update(max_width=10_000)
@@ -122,6 +122,7 @@ def _make_table(means: MeansTable) -> Table:
 
 
 def _make_cells(means: MeansTable, name: str) -> list[Text]:
+    """The cells of a metric's column, with the marks of the best row and of the Pareto front."""
     cells = []
     for row in range(len(means.members)):
         front, mark = "● " if name == "l0" and means.front[row] else "", means.mark(row, name)

@@ -51,7 +51,7 @@ HYDRA_SYNTAX = re.compile(r"""^['"]|\$\{|\\[()\[\]{}:=, ]""")
 SWEEP_VALUE = re.compile(
     r"""(?:^|,)\s*(?:('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|([^,]*?))\s*(?=,|\Z)"""
 )
-MAX_JOBS = 100_000  # in a sweep: all are composed before the first is trained
+MAX_JOBS = 100_000  # most jobs of a sweep: all are composed before the first is trained
 EMPTY_VALUES = ("", "''", '""')
 
 

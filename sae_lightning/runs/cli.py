@@ -186,6 +186,7 @@ def explain_error(error: BaseException, overrides: list[str]) -> str | None:
 
 
 def _suggest(word: str, options: list[str]) -> str:
+    """A question after the option that is most like `word`; empty if none is like it."""
     close = get_close_matches(word, options, n=1)
     return f"did you mean {close[0]}? " if close else ""
 

@@ -76,6 +76,7 @@ def count_ranks(config: Config) -> int:
 
 
 def _uses_gpus(config: Config) -> bool:
+    """Whether SAEs or the LLM run on CUDA GPUs."""
     on_cpu = config.trainer.accelerator is Accelerator.cpu
     llm_on_cpu = not config.data_source.has_llm or config.llm.device == "cpu"
     return torch.cuda.is_available() and not (on_cpu and llm_on_cpu)
@@ -88,7 +89,7 @@ def count_local_ranks(config: Config, ranks: int | None = None) -> int:
 
 def count_threads(config: Config) -> int:
     """CPU threads of each rank: as many as torch would use, divided by the number of ranks."""
-    if find_launched_rank() or "OMP_NUM_THREADS" in os.environ:  # launcher or user have chosen
+    if find_launched_rank() or "OMP_NUM_THREADS" in os.environ:  # the launcher or the user chose
         return torch.get_num_threads()
     return max(1, torch.get_num_threads() // count_ranks(config))
 

@@ -39,6 +39,7 @@ def _set_option(option: int, value: int) -> bool:
 
 
 def _find_in_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None outside Linux, or if it has no such function."""
     if not sys.platform.startswith("linux"):
         return None
     return getattr(ctypes.CDLL(None), name, None)

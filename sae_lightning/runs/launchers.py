@@ -45,13 +45,13 @@ def find_launched_rank() -> LaunchedRank | None:
 
 def find_local_size() -> int | None:
     """Number of ranks that the launcher has started on this machine; None if it does not say."""
-    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 8(x2),4
-    size = os.environ.get("LOCAL_WORLD_SIZE") or re.match(r"\d*", tasks)[0]
+    ranks_per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 8(x2),4
+    size = os.environ.get("LOCAL_WORLD_SIZE") or re.match(r"\d*", ranks_per_node)[0]
     return int(size) if size and find_launched_rank() else None
 
 
 def _read_address(launcher: str) -> tuple:
-    """Read the fields of `LaunchedRank` from `address` on."""
+    """Read the fields of `LaunchedRank` from `address` on; `launcher`: a key of LAUNCHERS."""
     env = os.environ
     if launcher == "torchrun":
         listens = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -64,7 +64,8 @@ def _read_address(launcher: str) -> tuple:
 
 
 def pick_port(job: int) -> int:
-    """A port that all ranks of a job pick, and other jobs most likely do not."""
+    """A port that all ranks in the cluster's job number `job` pick, and those of other jobs
+    most likely do not."""
     return 15000 + job % 10000
 
 

@@ -115,14 +115,14 @@ def estimate_memory(
         llm_sites, llm, config.eval.tokens, config.eval.loss_tokens
     )
     row_bytes = sum(map(llm.width_at, llm_sites)) * element_bytes
-    # in training or evaluation
+    # of which activations are in memory at a time, in training or in evaluation
     tokens = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
     activation_bytes = [
         tokens * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
         for c in configs
     ]
     export_bytes = (16 * n for n in parameter_counts)  # float64 weights, original and folded
-    # of the SAE for which the sum of both is largest
+    # both numbers of one SAE, the one with the largest sum
     activations, export = max(zip(activation_bytes, export_bytes, strict=True), key=sum)
     warm_counts = [n for n, c in zip(parameter_counts, configs, strict=True) if c.model.start]
     shared_parts = {

@@ -162,20 +162,21 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
     controls that follow its L0 share a pass and a rank if they fit on one."""
     jobs, sites, _, shapes, _ = (list(column) for column in zip(*group, strict=True))
     configs = [job.config for job in jobs]
-    split, leader_groups = configs[0].trainer.split, group_by_leader(jobs)
+    splitting, leader_groups = configs[0].trainer.split, group_by_leader(jobs)
     ranks, free = count_ranks(configs[0]), _read_free_memory_per_rank(configs[0])
     needed = memory.estimate_memory(configs, sites, shapes[0], ranks)
     max_heads = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
     if max_heads is None:
-        parts = 1 if split is Splitting.none else ranks  # into which an SAE can be split
+        parts = 1 if splitting is Splitting.none else ranks  # of an SAE that is split
         memory.check_memory(needed, configs, sites, shapes[0], free, parts)
-        largest_bytes = max(needed.head_bytes) / (ranks if split is Splitting.all else 1)
+        largest_bytes = max(needed.head_bytes) / (ranks if splitting is Splitting.all else 1)
         left = 0.9 * free - needed.shared_bytes  # a tenth in reserve: these are estimates
         per_rank = max(1, int(left // (largest_bytes + needed.hidden_bytes)))
         rank_groups = cut_groups(leader_groups, per_rank)
         largest_group = max(map(len, rank_groups))
         whole_groups = per_rank // largest_group  # number that fits on a rank
-        max_heads = per_rank if split is Splitting.all else ranks * whole_groups * largest_group
+        # with split=all, each rank has a part of every SAE
+        max_heads = per_rank if splitting is Splitting.all else ranks * whole_groups * largest_group
     else:
         rank_groups = cut_groups(leader_groups, max_heads)
     if len(rank_groups) > len(leader_groups):
@@ -202,7 +203,7 @@ def _plan_pass(
         if 1 < ranks <= job.config.model.features  # each rank needs a feature
         and _is_split(config.trainer.split, len(jobs), needed.count_bytes([index]), free)
     )
-    new_indices = iter(range(len(jobs)))  # in the pass
+    new_indices = iter(range(len(jobs)))  # the jobs' indices in the pass
     pass_groups = [[*islice(new_indices, len(indices))] for indices in rank_groups]
     shares = assign_jobs(needed.head_bytes, split, ranks, pass_groups)
     largest = max(needed.count_bytes(share, split, ranks) for share in shares)
@@ -226,6 +227,7 @@ def _is_split(choice: Splitting, heads_in_pass: int, needed: int, free: float) -
 
 
 def _announce_passes(jobs: list[Job], passes: list[PlannedPass]) -> None:
+    """Print the number of jobs and, of each pass, its SAEs, sites and memory."""
     free = _read_free_memory_per_rank(jobs[0].config)
     job_count, pass_count = _format_count(len(jobs), "job"), _format_count(len(passes), "pass")
     of_llm = " of the LLM" * jobs[0].config.data_source.has_llm
@@ -242,6 +244,7 @@ def _announce_passes(jobs: list[Job], passes: list[PlannedPass]) -> None:
 
 
 def _format_count(n: int, noun: str) -> str:
+    """`1 job`, `2 jobs` or `2 passes`."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{n} {noun if n == 1 else plural}"
 

@@ -25,7 +25,7 @@ def register_schemas(
     for analyze.py."""
     store = ConfigStore.instance()
     store.store(group="schema", name="root", node=Config)
-    # to be searched for presets: Hydra refuses one that has the name of a registered option
+    # folders of presets: Hydra refuses a preset that has the name of a registered option
     folders = [Path(folder) for folder in (find_conf_folder(), config_dir) if folder]
     for group, table in (
         ("model", {name: entry.config for name, entry in ARCHITECTURES.items()}),
@@ -34,7 +34,7 @@ def register_schemas(
     ):
         for name, schema in table.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
-            store.repo.get(group, {}).pop(f"{name}.yaml", None)  # from an earlier call
+            store.repo.get(group, {}).pop(f"{name}.yaml", None)  # registered by an earlier call
             has_preset = any((folder / group / f"{name}.yaml").is_file() for folder in folders)
             # the presets of our own kinds of data have other names
             if not has_preset and (group != "data" or name not in DATA_PRESETS.values()):

@@ -94,8 +94,8 @@ def choose_architecture(arguments: list[str]) -> list[str]:
     names = [argument.lstrip("+").partition("=")[0] for argument in arguments]
     if "model.start" not in names or {"model", "resume"} & {*names}:
         return arguments
-    forget_starts()  # of an earlier command of this process
-    first_addresses: dict[str, str] = {}  # by architecture
+    forget_starts()  # SAEs that an earlier command of this process has opened
+    first_addresses: dict[str, str] = {}  # architecture -> the first address of such an SAE
     for address in _list_values(arguments[names.index("model.start")]):
         first_addresses.setdefault(find_start(address).config.name, address)
     if len(first_addresses) > 1:

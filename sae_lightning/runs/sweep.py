@@ -40,7 +40,7 @@ from sae_lightning.terminal import (
 
 class Sweep(Callback):
     """Makes the folder of a run or multirun. In a multirun it also checks all jobs before the
-    first starts (unless the launcher does), and writes a report. Set in conf/config.yaml."""
+    first starts (unless Hydra's launcher does), and writes a report. Set in conf/config.yaml."""
 
     def __init__(self):
         self.resuming = False
@@ -99,7 +99,7 @@ class Sweep(Callback):
                 f"hydra.sweep.dir={folder}: holds a run; a sweep needs a folder of its own"
             )
         self.record_file, self.record = folder / HYDRA_RECORD, None
-        self.config_files = sorted(folder.glob(f"*/{CONFIG_FILE}"))  # of the runs so far
+        self.config_files = sorted(folder.glob(f"*/{CONFIG_FILE}"))  # one for each run so far
         with suppress(OSError, ValueError):
             self.record = read_regular_file(self.record_file)
             self._restore_record()  # as a new file: Hydra would write through a hard link
@@ -204,7 +204,7 @@ def _make_new_folder(config: DictConfig, kind: str) -> None:
     folder = make_unique_folder(Path(hydra_output.dir))
     with read_write(config):
         hydra_output.dir = str(folder)
-        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir={folder}")  # for all jobs
+        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir={folder}")  # in all jobs
 
 
 def _refuse_special_files(sweep: Path) -> None:
@@ -229,6 +229,6 @@ def _check_job(cfg: DictConfig, number: int, overrides: list[str]) -> None:
     """UserError if a job's composed config is wrong."""
     with read_write(cfg), open_dict(cfg):
         cfg.hydra.job.num = number
-        HydraConfig.instance().set_config(cfg)  # for ${hydra:job.num}
+        HydraConfig.instance().set_config(cfg)  # resolves ${hydra:job.num}
         del cfg["hydra"]
     make_jobs(cfg, Path(), overrides, Path())  # any folder: the jobs are only checked
