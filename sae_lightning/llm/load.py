@@ -27,7 +27,7 @@ from sae_lightning.llm.quiet import mute_libraries
 from sae_lightning.llm.sites import Site, find_site_module
 from sae_lightning.terminal import phase
 
-NO_LLM = "none"  # for kinds of data without an LLM
+NO_LLM = "none"  # `llm.name` with kinds of data that need no LLM
 
 
 class Dtype(Enum):
@@ -221,7 +221,7 @@ def load_tokenizer(config: LLMConfig):
     returned again while the settings and the files of a local folder are the same: the checks of a
     run load it before the run does."""
     folder = dequantise(config.name) if config.name in PACKAGED else _find_local_folder(config.name)
-    # without broken links
+    # a broken link has no time
     files = [file for file in folder.iterdir() if file.exists()] if folder else []
     times = sorted((file.name, file.stat().st_mtime_ns) for file in files)
     key = repr((config, times))

@@ -103,7 +103,7 @@ def dequantise(name: str) -> Path:
                 f"({find_system_error(error) or error}); free 600 MB there, or set XDG_CACHE_HOME "
                 "to a folder that has them"
             ) from error
-    for leftover in cache.parent.glob(f".{cache.name}-*"):  # by version 0.1.0, killed
+    for leftover in cache.parent.glob(f".{cache.name}-*"):  # left by a killed version 0.1.0
         shutil.rmtree(leftover, ignore_errors=True)
     return cache
 

@@ -105,7 +105,7 @@ def score_splices(
     equally often, as these may communicate. Only positions in `keep` are replaced, in the ablations
     too: an SAE never sees BOS and other special tokens. The scores are means over the predictions
     of kept tokens. `means`: the mean output [d_out] of each function, to measure `ce_error` too
-    (one more pass for each).
+    (one more forward pass of each batch for each function).
     """
     edits = [partial(_ignore_target, function) for function in functions]
     edits += [partial(_keep_error, *pair) for pair in zip(functions, means, strict=False)]
@@ -151,7 +151,7 @@ def _measure_means(
 ) -> tuple[float, list[float], list[float]]:
     """Mean cross-entropy of the clean model, then lists of the mean cross-entropy and KL with each
     edit; the list of KLs is empty unless `with_kl`."""
-    predictions = int(keep[:, 1:].sum())  # of kept tokens: nothing predicts the first position
+    predictions = int(keep[:, 1:].sum())  # nothing predicts the first position
     if predictions == 0:
         raise ValueError("keep marks no token after the first position: nothing to score")
     batches = list(zip(tokens.split(batch), keep.split(batch), strict=True))
@@ -164,7 +164,7 @@ def _measure_means(
         advance(sum(len(ids) for ids, _ in round_batches))
     by_rank = ranks.gather_values(chunk_sums)
     sums = [0.0] * (1 + (1 + with_kl) * len(edits))  # as in `_sum_chunks`
-    for i in range(len(batches)):  # in the order of a single rank, for the same rounding
+    for i in range(len(batches)):  # in a single rank's order, for the same rounding
         for chunk in by_rank[i % ranks.size][i // ranks.size]:
             sums = [total + x for total, x in zip(sums, chunk, strict=True)]
     clean, *with_edits = (total / predictions for total in sums)
@@ -184,7 +184,7 @@ def _sum_chunks(
     of the clean model, then the cross-entropy and, `with_kl`, the KL with each edit."""
     ids = ids.to(find_computing_device(model), torch.long)
     output = run_body(model, ids)
-    device = output.last_hidden_state.device  # of the last block
+    device = output.last_hidden_state.device  # the last block's
     sequence, position = (x.to(device) for x in keep[:, 1:].nonzero(as_tuple=True))
     keep, next_ids = keep.to(find_row_device(model)), ids.to(device)[sequence, position + 1]
     hidden = [output.last_hidden_state[sequence, position]]

@@ -76,7 +76,7 @@ class SparsityPattern:
         """Give each row a row for each group of consecutive columns, [rows x groups, columns]: the
         entries of row r in group g are in row r x groups + g, in the same order as before."""
         ends = torch.tensor(sizes, device=self.flat_indices.device).cumsum(0)
-        groups = torch.searchsorted(ends, self.columns, right=True)  # of each entry
+        groups = torch.searchsorted(ends, self.columns, right=True)  # the group of each entry
         rows, columns = self.shape
         new_rows = self.rows * len(sizes) + groups
         return SparsityPattern(
@@ -127,6 +127,7 @@ def find_positive(x: Tensor) -> Tensor:
     groups = x.relu().view(-1).view(torch.int64).nonzero().squeeze(1)
     in_groups = find_above(x.view(-1, size).index_select(0, groups), 0)  # flat indices
     shift = size.bit_length() - 1  # x >> shift is x // size
+    # index of the group x size + place in the group
     return (groups.index_select(0, in_groups >> shift) << shift) + (in_groups & (size - 1))
 
 

@@ -123,6 +123,7 @@ def _add_tails(
     row = tl.load(cut_rows + cut)
     begin = tl.load(offsets + row).to(tl.int64) // PIECE
     if cut == begin:
+        # up to the piece of the row's last entry
         end = (tl.load(offsets + row + 1).to(tl.int64) - 1) // PIECE
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         within = column < d

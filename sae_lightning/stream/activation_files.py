@@ -224,7 +224,7 @@ def _check_shards(site: Site, shards: list[MatrixFile], where: str) -> list[Matr
 
 def _list_shards(file: str, path: Path) -> list[MatrixFile]:
     """List what a file below `path` holds, with the names that it can be called by."""
-    # of a file or glob, the deepest folder that exists: names count from there
+    # where path names begin: for a file or glob, at the deepest folder that exists
     base = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
     relative = Path(os.path.relpath(file, base))
     path_names = (relative.stem, *reversed(relative.parts[:-1]))

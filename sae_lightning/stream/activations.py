@@ -127,7 +127,7 @@ class ActivationsSource(NoLLMSource):
     def estimate_data_memory(
         self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
-        return DataMemory(SERVED_ROWS, 0, 0)
+        return DataMemory(SERVED_ROWS, 0, 0)  # files are memory-mapped
 
     def check_stream_state(
         self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int

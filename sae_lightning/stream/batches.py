@@ -51,7 +51,7 @@ class BatchStream:
         self._pool = Pool(sites or rows.sites, pool + rows.max_rows, seed=seed, device=rows.device)
         self._served = 0  # batches so far
         self._started = False
-        self._sequence_ids = torch.empty(0, dtype=torch.int64)  # of the last batch's rows
+        self._sequence_ids = torch.empty(0, dtype=torch.int64)  # ids of the last batch's rows
 
     def __len__(self) -> int:
         return self.total_batches

@@ -64,14 +64,14 @@ class CachedRows(RowStream):
         self.folder, self.settings, self.resumed = folder, settings, resumed
         self.width, self.own_sites = width, own_sites or live.sites
         itemsize = next(live.llm.model.parameters()).dtype.itemsize
-        self.row_bytes = len(self.sites) * width * itemsize + 8  # of the sequence id, int64
+        self.row_bytes = len(self.sites) * width * itemsize + 8  # 8: the sequence id, int64
         self.shards: list[Shard] = []  # by their first LLM batch
         self.epoch = live.epoch
         self._position = 0  # LLM batches served
         self._stop: int | None = 0  # this stretch's end, exclusive; None: not known yet
         self._shard: Shard | None = None  # being read
         self._buffer: list[tuple[Rows, int, int]] | None = None  # rows, epoch, crc32
-        self._earlier_state = live.state_dict()  # of `live`, at `_position` or before
+        self._earlier_state = live.state_dict()  # state of `live` at `_position` or before
         self._is_checked = False  # whether shards and disk space were looked at
         self._lock, self._writes = ExitStack(), None  # bool once `_may_write` has decided
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 COLUMNS = ("messages", "conversations")  # looked for, in this order
-ROLES = {"human": "user", "gpt": "assistant"}  # of `from`, in ShareGPT's format
+ROLES = {"human": "user", "gpt": "assistant"}  # values of `from`, in ShareGPT's format
 
 
 def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":

@@ -90,7 +90,7 @@ def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitDocumen
     lowest, highest = share / 2, min(4 * share, (1 + share) / 2)
     for n in (count,) if whole else (count, last + 1, last):
         if whole or lowest * sums[-1] <= sums[n] <= highest * sums[-1]:
-            # in the order of the files: reading stays sequential, shuffling comes later
+            # sorted, so that files are read from front to back; shuffling comes later
             return SplitDocuments(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
     row, size = int(order[last]), sizes[order[last]]
     (text,) = view_texts(column.slice(row, 1))
@@ -185,7 +185,7 @@ def keep_text_column(documents: Documents, column: str) -> Any:
         )
     feature = (data.features or {}).get(column)  # the column's type, in datasets' words
     if hasattr(data, "__len__") and getattr(feature, "dtype", "") not in ("string", "large_string"):
-        for number, value in enumerate(data[column], 1):  # of unknown type: check every row
+        for number, value in enumerate(data[column], 1):  # the type is unknown: check every row
             if not isinstance(value, str | None):
                 raise UserError(
                     f"data.column={column}: {where} holds {type(value).__name__} there, not text, "

@@ -193,7 +193,7 @@ def read_json_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
     """Yield (number from 1, row) of JSON lines or a JSON array; JSONDecodeError: it is neither."""
     lines = _read_lines(file, where)
     for number, line in enumerate(lines, 1):
-        if number == 1 and line.lstrip().startswith("["):
+        if number == 1 and line.lstrip().startswith("["):  # the whole file is one array
             yield from enumerate(json.loads("".join([line, *lines])), 1)
         elif line.strip():
             yield number, json.loads(line)
@@ -216,6 +216,7 @@ def _read_lines(file: str, where: str) -> Iterator[str]:
     """Yield a file's lines as text; UserError for one that is not UTF-8."""
     for number, line in enumerate(_read_raw_lines(file, where), 1):
         try:
+            # utf-8-sig drops the byte order mark that some editors write first
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             byte = f"byte 0x{line[error.start]:02x}"

@@ -81,7 +81,7 @@ def _read_documents(files: list[str], folder: Path) -> Iterator[pa.Array]:
                     while piece := content.read(READ_CHARACTERS):
                         joined.write(piece.encode())
                 ends.append(joined.tell())
-            if len(ends) == 1:
+            if len(ends) == 1:  # no file was left
                 return
             joined.flush()
             view = mmap.mmap(joined.fileno(), 0, access=mmap.ACCESS_READ) if ends[-1] else b""

@@ -26,7 +26,7 @@ class NoLLMSource(DataSource):
         values = asdict(config)
         for name, default in asdict(defaults).items():
             if values[name] != default:
-                value = getattr(values[name], "name", values[name])  # of an enum, its name
+                value = getattr(values[name], "name", values[name])  # an enum shows its name
                 raise UserError(
                     f"{group}.{name}={value} has no meaning with {self.where}, whose "
                     "activations come from no LLM: leave it out"

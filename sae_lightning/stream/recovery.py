@@ -87,7 +87,7 @@ def measure_concept_overlap(directions: Tensor) -> float:
     ):
         cosines = compute_cosines(part, directions).abs()
         index = torch.arange(len(part))
-        cosines[index, start + index] = 0  # of each concept with itself
+        cosines[index, start + index] = 0  # the cosine of each concept with itself
         largest.append(cosines.amax(dim=1))
     return torch.cat(largest).mean().item()
 

@@ -73,12 +73,12 @@ class LLMRows(RowStream):
         self.device = find_row_device(llm.model)
         self.max_rows = batch * token_stream.packing.window_size
         self.llm_batches = 0  # served so far
-        self.tokens_crc32 = 0  # of the last LLM batch, by which a cache recognises the text
+        self.tokens_crc32 = 0  # checksum of the last LLM batch, by which a cache knows the text
         self.llm_seconds = 0.0
         dropped_ids = [] if keep_special else find_special_ids(llm.tokenizer)
         self._dropped_ids = torch.tensor(dropped_ids, dtype=torch.int64)
         self._medians: dict[Site, float] | None = None  # median norms
-        self._empty_batches = 0  # consecutive ones
+        self._empty_batches = 0  # consecutive LLM batches without rows
 
     @property
     def epoch(self) -> int:

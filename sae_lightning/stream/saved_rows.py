@@ -80,7 +80,7 @@ class SavedRows(RowStream):
         self.sites, self.device = tuple(sorted(matrices)), torch.device(device)
         self.max_rows, self.llm_seconds = SERVED_ROWS, 0.0
         self.rows_per_epoch = int(blocks.count_rows(blocks.train).sum())
-        self._served = 0  # rows
+        self._served = 0  # rows served so far
         self._fingerprints: dict[str, str] = {}  # by site, computed when they are needed
         self._begin_epoch(1)
 
@@ -112,7 +112,7 @@ class SavedRows(RowStream):
         """Find the ranges (begin, end) of the files' rows that are at the positions `start` to
         `stop` - 1 of this epoch."""
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
-        indices = self._order[first : last + 1]  # of blocks
+        indices = self._order[first : last + 1]  # indices of blocks
         begins = indices * self.blocks.size
         ends = begins + self.blocks.count_rows(indices)
         ends[-1] -= self._ends[last] - stop
@@ -168,7 +168,7 @@ class HeldOutRows(HeldOutData):
         ends = begins + blocks.count_rows(indices)
         self._ranges = list(zip(begins.tolist(), ends.tolist(), strict=True))
         self._tokens = tokens
-        self._activations: dict[Site, Tensor] = {}  # of the sites read so far
+        self._activations: dict[Site, Tensor] = {}  # at the sites read so far
 
     def activations(self, site: Site) -> Tensor:
         if site not in self._activations:

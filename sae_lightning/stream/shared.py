@@ -75,7 +75,7 @@ class SharedRows(LLMRows):
         own_rows = self.run_llm(selected[ranks.rank]) if ranks.rank < len(selected) else {}
         ids_by_batch = [batch.sequence_ids for batch in selected]
         if self.max_norm is not None and any(map(len, ids_by_batch)):
-            if self._medians is None:  # of the first LLM batch with rows
+            if self._medians is None:  # those of the first LLM batch with rows serve the run
                 first = next(rank for rank, ids in enumerate(ids_by_batch) if len(ids))
                 own_medians = compute_medians(own_rows) if ranks.rank == first else None
                 self._medians = ranks.gather_values(own_medians)[first]

@@ -69,12 +69,12 @@ def expect_rows(
             raise ValueError("rows.medians: a median norm is not positive and finite")
     tokens, read = state["tokens"], state["read"] * batch
     pattern = {"epoch": range(1, ANY_COUNT.stop)}
-    if "texts" in tokens or "cursor" in tokens:  # of a mixture, or of one indexed text
+    if "texts" in tokens or "cursor" in tokens:  # a mixture, or one indexed text
         texts, position = tokens.get("texts", [tokens]), 0  # sequences served
         expect(texts, list, "tokens.texts")
         for text in texts:
             expect(text, pattern | {"tokens": range(1, ANY_COUNT.stop)}, "tokens")
-            windows = -(-text["tokens"] // (context - 1))
+            windows = -(-text["tokens"] // (context - 1))  # BOS takes one position
             expect(text, {"cursor": range(windows + 1)}, "tokens")
             position += (text["epoch"] - 1) * windows + text["cursor"]
         expect(position, read, "the text's position")

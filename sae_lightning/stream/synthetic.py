@@ -249,6 +249,7 @@ class SyntheticSource(NoLLMSource):
     def estimate_data_memory(
         self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
+        # strengths of the held-out samples, and about 4 arrays of their shape in `sample`
         return DataMemory(SAMPLED_ROWS, (tokens + 4 * SAMPLED_ROWS) * self.data.concepts, 0)
 
     def check_stream_state(

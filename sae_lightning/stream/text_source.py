@@ -144,6 +144,7 @@ class TextSource(DataSource):
         sequences = expect_rows(
             state["rows"], sites, batch=batch, context=context, vocabulary=shape.vocabulary
         )
+        # the pool may hold one LLM batch more, with a row for each token but BOS
         max_rows = self.data.pool + batch * (context - 1)
         widths = dict.fromkeys(sites, shape.width)
         expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)

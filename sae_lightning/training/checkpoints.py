@@ -49,7 +49,7 @@ class HeadCheckpoints(CheckpointIO):
         heads = {i: head for i, head in enumerate(self.heads) if head.failure is None}
         paths = [locate_stream(head.folder, step) for head in heads.values() if head.writes]
         checksum = _write_stream(stream, paths) if paths else None
-        with ExitStack() as renames:  # at its end, all files are renamed into place
+        with ExitStack() as renames:  # when it ends, all files are renamed into place
             for index, head in heads.items():
                 part = _extract_head(checkpoint, index)
                 file = Path()
@@ -72,9 +72,9 @@ class HeadCheckpoints(CheckpointIO):
         checkpoint = _join_heads(parts)
         paths = [locate_stream(head.folder, checkpoint["global_step"]) for head in self.heads]
         stream, *others = [torch.load(path, **options) for path in _list_distinct_files(paths)]
-        for other in others:  # heads of other passes read other sites
+        for other in others:  # heads that trained in other passes read other sites
             stream["pool"]["rows"] |= other["pool"]["rows"]
-            if "files" in stream["rows"]:  # of data=activations, by site
+            if "files" in stream["rows"]:  # by site, if data=activations
                 stream["rows"]["files"] |= other["rows"]["files"]
         for head, path in zip(self.heads, paths, strict=True):
             if head.writes:  # a run that was killed while saving may have left old stream files
@@ -114,8 +114,8 @@ def _load_part(head: Head, options: dict[str, Any]) -> dict[str, Any]:
     part = torch.load(locate_checkpoint(head.folder), mmap=True, **options)
 
     def slice_own(x: Tensor, dim: int, _: str) -> Tensor:
-        rows = head.sae.split.slice(x, dim).movedim(dim, 0).contiguous()
-        return rows.movedim(0, dim)  # in the memory order of a checkpoint
+        by_feature = head.sae.split.slice(x, dim).movedim(dim, 0).contiguous()
+        return by_feature.movedim(0, dim)  # in the memory order of a checkpoint
 
     return _convert_split_tensors(part, head, slice_own)
 
@@ -204,7 +204,7 @@ def _join_heads(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """The checkpoint of a run with the heads of `parts`, in their order."""
     weights: dict[str, Any] = {}
     adam: dict[str, Any] = {"state": {}, "param_groups": []}
-    count = 0  # of parameters so far
+    count = 0  # parameters joined so far
     for index, part in enumerate(parts):
         for name, value in part["state_dict"].items():
             weights[re.sub(r"^heads\.0\.", f"heads.{index}.", name)] = value

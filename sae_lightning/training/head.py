@@ -79,14 +79,14 @@ class Head(nn.Module):
         self.fates: dict[str, int] = {}  # see `count_fates`; empty without a warm start
         self.last_step: StepResult | None = None
         self.training_metrics: dict[str, float] = {}  # the last points of the training curves
-        # of the last evaluation
+        # results of the last evaluation; empty before the first
         self.held_out_metrics: dict[str, float] = {}
         self.density: Tensor | None = None  # share of tokens on which each feature fires [features]
         self.density_counts: dict[str, int] = {}  # see `count_by_density`
 
         self.failure: str | None = None  # why the head is frozen; None while it trains
         self.writes = True  # whether this rank writes its files
-        self.leader: int | None = None  # of a control: index of the head whose L0 it follows
+        self.leader: int | None = None  # index of the head whose L0 a control follows
         # share of [batch, features] that sparse products need, at the last update; 1 before it
         self.active_density = 1.0
         self._register_state(seed)
@@ -108,11 +108,11 @@ class Head(nn.Module):
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
         self.register_buffer("grad_norm", torch.zeros(()))
         if sae.config.start:
-            # at the start: decoder directions (0 for features that the SAE there lacks), and
-            # whether a feature fired
+            # decoder directions of the SAE to start from (0 for features that it lacks), and
+            # whether a feature fired before the first update
             self.register_buffer("start_rows", torch.zeros(features, d_out, dtype=torch.float16))
             self.register_buffer("start_fired", torch.zeros(features, dtype=torch.uint8))
-        # of a control: the last known L0 of the trained SAE; -1 means none yet
+        # the last known L0 of the trained SAE that a control follows; -1 means none yet
         can_follow = sae.config.control is not None and self.loss.fixes_coefficient
         self.register_buffer("l0_target", torch.tensor(-1.0) if can_follow else None)
         if sae.config.control is Control.soft_frozen_decoder:

@@ -54,7 +54,7 @@ def check_checkpoint(
             for name in expected.keys() & {"training_metrics", "start_metrics", "before_kl"}:
                 for key, value in extra[name].items():
                     expect(value, int if type(value) is int else float, f"{name}.{key}")
-        adam_steps = step + extra.get("adam_steps", 0)
+        adam_steps = step + extra.get("adam_steps", 0)  # 0 without a warm start
         _expect_adam(checkpoint["optimizer_states"][0], adam["param_groups"], head, adam_steps)
     head.set_extra_state(extra)
     stream = locate_stream(head.folder, step)

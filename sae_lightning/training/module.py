@@ -50,8 +50,8 @@ class SAEModule(L.LightningModule):
         self.heads_in_pass = heads_in_pass or len(heads)
         self.resampling = resampling or [head.callbacks.resample for head in heads]
         self.last_batch: dict[Site, Tensor] = {}
-        self.received_signal: signal.Signals | None = None  # by this rank
-        self.stopped_by: signal.Signals | None = None  # on all ranks, the signal that rank 0 got
+        self.received_signal: signal.Signals | None = None  # the signal that this rank got
+        self.stopped_by: signal.Signals | None = None  # the signal that rank 0 got, on all ranks
         # the last points of the training curves, for the heads of all ranks
         self.latest_metrics: list[dict[str, float]] = []
         self.tokens_per_second = 0.0

@@ -22,7 +22,7 @@ from sae_lightning.terminal import console, make_visible
 from sae_lightning.training.logger_settings import MLflowConfig, WandbConfig
 from sae_lightning.training.logging import ExtraLogger, LoggedRun
 
-ANSWER_SECONDS = 120  # to wait for each answer of a server once training has ended
+ANSWER_SECONDS = 120  # longest wait for each answer of a server once training has ended
 X_AXIS = "tokens"  # name of the x-axis in Weights & Biases
 HISTOGRAM_BINS = 64
 
@@ -79,7 +79,7 @@ class RemoteLogger(ExtraLogger):
                 action, *arguments = item
                 action(*arguments)
                 self.sent += 1
-        except Exception as error:  # of a server, a network or a library: training goes on
+        except Exception as error:  # a server, network or library failed: training goes on
             self._report(str(error).strip() or repr(error))
         finally:
             self.failed = True
@@ -91,7 +91,7 @@ class RemoteLogger(ExtraLogger):
         self._print(f"{reason}; TensorBoard's curves of {self.run.name} are complete{remedy}")
 
     def _print(self, text: str) -> None:
-        text = re.sub(r"//[^@\s]*@", "//", " ".join(text.split()))  # without passwords
+        text = re.sub(r"//[^@\s]*@", "//", " ".join(text.split()))  # removes passwords
         sys.stderr.write(make_visible(f"logger={self.kind}: {text}") + "\n")
 
     def _describe_remedy(self) -> str:

@@ -30,7 +30,7 @@ def is_due(step: int, batch: int, every: int) -> bool:
 
 
 def measure_l0_error(l0: float, target: float) -> float:
-    """log(L0 / target), clamped to [-1, 1]."""
+    """log(L0 / target), clamped to [-1, 1]; 1e-9 in place of 0 for either."""
     return min(max(math.log(max(l0, 1e-9) / max(target, 1e-9)), -1.0), 1.0)
 
 

@@ -164,7 +164,7 @@ def _take_moments(head: Head, start_sae: SAE, adam: dict[str, Any], optimizer: O
     names = [name for group in head.group_parameters() for name in group]
     for index, name in enumerate(names):
         state, parameter = adam["state"][index], parameters[name]
-        moment_like = start_parameters[name].detach()  # of the moments' shape and dtype
+        moment_like = start_parameters[name].detach()  # has the moments' shape and dtype
         form = {"step": torch.empty(()), "exp_avg": moment_like, "exp_avg_sq": moment_like}
         expect(state, form, name)
         head.adam_steps = int(state["step"])

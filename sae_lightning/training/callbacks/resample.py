@@ -36,7 +36,7 @@ def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int
     tokens = torch.multinomial(weights, count, count > len(x), generator=generator)
     head.generator_state.copy_(generator.get_state())
 
-    # of this rank only, while `all_dead` is of all ranks
+    # this rank's features only, while `all_dead` covers those of all ranks
     alive, dead = ~head.dead, head.dead.nonzero().squeeze(1)
     # the i-th dead feature of all ranks takes token i
     drawn = tokens.to(x.device)[split.slice(all_dead.cumsum(0) - 1)[dead]]
