@@ -65,6 +65,7 @@ def find_blocks(task: Task, given_settings: Collection[str]) -> dict[int, tuple[
     config. UserError if two runs read the same block."""
     folder, blocks = Path(task.run), {}
     for run in list_run_folders(folder) if is_sweep(folder) else [folder]:
+        # Python code that comes with the run's LLM runs only if the user allows it
         config = read_job(run, trusted=TRUST_SETTING in given_settings).config
         first, _ = blocks.setdefault(config.layer.index, (run, config))
         if first != run:

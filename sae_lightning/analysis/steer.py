@@ -215,7 +215,7 @@ def _read_continuation(
     llm, source = subject.llm, subject.sites.source
     x = capture(llm.model, ids[None], [source])[source][0, 1:].float()
     written = len(ids) - prompt_length
-    # of the tokens written; BOS, the first of `ids`, has no surprisal
+    # surprisal of the tokens written; BOS, the first of `ids`, has none
     surprisal = compute_surprisal(llm.model, ids)[len(ids) - 1 - written :]
     return Continuation(
         strength=strength,

@@ -188,7 +188,7 @@ def open_run(
 
     UserError: there is no SAE, or it does not fit the LLM.
     """
-    # what is not given comes from the folder, and only where that says nothing from these
+    # settings that are not given come from the folder; these values are used where it has none
     settings = {
         "llm": llm or LLMConfig(name="smollm2"),
         "data": data or PlaysConfig(),

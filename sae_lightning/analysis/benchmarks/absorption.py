@@ -27,20 +27,20 @@ from sae_lightning.sae import SAE
 
 # Thresholds of SAEBench.
 SPLIT_GAIN = 0.03  # F1 that one more feature must add to count as a feature of the concept
-MAX_OWN_FEATURES = 10  # of a concept
+MAX_OWN_FEATURES = 10  # most own features of a concept
 ABSORBED_SHARE = 0.4  # least share of the activation's projection that absorbing features write
 ABSORBING_COSINE = 0.025  # least cosine with the probe, for a feature that absorbs alone
 PARTLY_ABSORBING_COSINE = 0.1  # the same, for one of several features that absorb together
 MAX_ABSORBING = 3  # how many features may absorb together
 
 ENCODED_AT_ONCE = 1024  # samples: bounds memory
-L1_PENALTY = 0.01  # of the probe that ranks features, which it reads in units of their rms
-ITERATIONS = 100  # of L-BFGS; 150 change no F1 by 0.01
+L1_PENALTY = 0.01  # for the probe that ranks features; it reads strengths divided by their rms
+ITERATIONS = 100  # most iterations of L-BFGS; 150 change no F1 by 0.01
 L1_SMOOTHING = 1e-3  # weights far below it count as 0 in the L1 penalty
 
 
 class SampleOutcomes(NamedTuple):
-    """What happens on each of the samples [n] that have a concept."""
+    """What happens to a concept on each of the samples [n] that have it."""
 
     silent: Tensor
     """bool: none of the concept's own features fires"""

@@ -28,9 +28,9 @@ from sae_lightning.errors import UserError
 from sae_lightning.stream.synthetic import HeldOutConcepts
 from sae_lightning.terminal import phase
 
-SAMPLES = 16_384  # of synthetic concepts
+SAMPLES = 16_384  # samples of synthetic activations
 MAX_PARENTS = 32
-MIN_SAMPLES = 20  # of each part, in which a parent has an active child
+MIN_SAMPLES = 20  # fewest samples of each part in which a parent has an active child
 
 
 def run_absorption(subject: Subject) -> BenchmarkResult:

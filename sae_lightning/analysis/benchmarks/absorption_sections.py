@@ -25,7 +25,7 @@ SCORE_FIELDS = {
     "closest silent without": "silent_without",
 }
 """Heading of a column -> field of `ConceptResult`."""
-SHOWN_EXAMPLES = 3  # of absorbed samples, for each concept
+SHOWN_EXAMPLES = 3  # absorbed samples to list for each concept
 
 
 def make_absorption_sections(

@@ -9,7 +9,7 @@ class BenchmarkResult(NamedTuple):
     """Results of one benchmark on one SAE."""
 
     numbers: dict[str, Any]
-    """For `benchmark-<name>.json`, to which `BenchmarkTask` adds the score and the settings."""
+    """The content of `benchmark-<name>.json`, to which `BenchmarkTask` adds score and settings."""
     sections: list[Section]
     """The results for people, the main one first."""
     score: float

@@ -91,6 +91,7 @@ def _capture(subject: Subject, prompts: list[tuple[list[int], list[int]]]) -> tu
     """Activations [words that are read, d] at the SAE's source and target, float32 on the CPU, from
     the token ids of each prompt and the positions of its words."""
     sites, longest = distinct_sites([subject.sites]), max(len(tokens) for tokens, _ in prompts)
+    # half of a usual batch: 32 lines of 8 tokens are twice a sequence of 128 tokens
     batch, activations = max(1, subject.config.llm.batch // 2), {site: [] for site in sites}
     with phase("reading words", total=len(prompts)) as advance:
         for first in range(0, len(prompts), batch):

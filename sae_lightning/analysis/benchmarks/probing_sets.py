@@ -111,7 +111,7 @@ def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet:
         raise UserError(f"sets={name}: {len(classes)} classes; probes are fitted on sets of two")
     rng = np.random.default_rng(seed)
     members = [[text for text, target in class_of.items() if target == c] for c in classes]
-    count = min(texts // 2, *map(len, members))  # of each class
+    count = min(texts // 2, *map(len, members))  # texts to take of each class
     if count < MIN_PER_CLASS:
         raise UserError(
             f"sets={name}: {count} different texts of a class; {MIN_PER_CLASS} are needed"

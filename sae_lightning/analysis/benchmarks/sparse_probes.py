@@ -68,7 +68,7 @@ def score_probe(x: ndarray, labels: ndarray, split: TextSplit) -> float:
 
     train_x, train_labels = x[split.train], labels[split.train]
     validation_texts = min(int(VALIDATION_SHARE * len(train_x)), MAX_VALIDATION)
-    start = len(train_x) - validation_texts  # of the validation texts
+    start = len(train_x) - validation_texts  # index of the first validation text
 
     def measure_auroc(probe: LogisticRegression, x: ndarray, labels: ndarray) -> float:
         # [1, 0]: of class 1, by the only "unit", the probe's output

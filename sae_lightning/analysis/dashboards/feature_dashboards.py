@@ -158,7 +158,7 @@ def _list_examples(
     # stored in half precision, except for the peak
     strengths = examples.strengths.float().minimum(upper_bound[..., None])
     strengths[..., BEFORE] = examples.peak_strength
-    peak_index = inside[..., :BEFORE].sum(dim=-1).tolist()  # in the tokens that are inside
+    peak_index = inside[..., :BEFORE].sum(dim=-1).tolist()  # index among the tokens that are inside
     lists = []
     for i, row in enumerate((examples.peak_strength > 0).tolist()):
         lists.append([])

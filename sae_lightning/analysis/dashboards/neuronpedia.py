@@ -32,7 +32,7 @@ SAME_KEYS = [
     *("freq_hist_data_bar_heights", "freq_hist_data_bar_values"),
     *("logits_hist_data_bar_heights", "logits_hist_data_bar_values"),
 ]
-DESCRIPTION_LENGTH = 512  # of an explanation, as Neuronpedia's upload takes it
+DESCRIPTION_LENGTH = 512  # most characters of an explanation that Neuronpedia's upload takes
 
 
 def write_neuronpedia(content: Dashboards, folder: Path) -> None:

@@ -177,7 +177,7 @@ def make_fuzzing_trials(evidence: Evidence, together: int, seed: int = 0) -> lis
     difference would give the answer away. Left out are texts with fewer silent tokens than marked
     ones, whose wrong version could not be made."""
     rng = random.Random(f"{seed} fuzzing {evidence.feature}")
-    versions = []  # of each text: rightly and wrongly marked
+    versions = []  # pairs: a text with the right tokens marked, and with others
     for window in evidence.firing:
         silent = [
             i
@@ -207,7 +207,8 @@ def _make_trials(template: str, pairs: list[tuple[str, bool]], together: int) ->
 
 def score_verdicts(truths: list[bool], verdicts: list[bool | None]) -> VerdictScore:
     """Compare `verdicts` (None: malformed) with the `truths`, in the same order."""
-    is_right: dict[bool, list[bool]] = {True: [], False: []}  # truth -> for each verdict
+    # truth -> whether each verdict on a text with that truth is right
+    is_right: dict[bool, list[bool]] = {True: [], False: []}
     for truth, verdict in zip(truths, verdicts, strict=True):
         if verdict is not None:
             is_right[truth].append(verdict == truth)

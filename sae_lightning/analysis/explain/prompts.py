@@ -49,9 +49,11 @@ on which it is active? It may be in all of them, in some or in none. {legend}
 
 
 def write_explain_prompt(windows: list[Window]) -> str:
-    """The prompt that asks what the marked tokens of the windows have in common."""
+    """The prompt that asks what the marked tokens of the windows have in common; the feature fires
+    in each of the `windows`."""
     greatest = max(max(window.strengths) for window in windows)
     texts = [
+        # at least 1: a 0 would say that the feature is silent
         f"({max(1, round(10 * max(window.strengths) / greatest))}/10) {mark_tokens(window)}"
         for window in windows
     ]
@@ -112,7 +114,7 @@ def parse_verdicts(answer: str, count: int) -> list[bool | None]:
     answer = _drop_thoughts(answer)
     if count == 1 and (word := re.match(r"\W*(?:1\W+)?(yes|no)\b", answer, re.IGNORECASE)):
         return [word[1].lower() == "yes"]
-    verdicts: dict[int, set[bool]] = {}  # by the number of the text
+    verdicts: dict[int, set[bool]] = {}  # number of a text, from 1 -> what the answer says of it
     pattern = r"^\W*(?:text )?(\d+)(?:\W+\1)?\W+(yes|no)\b"  # small models write "1. 1: yes"
     for number, word in re.findall(pattern, answer, re.IGNORECASE | re.MULTILINE):
         verdicts.setdefault(int(number), set()).add(word.lower() == "yes")

@@ -26,7 +26,7 @@ from sae_lightning.stream.packing import Packing, Sequences
 from sae_lightning.stream.source import DataConfig
 from sae_lightning.terminal import phase
 
-MIN_PIECES_PER_FOLD = 2  # of each class
+MIN_PIECES_PER_FOLD = 2  # fewest pieces of each class in each fold
 MAX_CLASSES = 50
 
 
@@ -138,8 +138,8 @@ def pick_pieces(pieces: list[Piece], classes: list[str], total: int) -> list[Pie
 
 
 def share_out(available: list[int], total: int) -> list[int]:
-    """Split `total` into shares [len(available)] that are as equal as they can be if share i is at
-    most available[i]."""
+    """Share out `total` as evenly as possible: share i [len(available)] is at most available[i],
+    and together the shares are less than `total` if there is not enough."""
     shares, left = [0] * len(available), total
     for done, i in enumerate(sorted(range(len(available)), key=available.__getitem__)):
         shares[i] = min(available[i], left // (len(available) - done))

@@ -119,7 +119,7 @@ def _draw_scores(probes: Probes, sizes: list[int | None], name: str, measure: st
 def _make_units_section(probes: Probes) -> Section:
     best_units = (probes.best_units[kind] for kind in (FEATURES, NEURONS))
     rows = list(zip(probes.classes, probes.pieces, *best_units, strict=True))
-    rows.sort(key=lambda row: -row[2].auroc)  # of the feature
+    rows.sort(key=lambda row: -row[2].auroc)  # by the AUROC of the best feature
     best_class, _, best, _ = rows[0]
     better = sum(feature.auroc > neuron.auroc for _, _, feature, neuron in rows)
     header = ["feature", "folds", "AUROC", "neuron", "neuron's folds", "neuron's AUROC"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_lightning.analysis.survey.sample import Sample, rank_in_runs
 from sae_lightning.report.catalogue import TokenSetScores
 
-PIECE_WEIGHT = 0.25  # for a piece of a word; a whole word has weight 1
+PIECE_WEIGHT = 0.25  # weight of a piece of a word; that of a whole word is 1
 
 
 def rate_informativeness(

@@ -15,8 +15,8 @@ MAX_EXACT_FEATURES = 16_384  # up to this number, each is compared with all othe
 # For more features: number of orders, in each of which a feature is compared with its block only.
 HASH_TABLES = 16
 HASH_DIRECTIONS = 32  # random directions per hash; a table sorts features by two hashes
-HASHED_ROWS = 8192  # rows hashed at a time: bounds memory
-MAX_PAIRS = 400_000_000  # of features that fire on the same token; bounds time and memory
+HASHED_ROWS = 8192  # decoder rows hashed at a time: bounds memory
+MAX_PAIRS = 400_000_000  # most pairs of features that fire on the same token: bounds time, memory
 
 
 @torch.no_grad()
@@ -36,7 +36,8 @@ def find_neighbours(W_dec: Tensor, k: int = 5) -> RelatedUnits:
         products[block[:, None] == others] = -2  # a feature is not its own neighbour
         new = products.topk(min(k, len(others) - 1), dim=1)
         new_units = others[new.indices]  # [block, k]
-        listed = (new_units[:, :, None] == units[block][:, None]).any(dim=2)  # by an earlier table
+        # neighbours that an earlier hash table has found must not be listed twice
+        listed = (new_units[:, :, None] == units[block][:, None]).any(dim=2)
         candidates = torch.cat([cosines[block], new.values.masked_fill(listed, -2)], dim=1)
         best = candidates.topk(k, dim=1)
         cosines[block] = best.values
@@ -45,8 +46,8 @@ def find_neighbours(W_dec: Tensor, k: int = 5) -> RelatedUnits:
 
 
 def _pick_comparisons(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield indices of rows [features, d] (norm 1) in blocks, each with the indices of the rows to
-    compare the block with."""
+    """Yield indices of decoder rows [features, d] (norm 1) in blocks, each with the indices of the
+    decoder rows to compare the block with."""
     if len(rows) <= MAX_EXACT_FEATURES:
         indices = torch.arange(len(rows), device=rows.device)
         for block in indices.split(BLOCK_FEATURES):

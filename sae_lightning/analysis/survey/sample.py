@@ -10,8 +10,8 @@ from torch import Tensor
 from sae_lightning.analysis.collect import EncodedBatch
 from sae_lightning.analysis.survey.strengths import StrengthReader, read_feature_strengths
 
-SAMPLE_TOKENS = 131_072  # of a sample, at most
-SAMPLE_ENTRIES = 1 << 24  # nonzero strengths of a sample, at most
+SAMPLE_TOKENS = 131_072  # most tokens of a sample
+SAMPLE_ENTRIES = 1 << 24  # most nonzero strengths of a sample
 
 
 class Sample(NamedTuple):
@@ -71,7 +71,7 @@ class SequenceSampler:
         self.random = np.random.default_rng(seed)
         self.kept: list[tuple] = []
         """A heap of (key, index of the sequence, tokens, keep, positions, units, strengths)."""
-        self.size = {"tokens": 0, "entries": 0}  # of what is kept
+        self.size = {"tokens": 0, "entries": 0}  # numbers of both in the kept sequences
         self.least_key = 0.0  # sequences with a smaller one cannot enter any more
 
     def add(self, batch: EncodedBatch) -> None:

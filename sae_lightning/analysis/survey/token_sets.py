@@ -18,7 +18,7 @@ from sae_lightning.report.catalogue import TokenSetScores
 MIN_FIRINGS = 5  # tokens of each half that a feature must fire on to get a score
 MIN_FIRINGS_PER_TOKEN = 2  # firings on a token for it to enter a feature's set
 LISTED_TOKENS = 8
-MIN_LISTED_SHARE = 0.02  # of the set's firings; tokens with fewer are not listed
+MIN_LISTED_SHARE = 0.02  # least share of the firings on the set for a token to be listed
 
 
 class _Counts(NamedTuple):
@@ -52,7 +52,7 @@ class _Sets(NamedTuple):
 def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
     """Choose the best token set of every feature, and score how well it predicts firing; a feature
     that fires on fewer than MIN_FIRINGS tokens of a half gets no set and a score of NaN."""
-    scores, sets = [], []  # by shift
+    scores, sets = [], []  # one of each for each shift
     for shift in (0, 1):
         a, b = _count_halves(sample, vocabulary, shift)
         # each set is tested on the half that it was not chosen on
@@ -100,7 +100,7 @@ def _choose_sets(counts: _Counts) -> _Sets:
     candidates = feature, token, firings, occurrences
     feature, token, firings, occurrences = (x[order] for x in candidates)
     rank = rank_in_runs(feature)
-    start = np.arange(len(feature)) - rank  # of the feature's candidates
+    start = np.arange(len(feature)) - rank  # index of the first candidate of the same feature
     hits, size = firings.cumsum(), occurrences.cumsum()
     # restart the cumulative sums at each feature
     hits, size = hits - (hits - firings)[start], size - (size - occurrences)[start]

@@ -127,7 +127,7 @@ class FeatureCounts:
     def __init__(self, concepts: int, features: int, device: torch.device | str = "cpu"):
         self.features = features
         self.edges = EDGES.to(device)
-        # as in `StrengthCounts`
+        # the fields of `StrengthCounts` with these names
         self.tokens = torch.zeros(2, concepts + 1, dtype=torch.int32, device=device)
         self.cells = torch.empty(0, dtype=torch.int64, device=device)
         self.numbers = torch.empty(0, dtype=torch.int32, device=device)

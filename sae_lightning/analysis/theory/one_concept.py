@@ -74,8 +74,8 @@ def read_blanked_vocabulary(subject: Subject) -> list[str]:
 
 
 def tag_batch(batch: EncodedBatch, vocabulary: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Whether each kept token belongs to each concept, bool [n, concepts], and which half of the
-    sequences it is in, 0 (even indices) or 1 [n]."""
+    """Tell of each kept token whether it belongs to each concept, bool [n, concepts], and which
+    half of the sequences it is in, 0 (even indices) or 1 (odd indices) [n]."""
     keep = batch.keep
     is_member = torch.stack(
         [tag_tokens([vocabulary[i] for i in ids]) for ids in batch.tokens.tolist()]

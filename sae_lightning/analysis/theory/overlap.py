@@ -9,9 +9,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
-COMPARED_ROWS = 1024  # at most, of all directions of a kind
-ROWS_AT_ONCE = 256  # bounds memory
-COSINE_BINS = 2000  # from -1 to 1, 0.001 wide
+COMPARED_ROWS = 1024  # most directions of a kind that are compared with all others
+ROWS_AT_ONCE = 256  # directions compared at a time: bounds memory
+COSINE_BINS = 2000  # bins from -1 to 1, each 0.001 wide
 
 
 class Cosines(NamedTuple):
@@ -66,7 +66,8 @@ def count_cosines(directions: Tensor, chosen: Tensor) -> Cosines:
     counts, nearest = torch.zeros(COSINE_BINS, dtype=torch.int64), []
     for part in chosen.split(ROWS_AT_ONCE):
         table = (directions[part] @ directions.T).clamp_(-1, 1)
-        table[torch.arange(len(part)), part] = -2  # of a row with itself: in no bin, never nearest
+        # the cosine of a direction with itself: in no bin, and never the nearest
+        table[torch.arange(len(part)), part] = -2
         counts += table.histc(COSINE_BINS, -1, 1).long()
         nearest.append(table.amax(dim=1))
     return Cosines(counts, torch.cat(nearest))
