@@ -25,8 +25,8 @@ def capture(
     """Activations [sequences, context, d_site] of tokens [sequences, context], for each site.
 
     In the model's dtype, on the device of `find_row_device`. `positions` [n], indices into the
-    flattened tokens, restricts the result to [n, d_site]. Neither the LM head nor blocks after the
-    deepest site run; all hooks are removed.
+    flattened tokens, restricts the result to [n, d_site]; None keeps all. Neither the LM head nor
+    blocks after the deepest site run; all hooks are removed.
     """
     device = find_computing_device(model)
     tokens = tokens.to(device, torch.long)

@@ -121,7 +121,7 @@ def read_tokenizer(config, folder: Path | None, hf_config):
 
 
 def _read_special_tokens(config, folder: Path | None, hf_config, tokenizer) -> list[str | None]:
-    """BOS and EOS from the model's config, or else from its generation config."""
+    """BOS and EOS from the model's config, else from its generation config; None if in neither."""
     from transformers import GenerationConfig
 
     configs, arguments = [hf_config.get_text_config()], _locate(config, folder)
@@ -197,7 +197,7 @@ def check_quantiser(config, hf_config) -> None:
 
 
 def build_without_weights(config, hf_config, blocks: int | None = None) -> nn.Module:
-    """The model of `read_model` on the meta device, where weights take no memory."""
+    """The model of `read_model` (`blocks` too) on the meta device, where weights take no memory."""
     with _one_line_errors(config), torch.device("meta"):
         model = _pick_loader(hf_config).from_config(
             hf_config, trust_remote_code=config.trust_remote_code

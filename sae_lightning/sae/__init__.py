@@ -56,7 +56,8 @@ def build_sae(
     ranks: Ranks = ALONE,
 ) -> SAE:
     """The SAE that `config` describes, reading [batch, d_in] and writing [batch, d_out], with its
-    features split over `ranks`. UserError: an unknown architecture, or fewer features than ranks.
+    features split over `ranks`. `generator` draws the weights (None: seeded with `config.seed`).
+    UserError: an unknown architecture, or fewer features than ranks.
     """
     if config.name not in ARCHITECTURES:
         names = ", ".join(ARCHITECTURES)

@@ -81,7 +81,7 @@ class TrainingOutput(NamedTuple):
     prefixes: tuple[Tensor, ...] = ()
     """Matryoshka: reconstruction [batch, d_out] from each dictionary but the whole one"""
     relu_gate: Matrix | None = None
-    """Gated: relu(gate) [batch, features]"""
+    """Gated: relu(gate) [batch, features]; else None"""
 
 
 class SAE(nn.Module):

@@ -237,7 +237,8 @@ def _list_shards(file: str, path: Path) -> list[MatrixFile]:
 
 
 def _read_headers(file: str) -> dict[str | None, tuple[Sequence[int], Any]]:
-    """List what a file holds -> {name: (shape, dtype)}; a dtype is a str if it is not a float's."""
+    """List what a file holds -> {name: (shape, dtype)}: a name is None as in `MatrixFile`, and a
+    dtype is a str if it is not a float's."""
     if file.lower().endswith(".safetensors"):
         with safe_open(file, "pt") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118

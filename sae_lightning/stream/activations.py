@@ -42,7 +42,8 @@ class ActivationsConfig(DataConfig):
     """Share of the rows kept for evaluation, in blocks from all over the files."""
 
     model: str | None = None
-    """Name of the model that the activations come from, for the metadata of the SAE only."""
+    """Name of the model that the activations come from, only for the metadata of the SAE; null is
+    "unknown" there."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)

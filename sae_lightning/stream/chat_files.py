@@ -17,7 +17,8 @@ ROLES = {"human": "user", "gpt": "assistant"}  # values of `from`, in ShareGPT's
 
 def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":
     """Copy the conversation of each row as a document, the JSON of {"messages": ..., "origin": file
-    and row}; the copy is reused until a file changes.
+    and row}; the copy is reused until a file changes. `column` None: the first of `COLUMNS` that a
+    row has.
 
     UserError: files of this kind hold no conversations, or a row has none.
     """

@@ -56,7 +56,7 @@ def tokenise_documents(
 ) -> list[np.ndarray]:
     """Tokenise documents and end each with the separator -> arrays [tokens + 1] int32.
 
-    A document without tokens gives an empty array.
+    A document without tokens, or None, gives an empty array.
     """
     contents = ((text or "").encode("utf-8", "surrogatepass") for text in texts)
     documents, parts = [], []

@@ -34,7 +34,7 @@ class HubConfig(TextConfig):
     """Name on the hub (`owner/name`), or a local folder of data files."""
 
     subset: str | None = None
-    """Configuration of the data set, where it has several."""
+    """Configuration of the data set, where it has several; null is its default one."""
 
     split: str = "train"
     """Split to train on."""

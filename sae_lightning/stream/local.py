@@ -51,10 +51,12 @@ class LocalConfig(TextConfig):
 
     chat: bool | None = None
     """true: rows of .jsonl, .json or .parquet are conversations (a list of messages with `role` and
-    `content`, or `from` and `value`), which go through the tokenizer's chat template."""
+    `content`, or `from` and `value`), which go through the tokenizer's chat template. null or
+    false: rows are text."""
 
     assistant_only: bool | None = None
-    """true: train only on the tokens that the assistant writes; the LLM reads the others too."""
+    """true: train only on the tokens that the assistant writes; the LLM reads the others too. null
+    or false: train on all tokens."""
 
     held_out: float = 0.05
     """Share of the text kept for evaluation: whole documents or, if one document is too large a

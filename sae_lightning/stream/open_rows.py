@@ -46,7 +46,8 @@ def open_rows(
 ) -> RowStream:
     """Open the rows at `sites`: from the LLM, or from the cache if `data.cache` is set.
 
-    With several ranks, which run the LLM in turn, this one gets the rows at `own_sites`. On a GPU
+    With several ranks, which run the LLM in turn, this one gets the rows at `own_sites` (None: at
+    all). On a GPU
     `ahead` rows are prefetched while SAEs train, but not with a cache, whose writes wait for the
     LLM anyway. UserError: no disk space for the cache of a run that is not `resumed`.
     """

@@ -48,8 +48,8 @@ def find_columns(file: str) -> dict[str | None, tuple[list[int], str]]:
 
 
 def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
-    """Copy a matrix of `find_columns` to the cache, or reuse the copy if the file's size and time
-    are the same.
+    """Copy the matrix `name` (which may be None) of `find_columns` to the cache, or reuse the copy
+    if the file's size and time are the same.
 
     UserError: a row is missing, or has another length than the first one.
     """

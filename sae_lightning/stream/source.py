@@ -282,7 +282,7 @@ class DataSource(ABC):
         loss_tokens: int,
         opened: "tuple[LLM, SplitTokens] | None" = None,
     ) -> Any:
-        """Open only the held-out data; `opened`: LLM and text, if they are loaded already."""
+        """Open only the held-out data; `opened`: LLM and text, if they are loaded; else None."""
 
     def open_labelled_documents(self, label: str) -> "Documents":
         """Open documents whose column `label` holds their classes, for probes."""

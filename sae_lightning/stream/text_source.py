@@ -199,7 +199,7 @@ class TextSource(DataSource):
         )
 
     def open_llm(self, blocks: int | None = None) -> tuple[LLM, SplitTokens]:
-        """Load the LLM, or its first `blocks` blocks, and tokenise the text."""
+        """Load the LLM (`blocks` None) or its first `blocks` blocks, and tokenise the text."""
         with world().go_first():  # downloads, de-quantises and tokenises once per machine
             documents = self.open_quietly()  # before the tokenizer: a wrong name fails at once
             tokenizer = load_tokenizer(self.llm)

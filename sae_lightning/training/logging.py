@@ -93,7 +93,7 @@ class LoggedRun(NamedTuple):
     folder: Path
     name: str
     group: str | None
-    """Name of the sweep that the run belongs to."""
+    """Name of the sweep that the run belongs to; None for a plain run."""
     settings: dict[str, Any]
     """By dotted name."""
     resumed_at: int | None

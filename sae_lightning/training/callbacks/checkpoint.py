@@ -12,7 +12,7 @@ from sae_lightning.training.settings import locate_kept_sae
 
 
 def export_head(head: Head, folder: Path | None = None) -> None:
-    """Save the head's SAE, with weights for raw activations, in `folder` (default: `sae` in its run
+    """Save the head's SAE, with weights for raw activations, in `folder` (None: `sae` in its run
     folder)."""
     with assemble_whole(head, head.fold_weights()) as weights:
         if head.writes:
