@@ -136,7 +136,7 @@ def check_at_least(name: str, value: float | None, least: float) -> None:
 
 def parse_integers(name: str, value: Any) -> list[int] | None:
     """Read the setting `name`, a whole number >= 0 or a list of them, as a list; None stays None.
-    UserError if it is anything else."""
+    UserError if it is anything else, or an empty list."""
     values = parse_numbers(name, value)
     if values is not None and any(x != int(x) or x < 0 for x in values):
         raise UserError(
@@ -147,7 +147,7 @@ def parse_integers(name: str, value: Any) -> list[int] | None:
 
 def parse_numbers(name: str, value: Any) -> list[float] | None:
     """Read the setting `name`, a finite number or a list of them, as a list; None stays None.
-    UserError if it is anything else."""
+    UserError if it is anything else, or an empty list."""
     if value is None:
         return None
     values = value if isinstance(value, list | tuple) else [value]

@@ -75,8 +75,8 @@ def cut_plays(
 
 
 def deal_folds(classes: list[str], seed: int) -> list[int]:
-    """Assign a fold to each text, given its class: the texts of a class are shuffled and dealt to
-    the folds in turn."""
+    """Assign a fold (0 to FOLDS - 1) to each text, given its class: the texts of a class are
+    shuffled and dealt to the folds in turn."""
     folds, dealt = [0] * len(classes), Counter()
     for i in np.random.default_rng(seed).permutation(len(classes)):
         folds[i] = dealt[classes[i]] % FOLDS
@@ -112,7 +112,7 @@ def extract_speeches(text: str) -> dict[str, str]:
 
 def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
     """`SPEAKER (play)` -> all that the speaker says, for the two main speakers of each of those
-    RIVAL_PLAYS plays whose second speaker says most."""
+    RIVAL_PLAYS plays whose second speaker says most. plays: as `read_plays` returns them."""
     pairs = {}
     for play, (_, text) in plays.items():
         by_length = sorted(extract_speeches(text).items(), key=lambda item: -len(item[1]))

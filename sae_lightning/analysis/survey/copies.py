@@ -24,6 +24,7 @@ def find_originals(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> 
     others = others[features.argsort(kind="stable")]
     ends = np.bincount(features, minlength=len(W_dec)).cumsum()
     starts = np.concatenate([[0], ends[:-1]])  # where each feature's neighbours begin
+    # a feature without such neighbours is its own original
     original, undecided = np.arange(len(W_dec)), ends > starts
     ranking = ranking.numpy()
     for candidate in ranking[undecided[ranking]]:

@@ -70,7 +70,7 @@ class FiringStatistics:
 class StrongestExamples:
     """A reducer: the strongest examples of each unit, at most one per sequence.
 
-    kept [units, n]   9 7 4 2        The n strongest of both rows stay: each new example among
+    kept [units, n]   9 7 4 2        The n strongest of both lists stay: each new example among
     new  [units, s]   1 8 3          them takes the slot of a kept one that is dropped.
                       └ strongest of each sequence
     """

@@ -216,7 +216,8 @@ def _increment(counts: Tensor, indices: Tensor) -> None:
 
 def find_detector(counts: StrengthCounts, concept: int, units: Tensor | None = None) -> Detector:
     """Choose unit and threshold by F1, and a unit by AUROC, on half 0; score them on half 1.
-    units: indices of the units to choose from, all by default."""
+    units: indices of the units to choose from, all by default. The concept must have tokens in both
+    halves, and must not be on all of them."""
     units = torch.arange(len(counts.thresholds)) if units is None else units
     parts = [
         (*f1.max(dim=-1), auroc) for f1, _, _, auroc in counts.score_thresholds(0, concept, units)
