@@ -81,6 +81,7 @@ def read_gemma_scope_2(files: SavedFiles) -> StoredSAE:
     if repository := re.search(r"gemma-scope-2-([\w.]+-(?:pt|it))", path):
         name = name or f"gemma-3-{repository[1]}"
     if name:
+        # config.json may write gemma-v3
         name = "google/" + Path(name).name.replace("-v3-", "-3-")
         metadata["model_name"] = name.replace("270m-pt", "270m")  # the hub's name
     return StoredSAE({"name": "jumprelu", "skip": "W_skip" in weights}, weights, metadata)

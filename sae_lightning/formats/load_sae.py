@@ -59,6 +59,7 @@ def _find_weights(path: Path) -> tuple[Format, Path, Path]:
     its weights file. UserError if there is none, or more than one."""
     if not path.exists():
         raise UserError(f"{path}: no such folder or file (on the hub: hub:<owner>/<name>)")
+    # weights may lie in the SAE's folder, in its `checkpoints` (Llama Scope), or in a run's `sae`
     root = path.absolute().parent.parent if path.is_file() else path
     subfolders = [path.absolute().parent.name] if path.is_file() else ["sae", "checkpoints"]
     folders = [root, *(root / name for name in subfolders)]

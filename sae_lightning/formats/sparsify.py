@@ -54,7 +54,7 @@ def make_sparsify_settings(sae: SAE, key: str, origin: Origin) -> SettingsAndTen
     d_in, config = len(sae.W_enc), sae.config
     return origin.metadata | {
         "activation": "topk",
-        "expansion_factor": max(1, config.features // d_in),
+        "expansion_factor": max(1, config.features // d_in),  # num_latents takes precedence
         "normalize_decoder": False,  # rows are stored as they are
         "num_latents": config.features,
         "k": config.k,

@@ -61,6 +61,7 @@ class SAEPaths(NamedTuple):
     """Paths of the files of one SAE."""
 
     row: Format
+    """Its format, an entry of FORMATS."""
     folder: str
     weights: str
     others: list[str]

@@ -50,12 +50,12 @@ class MeansTable:
         self.members = [*groups.values()]
         """Indices of each row's runs in `table.runs`."""
         self.kinds = [kind for _, kind, *_ in groups]
-        """As `read_kind`."""
+        """Kind of each row's runs, from `read_kind`."""
         self.experiments = [experiment for _, _, experiment, _ in groups]
-        """As `identify_experiment`."""
+        """Experiment of each row's runs, from `identify_experiment`."""
         finished = [[i for i in group if table.is_finished[i]] for group in self.members]
         self.seeds = np.array([len(indices) for indices in finished])
-        """Number of finished runs."""
+        """Number of finished runs of each row."""
         finite, measured = table.finite.to_numpy(), table.frame[table.metrics].to_numpy(float)
         self.mean, self.spread = (
             pd.DataFrame([summarise(finite[i]) for i in finished], columns=[*METRIC_COLUMNS])
@@ -67,7 +67,7 @@ class MeansTable:
         self.shown_spread = pd.DataFrame(spreads, columns=table.metrics)
         """Sample standard deviation over seeds of all metrics as measured; NaN for one run."""
         self.frame = table.frame.iloc[[group[0] for group in self.members]].reset_index(drop=True)
-        """Like `SweepTable.frame`: values of single runs, means of several."""
+        """Like `SweepTable.frame`: values of single runs, means of several (but the most tokens)."""
         for row, group in enumerate(self.members):
             if len(group) > 1:
                 runs, reasons = table.frame.loc[group], table.frame.reason[group].dropna()
@@ -76,7 +76,7 @@ class MeansTable:
                 self.frame.at[row, "status"] = _count_statuses(runs.status)
                 self.frame.at[row, "reason"] = "; ".join(dict.fromkeys(reasons)) or None
         self.best = pd.DataFrame({name: self._find_best(name) for name in METRIC_COLUMNS})
-        """True where no row has a value that is better by more than the noise."""
+        """Metric -> the rows that no other beats by more than the noise, as in `_find_best`."""
         self.front = self.find_front("explained_variance")
         """[rows] bool: on the Pareto front of L0 and EV, of the trained SAEs or of the controls."""
 

@@ -106,6 +106,7 @@ def _collect_points(means: MeansTable, group: str | None) -> "pd.DataFrame":
         seeds=means.seeds,
         control=["" if kind == TRAINED else kind for kind in means.kinds],
         label=[", ".join(map(shorten_value, values)) for values in in_labels.to_numpy()],
+        # the legend needs a name for trained SAEs only beside controls
         group=swept[group].replace("", "–") if group else TRAINED * means.has_controls,
         details=details,
     )

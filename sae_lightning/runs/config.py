@@ -173,6 +173,7 @@ class Config:
                 f"loss.kl={self.loss.kl}: the LLM's own activations are what "
                 f"model.control={control.name} must not learn from; leave one of them out"
             )
+        # the target is null in an autoencoder, or the same as the source
         if control in NOT_FOR_TRANSCODERS and self.layer.target not in (None, self.layer.source):
             raise UserError(
                 f"model.control={control.name} has no meaning for a transcoder; use "
@@ -269,7 +270,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value  # an int in llm.load.max_memory: the number of a GPU
+            # not prefix + key: in llm.load.max_memory, a key may be an int, the number of a GPU
+            flat[f"{prefix}{key}"] = value
     return flat
 
 

@@ -166,7 +166,7 @@ def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
     If it fails, the ranks that this process has started are ended; a later pass starts new ones.
     """
     size = len(planned.shares)
-    if world().size not in (1, size):
+    if world().size not in (1, size):  # an earlier pass had another number of ranks
         followers.end()
     try:
         if world().size < size:

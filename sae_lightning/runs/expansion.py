@@ -35,7 +35,7 @@ def list_controls(config: Config) -> list[Control]:
     """The controls that the SAE of `config` can have; UserError if there are none."""
     allowed, reason = [], ""
     for control in Control:
-        try:
+        try:  # the config refuses a control that has no meaning for this SAE
             replace(config, model=replace(config.model, control=control))
             allowed.append(control)
         except UserError as error:

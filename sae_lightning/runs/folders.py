@@ -44,8 +44,8 @@ def read_metrics(folder: Path) -> dict | None:
 
 
 def read_failure(folder: Path) -> dict | None:
-    """Why a run failed (`reason`), and whether it would fail again (`diverged`); None without a
-    readable record."""
+    """Why a run failed (`reason`), and whether it `diverged`: its loss or gradient was not finite,
+    so that it would fail again. None without a readable record."""
     with suppress(UserError):
         return _read_failure(folder)
     return None

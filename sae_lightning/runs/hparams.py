@@ -46,6 +46,7 @@ def _select_settings(job: Job, overrides: dict[str, str], swept: Collection[str]
     return presets | {
         name: value if isinstance(value, bool | int | float) else str(value)
         for name, value in job.config.to_flat_dict().items()
+        # without a warm start, the column would only say None
         if name in swept
         or (name.startswith(HPARAM_SETTINGS) and (name, value) != ("model.start", None))
     }

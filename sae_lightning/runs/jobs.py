@@ -115,7 +115,8 @@ def is_sweep(folder: Path) -> bool:
 
 
 def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool = False) -> Job:
-    """The job of a composed config: a new run in `folder`, or the one that `resume` names."""
+    """The job of a composed config: a new run in `folder`, or the one that `resume` names.
+    UserError for settings that cannot be used together."""
     if cfg.resume is None:
         if cfg.model.start:
             cfg = apply_start(cfg, overrides)

@@ -10,6 +10,7 @@ from sae_lightning.report.sweep_table import cap_recovered
 from sae_lightning.scoring.duplicates import Copies
 from sae_lightning.scoring.metrics import Quality
 
+# Metrics of every kind of data; the two that are left out are not numbers.
 COMMON_METRICS = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
 # Benchmarks (task=benchmark) whose score a search can maximise: run on each SAE once it is trained.
 BENCHMARK_OBJECTIVES = frozenset({"absorption", "probing"})

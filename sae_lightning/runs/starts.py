@@ -112,6 +112,7 @@ def _list_values(argument: str) -> list[str]:
     with suppress(HydraException):
         override = OverridesParser.create().parse_override(argument)
         values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+        # Hydra wraps a quoted value, and keeps it in the attribute `text`
         return [getattr(value, "text", value) for value in values if value is not None]
     return []
 
