@@ -116,7 +116,7 @@ def _retry(call: Callable, *arguments: Any, **settings: Any) -> Any:
     requests), wait for as long as the hub asks and call it again."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for _ in range(ATTEMPTS - 1):
+    for _ in range(ATTEMPTS - 1):  # the last attempt, below, raises any error
         try:
             return call(*arguments, **settings)
         except HfHubHTTPError as error:

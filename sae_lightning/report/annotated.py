@@ -86,6 +86,7 @@ class AnnotatedText(NamedTuple):
         """Texts of up to MAX_PEAK_TOKENS distinct tokens at the peaks of a feature's strongest
         examples in the catalogue."""
         ids = self.catalogue.top.tokens[feature, :, BEFORE].tolist()
+        # padded with -1
         texts = [show_token(self.catalogue.vocabulary[i]) for i in ids if i >= 0]
         distinct: dict[str, str] = {}
         for text in texts:

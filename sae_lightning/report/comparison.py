@@ -86,8 +86,8 @@ def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
         return UNKNOWN
     if not differ_significantly(values.pick([row]), values.pick([control])).item():
         return TIED
-    better = values.mean[row] > values.mean[control]
-    return BETTER if better == (means.columns[name].better > 0) else WORSE
+    is_higher = values.mean[row] > values.mean[control]
+    return BETTER if is_higher == (means.columns[name].better > 0) else WORSE
 
 
 def write_claims(means: MeansTable, comparisons: list[Comparison]) -> list[str]:

@@ -78,6 +78,7 @@ def find_pareto_front(l0: Estimates, quality: Estimates) -> np.ndarray:
     higher &= quality.mean[:, None] > quality.mean
     better = sparser | higher  # [i, j]: i is better than j in L0, in quality, or in both
     front = np.zeros_like(finite)
+    # j is off the front if some i is better in L0 or quality, and j is better than i in neither
     front[finite] = ~(better & ~better.T).any(axis=0)
     return front
 

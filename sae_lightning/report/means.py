@@ -67,7 +67,7 @@ class MeansTable:
         self.shown_spread = pd.DataFrame(spreads, columns=table.metrics)
         """Sample standard deviation over seeds of all metrics as measured; NaN for one run."""
         self.frame = table.frame.iloc[[group[0] for group in self.members]].reset_index(drop=True)
-        """Like `SweepTable.frame`: values of single runs, means of several (but the most tokens)."""
+        """Like `SweepTable.frame`: values of single runs, means of several, but the most tokens."""
         for row, group in enumerate(self.members):
             if len(group) > 1:
                 runs, reasons = table.frame.loc[group], table.frame.reason[group].dropna()

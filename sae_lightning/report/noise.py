@@ -19,6 +19,7 @@ CRITICAL_T = np.array(
 
 def find_critical_t(freedom: np.ndarray | float) -> np.ndarray:
     """Critical value for degrees of freedom, rounded down and limited to those of the table."""
+    # the first entry is for 1 degree of freedom
     return CRITICAL_T[np.clip(freedom, 1, len(CRITICAL_T)).astype(int) - 1]
 
 
@@ -47,6 +48,7 @@ def differ_significantly(a: Estimates, b: Estimates) -> np.ndarray:
     spread_b = np.where(np.isnan(b.spread), a.spread, b.spread)
     with np.errstate(divide="ignore", invalid="ignore"):
         variance_a, variance_b = spread_a**2 / a.seeds, spread_b**2 / b.seeds
+        # the degrees of freedom of Welch and Satterthwaite
         freedom = (variance_a + variance_b) ** 2 / (
             variance_a**2 / (a.seeds - 1) + variance_b**2 / (b.seeds - 1)
         )

@@ -116,6 +116,7 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
     """The texts of the tokens that the page shows, and page_ids [vocabulary + 1]: token id -> index
     in these texts. The last entry, 0, is that of token id -1, no token."""
     vocabulary = catalogues[0].vocabulary
+    # the first count is of token id -1
     counts = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
     ids = [torch.from_numpy(catalogues[0].token_ids)]
     for catalogue in catalogues:
@@ -127,6 +128,7 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
         counts += torch.bincount(part.flatten() + 1, minlength=len(counts))
     counts = counts[1:]  # without the count of -1, no token
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
+    # page ids go from 0, no token, to len(used)
     page_ids = np.zeros(len(vocabulary) + 1, "u2" if len(used) < 2**16 else "u4")
     page_ids[used] = range(1, len(used) + 1)
     return ["", *(show_token(vocabulary[token]) for token in used)], page_ids

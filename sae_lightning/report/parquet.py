@@ -59,6 +59,7 @@ def _make_columns(catalogue: Catalogue, first: int, vocabulary: pa.Array) -> dic
         columns["copy_of"] = _to_array(catalogue.copy_of)
     for name, related in (("neighbour", catalogue.neighbours), ("partner", catalogue.partners)):
         if related is not None:
+            # -1 is padding
             columns[f"{name}s"] = _make_lists(related.units, related.units >= 0)
             # similarity to each: neighbours' cosine of decoder rows, partners' Jaccard index
             columns[f"{name}_likeness"] = _make_lists(related.similarity, related.units >= 0)
@@ -71,7 +72,7 @@ def _make_columns(catalogue: Catalogue, first: int, vocabulary: pa.Array) -> dic
                 values = getattr(effect, name)
                 columns[f"effect_{name}"] = _make_lists(values, values == values)  # without NaN
     if (bins := catalogue.linear_histogram) is not None:
-        columns["linear_histogram"] = _make_lists(bins, bins >= 0)
+        columns["linear_histogram"] = _make_lists(bins, bins >= 0)  # all counts
     return columns
 
 

@@ -66,6 +66,7 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
     columns = dict(_combine_columns(pyarrow.parquet.read_table(path)))
     # the first column has the number of each unit, and is named after their kind
     kind, ids = next(iter(columns)), {word: i for i, word in enumerate(vocabulary)}
+    # `last`: index of the last unit
     last, tokens = len(columns[kind]) - 1, read_header(path).tokens
     numbers = {"firing_counts": _read_integers(columns["fired"], MAX_COUNT)}
     numbers |= {name: _read_reals(columns[name]) for name in ("mean", "maximum")}
@@ -165,7 +166,7 @@ def _read_real_lists(lists: pa.ListArray) -> Tensor:
 def _pad_lists(lists: pa.ListArray, values: Tensor, fill: float) -> Tensor:
     """Arrange the `values` [entries] of `lists` in rows [units, k], padded with `fill`."""
     counts = _count_entries(lists)
-    k = max(1, int(counts.max()))
+    k = max(1, int(counts.max()))  # 1 if all lists are empty
     if k > MAX_LIST_LENGTH:
         raise ValueError(f"a list of {k:,} values")
     rows = values.new_full((len(counts), k), fill)
@@ -214,11 +215,12 @@ def _rebuild_text(*lists: Examples) -> np.ndarray:
     parts = [[], [], []]
     for examples in lists:
         place = examples.position[..., None] + torch.arange(-BEFORE, AFTER + 1)
-        inside = examples.tokens >= 0
+        inside = examples.tokens >= 0  # the sequence
         sequence = examples.sequence[..., None].expand_as(place)
         for part, values in zip(parts, (sequence, place, examples.tokens), strict=True):
             part.append(values[inside].numpy())
     sequence, place, tokens = map(np.concatenate, parts)
+    # without any example, one sequence of one token
     shape = sequence.max(initial=0) + 1, place.max(initial=0) + 1
     if shape[0] * shape[1] > MAX_TEXT_TOKENS:
         raise ValueError(f"{shape[0]:,} sequences of {shape[1]:,} tokens")

@@ -81,7 +81,7 @@ def _make_heading(catalogue: Catalogue, unit: int) -> Text:
     heading.append(f"  fires on {100 * density:.3g} % of tokens, maximum {maximum:.3g}", "not bold")
     # a score is NaN if the unit fires too rarely, and below 0 if its set predicts worse than chance
     if token_sets is not None and float(token_sets.score[unit]) >= 0:
-        ids = [i for i in token_sets.tokens[unit].tolist() if i >= 0][:5]
+        ids = [i for i in token_sets.tokens[unit].tolist() if i >= 0][:5]  # -1 is padding
         after = "after " if token_sets.previous[unit] else ""
         tokens = " ".join(isolate(f"‘{show_token(catalogue.vocabulary[i])}’") for i in ids)
         score = f", token score {float(token_sets.score[unit]):.2f}: {after}{tokens}"
@@ -144,6 +144,7 @@ def isolate(token: str) -> str:
 def _draw_bar(share: float, text: str) -> str:
     """Draw a bar over each column of `text` except its leading spaces; `share` is the height as a
     fraction of the full height, without a bar for 0 and less."""
+    # however small, a strength above 0 has a bar
     bar = BARS[max(1, round(share * (len(BARS) - 1)))] if share > 0 else " "
     word = text.lstrip(" ") or text
     return " " * (len(text) - len(word)) + bar * cell_len(word)

@@ -15,6 +15,7 @@ SPACE_BETWEEN_QUOTED = re.compile(r"(?<=['’]) (?=['‘])")
 def show_token(token: str) -> str:
     """Make a token readable on its own: control characters become visible, and a leading combining
     accent gets a dotted circle to stand on."""
+    # " " if the token is empty: `category` needs a character
     is_accent = unicodedata.category(token[:1] or " ").startswith("M")
     return "◌" * is_accent + make_visible(token)
 

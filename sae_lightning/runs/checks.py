@@ -190,7 +190,7 @@ def _count_checkpoint_bytes(job: Job, sites: SitePair, llm: LLMShape) -> int:
 def check_disk_space(jobs: list[CheckedJob]) -> None:
     """UserError if the disk has fewer bytes free than the checkpoints of all jobs need."""
     needed, folder = sum(checked.checkpoint_bytes for checked in jobs), jobs[0].job.folder
-    folder = folder if len(jobs) == 1 else folder.parent
+    folder = folder if len(jobs) == 1 else folder.parent  # the sweep's
     free = read_free_space(folder)
     if free < needed:
         raise UserError(

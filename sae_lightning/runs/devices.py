@@ -59,6 +59,7 @@ def count_ranks(config: Config) -> int:
             "torchrun, srun or submitit (docs/clusters.md)"
         )
     elif count is None:
+        # trainer.devices=auto: every GPU, or else the CPU
         return 1 if llm_is_placed or trainer.accelerator is Accelerator.cpu else max(1, gpus)
     local_ranks = count_local_ranks(config, count)
     one_gpu_each = launched and gpus == 1  # a launcher may make one GPU visible to each rank
@@ -144,6 +145,7 @@ class Followers:
             with suppress(RuntimeError):  # some ranks may be lost
                 self.send_pass(None)
                 deadline = monotonic() + END_SECONDS
+                # adding 0 reads the counter that each other rank raises by 1
                 while monotonic() < deadline and world().store.add("ended", 0) < world().size - 1:
                     sleep(0.05)
         self.kill()

@@ -10,7 +10,7 @@ from functools import cache
 def read_docstrings(schema: type) -> dict[str, str]:
     """Field -> its docstring, those of a dataclass's bases too."""
     docs = {}
-    for owner in reversed(schema.__mro__[:-1]):
+    for owner in reversed(schema.__mro__[:-1]):  # without `object`
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         for field, below in zip(tree.body, tree.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):

@@ -217,7 +217,7 @@ def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
     transcoders = [head for head in module.training_heads if head.source != head.target]
     for note in {describe_limits(head.sae) for head in transcoders} - {None}:
         console.print(note)
-    if len(jobs) > 1:
+    if len(jobs) > 1:  # the report of the sweep has their results
         if "tokens_per_second" in module.speed:
             console.print(format_speed(jobs[0], module.speed))
     elif results:
