@@ -207,8 +207,8 @@ def _sum_chunks(
 
 
 def run_body(model: nn.Module, tokens: Tensor, use_cache: bool = False, **settings):
-    """Run a causal LM without its head on tokens [sequences, context]; returns the output of
-    transformers, whose `last_hidden_state` [sequences, context, d] the head reads."""
+    """Run a causal LM without its LM head on tokens [sequences, context]; returns the output of
+    transformers, whose `last_hidden_state` [sequences, context, d] the LM head reads."""
     return _find_body(model)(input_ids=tokens, use_cache=use_cache, **settings)
 
 

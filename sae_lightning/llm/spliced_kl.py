@@ -35,7 +35,7 @@ class CleanRun(NamedTuple):
 
 @torch.no_grad()
 def run_clean(model: nn.Module, tokens: Tensor, keep: Tensor) -> CleanRun:
-    """Run the LLM without its head on tokens [sequences, context]; `keep` as in `CleanRun`."""
+    """Run the LLM without its LM head on tokens [sequences, context]; `keep` as in `CleanRun`."""
     tokens = tokens.to(find_computing_device(model), torch.long)
     return CleanRun(tokens, keep, run_body(model, tokens))
 

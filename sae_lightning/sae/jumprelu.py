@@ -132,6 +132,7 @@ class JumpReLU(SAE):
         return weights | {"threshold": weights.pop("log_threshold").exp()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
+        # a threshold of 0 has no logarithm
         threshold = weights["threshold"].clamp(min=torch.finfo(torch.float32).tiny)
         others = {name: weight for name, weight in weights.items() if name != "threshold"}
         super().load_weights(others | {"log_threshold": threshold.log()})

@@ -54,6 +54,7 @@ class Matryoshka(BatchTopK):
         without_features = self.b_dec + x @ self.W_skip if self.config.skip else self.b_dec
         with record_function("decode"):
             groups = features.matmul_by_group(self._own_sizes(), self.W_dec)
+            # the first sum is the reconstruction without features
             _, *prefixes, whole = accumulate(
                 map(self.split.ranks.sum, groups), initial=without_features
             )

@@ -92,6 +92,7 @@ class RowNorms(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         rows, norms = ctx.saved_tensors
+        # a row of zeros gets a gradient of 0, not NaN
         return (gradient / norms.clamp_min(torch.finfo(norms.dtype).tiny))[:, None] * rows
 
 

@@ -22,13 +22,14 @@ def exchange_rows(
     rows: of this rank's batch, {site: [counts[rank], d]}, at all sites that any rank wants; empty
     for a rank without a batch. counts: rows of each batch (every rank passes the same list); a last
     round may have fewer batches than there are ranks. sites_by_rank[r]: the sites that rank r
-    wants. like: any tensor [..., d] with the width, dtype and device of the rows. Each rank sends
-    one message to every other.
+    wants. like: any tensor [..., d] with the width, dtype and device of the rows. ranks:
+    None for all ranks of the run. Each rank sends one message to every other.
     """
     ranks = ranks or world()
     if ranks.size == 1:
         return [rows]
     own_sites = sorted(sites_by_rank[ranks.rank])
+    # nothing is sent by a rank without a batch, or to a rank without sites
     requests = {tuple(sorted(sites)) for sites in sites_by_rank if rows and sites}
     stacks = {sites: torch.stack([rows[site] for site in sites]) for sites in requests}
     outgoing = [

@@ -59,15 +59,15 @@ def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
     stat = os.stat(file)
     identity = os.path.realpath(file), stat.st_size, stat.st_mtime_ns, name
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
-    target = prepare_text_cache() / f"activations-{key}.npy"
-    if target.exists():
-        return target
+    copied = prepare_text_cache() / f"activations-{key}.npy"
+    if copied.exists():
+        return copied
     content = pq.ParquetFile(file)
     names = [field.name for field in content.schema_arrow if str(field.type) in ARROW_FLOATS]
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, width)}
     with (
         phase(f"copying {Path(file).name}", total=rows) as advance,
-        write_atomically(target) as temporary,
+        write_atomically(copied) as temporary,
         open(temporary, "wb") as copy,
     ):
         np.lib.format.write_array_header_1_0(copy, header)
@@ -77,7 +77,7 @@ def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
             copy.write(np.ascontiguousarray(array, dtype).tobytes())
             first += len(batch)
             advance(len(batch))
-    return target
+    return copied
 
 
 def _convert(

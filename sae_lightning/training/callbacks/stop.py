@@ -32,7 +32,7 @@ class StopOnSignal(L.Callback):
         def stop(signal_number: int, _) -> None:
             if not self.updating or module.received_signal and signal_number == signal.SIGINT:
                 console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
-                raise SystemExit(128 + signal_number)
+                raise SystemExit(128 + signal_number)  # as shells report a signal
             module.received_signal = signal.Signals(signal_number)
             console.print("stopping after this update, then saving (Ctrl-C again: stop at once)")
 
