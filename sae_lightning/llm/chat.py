@@ -83,7 +83,7 @@ class ChatEncoder:
         if not self.assistant_only:
             return ids, [True] * len(ids)
         answers = self._find_answers(messages, text)
-        # a token that has characters (start < end), some of which are in an answer
+        # trained on: the tokens that have characters (start < end), some of them in an answer
         return ids, [
             any(start < end and begin < end and start < stop for begin, stop in answers)
             for start, end in encoded["offset_mapping"]

@@ -109,7 +109,7 @@ def _measure_norm(module: nn.Module, width: int) -> Norm | None:
     signs[1::2] = -1
     bias = apply(torch.zeros(width))
     y, y_of_triple = apply(signs) - bias, apply(3 * signs) - bias
-    # equal up to rounding and the norm's epsilon
+    # the outputs of a norm are equal, up to rounding and its epsilon
     if not torch.allclose(y, y_of_triple, rtol=1e-3, atol=1e-3 * y.abs().max().item()):
         return None
     y_of_ones = apply(torch.ones(width)) - bias  # 0 if the mean is subtracted

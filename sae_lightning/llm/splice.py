@@ -184,7 +184,7 @@ def _sum_chunks(
     of the clean model, then the cross-entropy and, `with_kl`, the KL with each edit."""
     ids = ids.to(find_computing_device(model), torch.long)
     output = run_body(model, ids)
-    device = output.last_hidden_state.device  # the last block's
+    device = output.last_hidden_state.device  # where the last block computes
     sequence, position = (x.to(device) for x in keep[:, 1:].nonzero(as_tuple=True))
     keep, next_ids = keep.to(find_row_device(model)), ids.to(device)[sequence, position + 1]
     hidden = [output.last_hidden_state[sequence, position]]

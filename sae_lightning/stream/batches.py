@@ -49,7 +49,7 @@ class BatchStream:
         self.device = rows.device
         self.seconds = 0.0  # spent on making batches
         self._pool = Pool(sites or rows.sites, pool + rows.max_rows, seed=seed, device=rows.device)
-        self._served = 0  # batches so far
+        self._served = 0  # batches served so far
         self._started = False
         self._sequence_ids = torch.empty(0, dtype=torch.int64)  # ids of the last batch's rows
 

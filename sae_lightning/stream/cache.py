@@ -153,7 +153,7 @@ class CachedRows(RowStream):
         UserError: the skipped text is not the one that the shards were made from.
         """
         state = self._earlier_state
-        try:  # with nothing to skip: the loop below does that, and compares the text
+        try:  # skips nothing yet: the loop below does, and compares the text with the shards'
             self.live.load_state_dict(state | {"llm_batches": state["read"]})
         except TextChanged:
             if self.resumed:

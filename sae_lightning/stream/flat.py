@@ -204,7 +204,7 @@ def _join_arrays(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
 def summarise_tokens(flat: pa.ChunkedArray) -> str:
     """Length and checksum of a text's tokens; beyond a million tokens, the checksum is of evenly
     spaced samples."""
-    # 256 x 4,096 is a million; without a token there is no sample
+    # at most 256 x 4,096 tokens, a million; an empty text has no sample
     samples = min(256, -(-len(flat) // FINGERPRINT_TOKENS))
     checksum = 0
     for start in np.linspace(0, len(flat), samples, endpoint=False).astype(np.int64):

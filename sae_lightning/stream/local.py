@@ -52,7 +52,7 @@ class LocalConfig(TextConfig):
     chat: bool | None = None
     """true: rows of .jsonl, .json or .parquet are conversations (a list of messages with `role` and
     `content`, or `from` and `value`), which go through the tokenizer's chat template. null or
-    false: rows are text."""
+    false: documents are text."""
 
     assistant_only: bool | None = None
     """true: train only on the tokens that the assistant writes; the LLM reads the others too. null

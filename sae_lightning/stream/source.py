@@ -46,7 +46,7 @@ class RowStream(Protocol):
     llm_seconds: float
     """Seconds that this process has spent in the LLM, by the CPU's clock."""
     epoch: int
-    """Number of the current epoch, which is one reading of the whole text, from 1."""
+    """Number of the current epoch, which is one reading of all data, from 1."""
 
     def next(self, remaining: int) -> Rows:
         """Return the rows of the next LLM batch; the run needs `remaining` more, these included."""

@@ -140,7 +140,7 @@ class StreamedTokens(TokenStream):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last sequence served; UserError if the text is a different one."""
         self._begin(state["epoch"])
-        # read and dropped, for their checksum and to move on
+        # documents read before are read again and dropped; this also computes their checksum
         deque(islice(self._read_texts(), state["documents"]), maxlen=0)
         check_text(state, self.documents_crc32)
         self.tokens_read, self.served = state["read"], state["served"]

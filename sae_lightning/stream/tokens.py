@@ -45,7 +45,7 @@ class HeldOutTokens(HeldOutStream):
                 self.data, self.tokenizer, separator, "held-out text", self.chat
             )
             _check_flat(self.tokenizer, flat, self.where)
-            # at least 1: a text shorter than a window; an empty one has none
+            # a text shorter than a window is one short window, an empty text is none
             size, count = self.packing.window_size, max(1, len(flat) // self.packing.window_size)
             indices = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
             windows = [flat.slice(i * size, size).to_numpy() for i in indices if len(flat)]

@@ -56,7 +56,7 @@ def set_principal_directions(head: Head, mean: Tensor, directions: Tensor) -> No
     """Make `directions` [2 d, d] the encoder columns and decoder rows of a head whose raw
     activations have this mean [d]. Features beyond 2 d have zero weights and never fire."""
     sae = head.sae
-    rows = sae.split.slice(directions[: sae.config.features]).to(sae.W_dec)  # this rank's
+    rows = sae.split.slice(directions[: sae.config.features]).to(sae.W_dec)  # those of this rank
     # the mean in the head's units: 0 if its normalisation subtracts it
     centre = (mean.to(sae.b_dec) - head.in_mean) / head.in_scale
     for weight in (sae.W_dec, sae.W_enc.T):

@@ -46,7 +46,7 @@ class Throughput(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the clock, at the update where this process starts."""
-        # paused until the first batch is made; making it, the first filling included, counts
+        # begins with a pause; making the first batch, filling the pool included, is no part of it
         self.first = self.last = self.paused = self._read_clock(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_) -> None:
