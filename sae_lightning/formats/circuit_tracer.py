@@ -45,7 +45,8 @@ def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
 
 def make_circuit_tracer_settings(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
     """Make the settings of config.yaml, the same for every block. Versions of circuit-tracer before
-    April 2026 ignore `activation` and read a TopK as a ReLU."""
+    April 2026 ignore `activation` and read a TopK as a ReLU. UserError if sites or LLM are
+    unknown."""
     sites, model = origin.require_sites(), origin.metadata.get("model_name")
     if model is None:
         raise UserError("format=circuit_tracer: config.yaml names the LLM; give llm.name=...")

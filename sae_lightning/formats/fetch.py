@@ -148,7 +148,7 @@ def _choose_on_hub(address: str, parsed: HubAddress, commit: str) -> str:
 
 def _list_sizes(parsed: HubAddress, path: str, commit: str) -> dict[str, int]:
     """Path -> bytes of the files in the folder `path` (of a file: in its folder), and of settings
-    in the folders above."""
+    in the folders above; UserError if there is no such path."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 

@@ -164,7 +164,8 @@ def check_readable(file: Path, key: str, value: Any, readable: Iterable[str]) ->
 
 
 def read_weights(file: Path) -> dict[str, Any]:
-    """Read a safetensors file, an npz, or what torch.save wrote; no code in it is run."""
+    """Read a safetensors file, an npz, or what torch.save wrote; no code in it is run.
+    ValueError if it holds something other than named tensors, or an npz would expand far."""
     if file.suffix == ".safetensors":
         return load_file(file)
     if file.suffix != ".npz":

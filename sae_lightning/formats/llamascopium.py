@@ -27,7 +27,7 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
     """Read an SAE or transcoder of llamascopium (also as published in Llama Scope R1).
 
     In training, llamascopium scales activations to a mean norm of sqrt(d); it applies the threshold
-    to pre-activations times decoder norms.
+    to pre-activations times decoder norms. UserError if the mean norm is not saved.
     """
     cfg, tensors = files.settings, dict(files.tensors)
     activation, norm_setting = _check_settings(files)

@@ -29,7 +29,8 @@ def load_sae(path: str | os.PathLike) -> SAE:
     file in any format of the table FORMATS (docs/formats.md); with `hub:owner/name`, from the
     Hugging Face hub.
 
-    The SAE is on the CPU, frozen, in float32; `sae.metadata` says what it was trained on.
+    The SAE is on the CPU, frozen, in float32; `sae.metadata` says what it was trained on. UserError
+    if there is no SAE, more than one, or a file that is damaged or not supported.
     """
     path = fetch_saved(path)
     entry, folder, file = _find_weights(path)

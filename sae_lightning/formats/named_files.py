@@ -16,7 +16,7 @@ from sae_lightning.formats.format import (
 
 def read_qwen_scope(files: SavedFiles) -> StoredSAE:
     """Read one file of Qwen-Scope: a TopK SAE of raw residual streams. The repository's name, which
-    must be part of the path, gives the LLM and k."""
+    must be part of the path (else: UserError), gives the LLM and k."""
     path = files.weights_file.absolute().as_posix()
     repository = re.search(r"SAE-Res-([^/]+?)-W\d+K-L0_(\d+)", path)
     if repository is None:

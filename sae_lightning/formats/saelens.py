@@ -126,7 +126,8 @@ def _translate_settings(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_scale(file: Path, normalisation: str | bool) -> float:
-    """The factor by which SAELens multiplies activations; 1 if it is folded into the weights."""
+    """The factor by which SAELens multiplies activations; 1 if it is folded into the weights.
+    UserError if it cannot be folded into them, or is not saved."""
     if normalisation == "none":
         return 1.0
     setting = f"{file}: normalize_activations={normalisation}"

@@ -58,7 +58,8 @@ WRITTEN_TYPES |= {"dataset_path": str, "prepend_bos": bool, OWN_KEY: dict}
 
 def find_origin(metadata: dict[str, Any], address: str, layer: LayerConfig | None) -> Origin:
     """What the SAE at `address` was trained on, to be written in another tool's format, from those
-    metadata that have the right type; `layer`, if given, replaces the sites in the metadata."""
+    metadata that have the right type; `layer`, if given, replaces the sites in the metadata. If
+    sites are not known, the result says why."""
     checked = {k: metadata[k] for k, kind in WRITTEN_TYPES.items() if type(metadata.get(k)) is kind}
     sites, problem, layer_is_given = None, "", layer is not None
     try:
@@ -148,7 +149,8 @@ def describe_missing_gain(metadata: dict[str, Any], address: str) -> str | None:
 
 
 def _read_hook(hook: str | None, address: str) -> tuple[int, Kind]:
-    """Find the block index and the kind of site that a hook name stands for."""
+    """Find the block index and the kind of site that a hook name stands for; UserError if it is
+    missing, or stands for none of our sites."""
     for pattern, (kind, offset) in HOOK_PATTERNS.items():
         match = hook and re.fullmatch(pattern, hook)
         if match and int(match[1]) + offset >= 0:  # the input of block 0 is no site of ours

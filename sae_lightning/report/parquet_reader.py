@@ -164,7 +164,8 @@ def _read_real_lists(lists: pa.ListArray) -> Tensor:
 
 
 def _pad_lists(lists: pa.ListArray, values: Tensor, fill: float) -> Tensor:
-    """Arrange the `values` [entries] of `lists` in rows [units, k], padded with `fill`."""
+    """Arrange the `values` [entries] of `lists` in rows [units, k], padded with `fill`.
+    ValueError if a list is longer than MAX_LIST_LENGTH."""
     counts = _count_entries(lists)
     k = max(1, int(counts.max()))  # 1 if all lists are empty
     if k > MAX_LIST_LENGTH:
@@ -211,7 +212,8 @@ def _read_examples(lists: pa.ListArray, ids: dict[str, int]) -> Examples:
 
 
 def _rebuild_text(*lists: Examples) -> np.ndarray:
-    """Rebuild the token ids [sequences, context] of the text, -1 where no example shows it."""
+    """Rebuild the token ids [sequences, context] of the text, -1 where no example shows it;
+    ValueError if they are more than MAX_TEXT_TOKENS."""
     parts = [[], [], []]
     for examples in lists:
         place = examples.position[..., None] + torch.arange(-BEFORE, AFTER + 1)

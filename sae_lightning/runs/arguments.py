@@ -211,7 +211,7 @@ def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
 
 
 def count_values(override: Override) -> int:
-    """Number of values of an override, without generating a range, which may be infinite."""
+    """Number of values of an override, without generating a range; UserError if it would not end."""
     if not override.is_sweep_override():
         return 1
     value = override.value()
@@ -230,7 +230,8 @@ def is_multirun(arguments: list[str]) -> bool:
 
 
 def _quote_text(argument: str, multirun: bool, text_settings: dict[str, bool]) -> str:
-    """Quote one argument, as `quote_texts` says; `text_settings`: see `find_text_settings`."""
+    """Quote one argument, as `quote_texts` says; UserError if a text is not UTF-8. `text_settings`:
+    see `find_text_settings`."""
     name, equals, value = argument.partition("=")
     setting = name.lstrip("+")
     is_path = setting in PATH_SETTINGS

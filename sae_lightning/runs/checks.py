@@ -200,8 +200,9 @@ def check_disk_space(jobs: list[CheckedJob]) -> None:
 
 
 def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, checked_streams: set) -> int:
-    """Updates in the checkpoint of a resumed run, after checking all its parts; 0 if the run was
-    killed before its first checkpoint. `checked_streams`: files already checked for other heads."""
+    """Updates in the checkpoint of a resumed run, after checking all its parts (UserError if one is
+    damaged or has other settings); 0 if the run was killed before its first checkpoint.
+    `checked_streams`: files already checked for other heads."""
     path = locate_checkpoint(job.folder)
     try:
         path.lstat()  # not exists(), which hides broken symbolic links and disk errors

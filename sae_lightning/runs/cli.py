@@ -213,7 +213,7 @@ def _describe_number_for_group(overrides: list[str]) -> str:
 
 
 def _find_sparsity_coefficient(overrides: list[str]) -> str | None:
-    """Name of the sparsity coefficient of the chosen model's loss, if it has one."""
+    """Name of the sparsity coefficient of the chosen model's loss; None if it has none."""
     # train.py's default, then what is typed
     models = ["relu", *(o.removeprefix("model=") for o in overrides if o.startswith("model="))]
     entry = ARCHITECTURES.get(models[-1])

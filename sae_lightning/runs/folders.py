@@ -159,7 +159,8 @@ def _read_metrics(folder: Path) -> dict | None:
 
 
 def _read_number(value: object) -> float:
-    """A metric read from JSON; null, which stands for NaN and infinity, becomes NaN."""
+    """A metric read from JSON; null, which stands for NaN and infinity, becomes NaN. TypeError for
+    anything else but a number."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -192,7 +193,7 @@ def read_json(path: Path) -> Any:
 @contextmanager
 def claim_folders(folders: list[Path]) -> Iterator[None]:
     """Lock the folders against other processes until the block or this process ends, and remove
-    temporary files that killed runs left there."""
+    temporary files that killed runs left there. UserError if one is locked."""
     unlocked = []
     with ExitStack() as locks:
         for folder in folders:

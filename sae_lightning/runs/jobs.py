@@ -92,7 +92,8 @@ def format_resume_command(jobs: Sequence[Job]) -> str:
 
 
 def pick_run_folder(resume: str | None) -> str:
-    """`hydra.run.dir`: outputs/<day>/<time>, or the run folder that is resumed."""
+    """`hydra.run.dir`: outputs/<day>/<time>, or the run folder that is resumed. UserError if
+    `resume` holds no run, or a sweep."""
     if not resume:
         return datetime.now().strftime("outputs/%Y-%m-%d/%H-%M-%S")
     if is_sweep(Path(resume)):
@@ -192,7 +193,8 @@ def _make_paths_absolute(config: Config) -> Config:
 def read_job(folder: Path, trusted: bool = False) -> Job:
     """The job that an existing run folder describes.
 
-    UserError if the job would run Python code that comes with the LLM: the folder may be untrusted.
+    UserError if the config cannot be read, or names plugins that are not imported, or would run
+    Python code that comes with the LLM: the folder may be untrusted.
     `trusted`: the user has allowed that code, or no LLM is loaded.
     """
     file = folder / CONFIG_FILE

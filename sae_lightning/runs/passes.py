@@ -106,7 +106,7 @@ def _resume_if_begun(job: Job) -> Job:
 
 def _read_earlier_results(jobs: Iterable[Job]) -> dict[Path, dict[str, float] | None]:
     """Folder -> held-out metrics of each resumed job that has finished, or None if it diverged;
-    jobs that are still to be trained are left out."""
+    jobs that are still to be trained are left out. UserError if a plain run had diverged."""
     results = {}
     for job in (job for job in jobs if job.resumed):
         failure = folders.read_failure(job.folder)

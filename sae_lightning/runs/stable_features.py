@@ -65,7 +65,8 @@ def _hash_files(folder: Path) -> str | None:
 
 
 def _read_live_rows(folder: Path) -> Tensor:
-    """Decoder rows [live features, d_out] of the features that fire on held-out data."""
+    """Decoder rows [live features, d_out] of the features that fire on held-out data; UserError if
+    a file is damaged."""
     try:
         return load_sae(folder).W_dec[load_file(folder / DENSITY_FILE)["density"] > 0]
     except (SafetensorError, KeyError, IndexError) as error:

@@ -203,7 +203,7 @@ def _choose_model(start: Start, model: DictConfig, typed_names: Collection[str])
 
 def check_start(config: Config, sites: SitePair, shape: LLMShape) -> str | None:
     """UserError unless the SAE in `model.start` fits the widths of the sites. Returns a warning if
-    it was trained on another LLM."""
+    it was trained on another LLM, else None."""
     start = find_start(config.model.start)
     widths = tuple(map(shape.width_at, sites))
     if widths != start.widths:

@@ -44,6 +44,7 @@ class Sweep(Callback):
 
     def __init__(self):
         self.resuming = False
+        """Whether this multirun resumes a sweep."""
 
     def on_run_start(self, config: DictConfig, **_) -> None:
         """Make the folder of a plain run."""
@@ -93,7 +94,8 @@ class Sweep(Callback):
                 _check_job(loader.load_sweep_config(config, job_overrides), number, job_overrides)
 
     def _remember_record(self, folder: Path) -> None:
-        """Keep an earlier sweep's record in memory: Hydra is about to overwrite it in `folder`."""
+        """Keep an earlier sweep's record in memory: Hydra is about to overwrite it in `folder`.
+        UserError if that holds a run."""
         if (folder / CONFIG_FILE).exists():
             raise UserError(
                 f"hydra.sweep.dir={folder}: holds a run; a sweep needs a folder of its own"
