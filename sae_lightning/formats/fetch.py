@@ -228,7 +228,7 @@ def _download(address: str, repo: str, commit: str, sizes: dict[str, int]) -> No
                 try:
                     hf_hub_download(repo, name, revision=commit, tqdm_class=_make_bar(advance))
                     break
-                except HTTPError as error:  # huggingface_hub retries only some of these
+                except HTTPError as error:  # huggingface_hub retries after some errors only
                     if isinstance(error, HfHubHTTPError) or attempt == ATTEMPTS:
                         raise
 

@@ -25,7 +25,7 @@ HOOKS_OF_REPOSITORIES = {
     "att": ("attn.hook_z", None),
     "transcoders": ("ln2.hook_normalized", "hook_mlp_out"),
 }
-# Folder in Gemma Scope 2 -> the same names, used unless config.json gives them.
+# Folder in Gemma Scope 2 -> names of both sites, as above, used unless config.json gives them.
 HOOKS_OF_FOLDERS = {
     "resid_post": ("hook_resid_post", None),
     "attn_out": ("attn.hook_z", None),

@@ -211,7 +211,7 @@ def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
 
 
 def count_values(override: Override) -> int:
-    """Number of values of an override, without generating a range; UserError if it would not end."""
+    """Number of values of an override, without generating a range; UserError if that never ends."""
     if not override.is_sweep_override():
         return 1
     value = override.value()

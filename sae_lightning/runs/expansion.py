@@ -75,7 +75,7 @@ def average_objective(
 
 def _make_added_runs(job: Job) -> Iterator[Job]:
     """Make the runs that the job's sweep settings add to it, seed by seed."""
-    if job.resumed:  # they were added when its sweep began
+    if job.resumed:  # its sweep added them when it began
         return
     config = job.config
     for seed in range(config.model.seed, config.model.seed + config.sweep.seeds):

@@ -26,7 +26,7 @@ def find_controls(folder: Path) -> dict[Control, Path]:
             continue
         # with another data.seed, synthetic data has other concepts
         same_data = other_settings.get("data.seed") == settings.get("data.seed")
-        # a control is of the experiment of its SAE
+        # an SAE and its controls are of one experiment
         if not same_data or identify_experiment(other_settings) != experiment:
             continue
         same_seeds = (other.seed, other.model.seed) == (config.seed, config.model.seed)

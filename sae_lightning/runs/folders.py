@@ -208,7 +208,7 @@ def claim_folders(folders: list[Path]) -> Iterator[None]:
                 ) from None
             saes = [folder / "sae", *folder.glob("sae-*")]
             subfolders = [*saes, locate_checkpoint(folder).parent]
-            # a folder that the user names may be a link, but not one in it
+            # a folder that the user names may be a link, but no folder inside it
             for path in [*subfolders, *([folder] if folder.parent in folders else [])]:
                 refuse_link(path)
             for path in (folder, *subfolders):

@@ -124,7 +124,7 @@ def make_job(cfg: DictConfig, folder: Path, overrides: list[str], multirun: bool
         config = _make_paths_absolute(to_dataclass(cfg))
         config.logger = resolve_loggers(config.logger, overrides)
         for name, value in config.to_flat_dict().items():
-            if "${" in str(value):  # read_settings refuses it
+            if "${" in str(value):  # read_settings refuses interpolations
                 raise UserError(
                     f"{name}={value}: {CONFIG_FILE} of a run cannot hold ${{; choose another name"
                 )

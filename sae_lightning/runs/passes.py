@@ -111,7 +111,7 @@ def _read_earlier_results(jobs: Iterable[Job]) -> dict[Path, dict[str, float] | 
     for job in (job for job in jobs if job.resumed):
         failure = folders.read_failure(job.folder)
         if metrics := folders.read_earlier_metrics(job):
-            remove_leftovers(job.folder)  # if it was killed before it removed them
+            remove_leftovers(job.folder)  # a killed run may have left temporary files
             console.print(f"{make_visible(str(job.folder))} is finished")
             results[job.folder] = metrics["held_out"]
         elif failure and failure["diverged"]:
@@ -167,7 +167,7 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
     needed = memory.estimate_memory(configs, sites, shapes[0], ranks)
     max_heads = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
     if max_heads is None:
-        parts = 1 if splitting is Splitting.none else ranks  # of an SAE that is split
+        parts = 1 if splitting is Splitting.none else ranks  # number of parts of an SAE
         memory.check_memory(needed, configs, sites, shapes[0], free, parts)
         largest_bytes = max(needed.head_bytes) / (ranks if splitting is Splitting.all else 1)
         left = 0.9 * free - needed.shared_bytes  # a tenth in reserve: these are estimates

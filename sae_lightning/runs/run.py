@@ -120,7 +120,7 @@ def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
         )
     finally:
         parts.data.stream.close()  # otherwise an error's traceback keeps the cache locked
-    # stopped in its last update, a pass is still scored and saved
+    # a pass that is stopped in its last update is still scored and saved
     if module.stopped_by and module.global_step < module.steps:
         world().wait()  # until all ranks have saved
         print_how_to_continue(module)
@@ -133,7 +133,7 @@ def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
     except KeyboardInterrupt:
         console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
         sys.exit(128 + signal.SIGINT)
-    module.stopped_by = module.received_signal  # it may have come while SAEs were scored
+    module.stopped_by = module.received_signal  # a signal during scoring
     if module.stopped_by and jobs[0].sweep_folder:  # start no other pass
         print_how_to_continue(module)
         sys.exit(128 + module.stopped_by)

@@ -71,7 +71,7 @@ class Sweep(Callback):
         overrides = list({o.key_or_group: o for o in parse(params) + typed_overrides}.values())
         _refuse_several_seeds(config, overrides)
         constant = ",".join(f"'{o.key_or_group}'" for o in overrides if not _has_several_values(o))
-        with read_write(config):  # each job is composed with this
+        with read_write(config):  # each job is composed with this config
             config.hydra.overrides.hydra.append(
                 f"hydra.job.config.override_dirname.exclude_keys=[{constant}]"
             )
