@@ -238,7 +238,7 @@ def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
         weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms, weights["b_enc"] * norms
         weights["W_dec"] = weights["W_dec"] / norms[:, None]
         if "threshold" in weights:
-            # the threshold is for products with the stored norms, which are scale_out times these norms
+            # the threshold is for products with the stored norms: scale_out times these norms
             weights["threshold"] = weights["threshold"] / stored.scale_out
     if "threshold" in weights and weights["threshold"].numel() == 1:
         threshold = weights["threshold"].reshape(()).clamp(min=0)
