@@ -184,7 +184,7 @@ def _choose_files(
     if needed := _find_needed(path, sizes):
         return {name: sizes[name] for name in needed}
     parents = {str(folder) for name in sizes for folder in PurePosixPath(name).parents}
-    paths = []  # one for each SAE
+    paths = []  # of each SAE, the folder or the weights file
     for folder in sorted(parents):
         saes = find_saes(folder, sizes)
         paths += [folder] if len(saes) == 1 else [sae.weights for sae in saes]

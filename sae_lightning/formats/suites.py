@@ -91,7 +91,7 @@ def expand_suite(name: str) -> tuple[str, tuple[str, ...]] | None:
         return None
     suite, values = SUITES[first], {}
     parts = suite.parts.split()
-    for part, short_name in zip(parts, short_names, strict=False):  # numbers are compared below
+    for part, short_name in zip(parts, short_names, strict=False):  # lengths are compared below
         names = suite.names.get(part)
         if names and short_name not in names:
             raise UserError(

@@ -237,7 +237,7 @@ def _quote_text(argument: str, multirun: bool, text_settings: dict[str, bool]) -
     is_path = setting in PATH_SETTINGS
     if not equals or not (is_path or setting in text_settings):
         return argument
-    may_be_null = text_settings.get(setting, True)  # unknown: Hydra's own paths, llm.load
+    may_be_null = text_settings.get(setting, True)  # True for paths of Hydra and llm.load
     if value == "null" and may_be_null:
         return argument
     # Python decodes bytes that are not UTF-8 to these code points
