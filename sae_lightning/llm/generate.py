@@ -70,9 +70,8 @@ def generate(
 
     function(x, y) replaces y, the activation at the target; x is the activation at the source.
     x, y and the result are float32 [sequences, tokens, d]: first for all tokens of the prompt, then
-    for each new token. Sequences share the Gumbel noise g of each step (argmax(log p + g) is a
-    sample of p), so that they differ only by what `function` does. Each sequence is cut before the
-    first separator that it generates.
+    for each new token. Sequences share the Gumbel noise g of each step (argmax(log p + g) samples
+    p), so they differ only by what `function` does. Each is cut before its first new separator.
     """
     from transformers import GenerationConfig
 

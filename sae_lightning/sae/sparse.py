@@ -125,7 +125,7 @@ def find_positive(x: Tensor) -> Tensor:
         return find_above(x, 0)
     # Few values are positive, so skipping groups that are all 0 after a ReLU halves the time.
     groups = x.relu().view(-1).view(torch.int64).nonzero().squeeze(1)
-    in_groups = find_above(x.view(-1, size).index_select(0, groups), 0)  # flat indices
+    in_groups = find_above(x.view(-1, size).index_select(0, groups), 0)  # in the groups, flat
     shift = size.bit_length() - 1  # x >> shift is x // size
     # index of the group x size + place in the group
     return (groups.index_select(0, in_groups >> shift) << shift) + (in_groups & (size - 1))

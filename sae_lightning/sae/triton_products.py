@@ -132,7 +132,7 @@ def _add_tails(
             entry = first + tl.arange(0, ENTRIES)
             pointers = tails + entry[:, None] * d + column[None, :]
             total += tl.load(pointers, mask=(entry < end)[:, None] & within[None, :], other=0)
-        row_sum = sums + row * d + column  # pointers
+        row_sum = sums + row * d + column  # pointers to the row's sum
         result = tl.load(row_sum, mask=within) + tl.sum(total, axis=0)
         tl.store(row_sum, result, mask=within)
 

@@ -69,7 +69,7 @@ class CachedRows(RowStream):
         self.epoch = live.epoch
         self._position = 0  # LLM batches served
         self._stop: int | None = 0  # this stretch's end, exclusive; None: not known yet
-        self._shard: Shard | None = None  # being read
+        self._shard: Shard | None = None  # the one being read
         self._buffer: list[tuple[Rows, int, int]] | None = None  # rows, epoch, crc32
         self._earlier_state = live.state_dict()  # state of `live` at `_position` or before
         self._is_checked = False  # whether shards and disk space were looked at

@@ -57,7 +57,7 @@ class ConceptWorld(NamedTuple):
         latent = torch.randn(n, len(self.rates), generator=generator)
         if self.correlation > 0:
             common = torch.randn(n, int(self.group.max()) + 1, generator=generator)[:, self.group]
-            share = self.correlation * ~is_child  # r
+            share = self.correlation * ~is_child  # r; 0 for a child
             latent = share.sqrt() * common + (1 - share).sqrt() * latent
         active = latent < torch.special.ndtri(conditional)
         return active & active[:, self.parent]

@@ -77,7 +77,7 @@ class LLMRows(RowStream):
         self.llm_seconds = 0.0
         dropped_ids = [] if keep_special else find_special_ids(llm.tokenizer)
         self._dropped_ids = torch.tensor(dropped_ids, dtype=torch.int64)
-        self._medians: dict[Site, float] | None = None  # median norms
+        self._medians: dict[Site, float] | None = None  # median norms; None until there are rows
         self._empty_batches = 0  # consecutive LLM batches without rows
 
     @property

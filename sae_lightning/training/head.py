@@ -73,11 +73,11 @@ class Head(nn.Module):
         self.dead_window, self.products = dead_window, products
         self.start: str | None = None  # address of the SAE to start from; None if resumed
         self.start_metrics: dict[str, float] = {}  # held-out metrics of that SAE
-        self.tuned_from: int | None = None  # the first update with `loss.kl`
+        self.tuned_from: int | None = None  # the first update with `loss.kl`; None without it
         self.before_kl: dict[str, float] = {}  # held-out metrics before that update
         self.adam_steps = 0  # updates that Adam's state already had at a warm start; else 0
         self.fates: dict[str, int] = {}  # see `count_fates`; empty without a warm start
-        self.last_step: StepResult | None = None
+        self.last_step: StepResult | None = None  # None before the first update
         self.training_metrics: dict[str, float] = {}  # the last points of the training curves
         # results of the last evaluation; empty before the first
         self.held_out_metrics: dict[str, float] = {}

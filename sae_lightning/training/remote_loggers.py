@@ -43,7 +43,7 @@ class RemoteLogger(ExtraLogger):
         self.id_path = run.folder / f"{self.kind}.json"
         self.queue: SimpleQueue = SimpleQueue()
         self.failed, self.sent = False, 0  # `sent`: number of queued actions done so far
-        self.logger: WandbLogger | MLFlowLogger | None = None
+        self.logger: WandbLogger | MLFlowLogger | None = None  # None until `_start` has opened it
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
