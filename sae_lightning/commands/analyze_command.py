@@ -18,6 +18,7 @@ def analyze_from_command_line() -> None:
     """Run the task of analyze.py that the command line names. If a cluster job has started several
     processes, all but the first end with an error."""
     with report_errors():
+        # returns the arguments, with `plugins=` as Hydra reads it
         sys.argv[1:] = load_plugins(sys.argv[1:], TASKS)
         refuse_other_ranks()
         rewrite_command_line()

@@ -65,6 +65,7 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
         drop_nulls(metadata) | cfg,
         scale_in=scales[0],
         scale_out=scales[1],
+        # decoder norms, with which pre-activations are multiplied
         rescale=activation == "topk" and uses_decoder_norms,
     )
 
@@ -121,8 +122,9 @@ def make_llamascopium_settings(sae: SAE, key: str, origin: Origin) -> SettingsAn
 
 THRESHOLD = "activation_function.log_jumprelu_threshold"
 SCOPIUM_NAMES = {"W_E": "W_enc", "b_E": "b_enc", "W_D": "W_dec", "b_D": "b_dec"}
-SCOPIUM_LAYOUTS = {"relu": "relu", "dense": "relu", "topk": "topk", "jumprelu": "jumprelu"}
-SCOPIUM_LAYOUTS |= {"batch_topk": "jumprelu", "matryoshka": "jumprelu"}
+# our architecture -> key in `layouts`
+SCOPIUM_KEYS = {"relu": "relu", "dense": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+SCOPIUM_KEYS |= {"batch_topk": "jumprelu", "matryoshka": "jumprelu"}
 LLAMASCOPIUM = Format(
     files=("sae_weights.safetensors", "config.json"),
     read=read_llamascopium,
@@ -132,15 +134,15 @@ LLAMASCOPIUM = Format(
         "jumprelu": Layout("jumprelu", SCOPIUM_NAMES | {THRESHOLD: "log_threshold"}),
     },
     aliases=LINEAR | {"decoder.bias": "b_dec", "log_jumprelu_threshold": "log_threshold"},
-    autoencoders=SCOPIUM_LAYOUTS,
-    transcoders=SCOPIUM_LAYOUTS,
+    autoencoders=SCOPIUM_KEYS,
+    transcoders=SCOPIUM_KEYS,
     make_settings=make_llamascopium_settings,
 )
 
 
 def read_llama_scope(files: SavedFiles) -> StoredSAE:
     """Read a folder of Llama Scope, trained on Llama-3.1-8B. As in SAELens, a feature fires where
-    scale_in x W_enc + b_enc > scale_in jump_relu_threshold, whatever its decoder norm."""
+    (scale_in x) W_enc + b_enc > scale_in jump_relu_threshold, whatever its decoder norm."""
     cfg = files.settings
     check_readable(files.settings_file, "act_fn", cfg.get("act_fn", "jumprelu"), ["jumprelu"])
     weights = rename_tensors(LLAMA_SCOPE, files.tensors)

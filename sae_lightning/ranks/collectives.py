@@ -135,8 +135,8 @@ class Ranks:
 
     def find_smallest(self, x: Tensor) -> Tensor | None:
         """Smallest value [] that `keep_largest` has kept on any rank; None if it has kept none.
-        x [n]: its result on this rank, with 0 where it kept nothing; without other ranks it keeps
-        all of x."""
+        x [n]: what `keep_largest` returned on this rank, 0 where a value was dropped. With one rank
+        none was dropped, and zeros count."""
         if self.size == 1:
             return x.min() if len(x) else None
         smallest = self.stack(pad(x[x > 0], (0, 1), value=torch.inf).min()).min()
@@ -169,7 +169,7 @@ class Ranks:
 
     def _explain_failure(self) -> str | None:
         """Say why a call failed: the reason stored by a failed rank or, if none has stored one,
-        which ranks do not answer; None if all wait, so that no rank is lost."""
+        which ranks do not answer; None if all of them wait: then no rank is lost."""
         close_connections()  # makes calls fail on the ranks that wait for this one
         self.store_reason(WAITING)
         others = set(range(self.size)) - {self.rank}

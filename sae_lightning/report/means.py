@@ -56,18 +56,19 @@ class MeansTable:
         finished = [[i for i in group if table.is_finished[i]] for group in self.members]
         self.seeds = np.array([len(indices) for indices in finished])
         """Number of finished runs of each row."""
-        finite, measured = table.finite.to_numpy(), table.frame[table.metrics].to_numpy(float)
+        finite, measured = table.comparable.to_numpy(), table.frame[table.metrics].to_numpy(float)
         self.mean, self.spread = (
             pd.DataFrame([summarise(finite[i]) for i in finished], columns=[*METRIC_COLUMNS])
             for summarise in (_average, _measure_spread)
         )
-        """Mean and sample standard deviation of comparable metrics (see `SweepTable.finite`)."""
+        """Mean and sample standard deviation of metrics as in `SweepTable.comparable`."""
         self.spread["stable"] *= _correct_for_pairs(self.seeds)
         spreads = [_measure_spread(measured[i]) for i in finished]
         self.shown_spread = pd.DataFrame(spreads, columns=table.metrics)
         """Sample standard deviation over seeds of all metrics as measured; NaN for one run."""
         self.frame = table.frame.iloc[[group[0] for group in self.members]].reset_index(drop=True)
-        """Like `SweepTable.frame`: values of single runs, means of several, but the most tokens."""
+        """Like `SweepTable.frame`: the values of a single run or the means of several (of `tokens`,
+        the maximum)."""
         for row, group in enumerate(self.members):
             if len(group) > 1:
                 runs, reasons = table.frame.loc[group], table.frame.reason[group].dropna()
@@ -123,7 +124,7 @@ class MeansTable:
 
     def format_compared(self, row: int, name: str) -> str:
         """Like `format_cell`, with the values that are compared: CE recovered at most 1."""
-        values = self.table.finite.loc[self.members[row], name]
+        values = self.table.comparable.loc[self.members[row], name]
         return self._format(name, values.mean(), values.std())
 
     def _format(self, name: str, value: float | None, spread: float) -> str:

@@ -169,7 +169,8 @@ def _split_lines(text: ColouredText, max_strength: float) -> Iterator[tuple[str,
 
 def _align_example(tokens: list[str], shares: list[float]) -> tuple[str, Text]:
     """Make the bars and the line of an example, cut and padded so that the peak is in a fixed
-    column. `tokens` (from `show_token`) and `shares` (of the unit's maximum) are [WINDOW]."""
+    column. `tokens` (from `show_token`) and `shares` (of the unit's maximum) have
+    an entry for each token of the example, whose peak is at index BEFORE."""
     columns = _count_columns() - STRENGTH_WIDTH
     left = int(columns * LEFT_OF_PEAK)
     first = BEFORE - _count_fitting(tokens[:BEFORE][::-1], left)

@@ -46,7 +46,7 @@ def render_sweep_page(folder: Path, means: MeansTable) -> str:
         comparisons=comparisons,
         plots={PLOTTED_METRICS[name]: plots[name] for name in plotted},
         labels=[key for key in means.keys if key != group] if has_labels else [],
-        unplotted=int(table.finite.loc[table.is_finished, plotted].isna().any(axis=1).sum()),
+        unplotted=int(table.comparable.loc[table.is_finished, plotted].isna().any(axis=1).sum()),
         links=[_make_links(folder, means, row) for row in range(len(means.members))],
         commands=[
             format_tensorboard_command(folder),

@@ -184,8 +184,8 @@ class SweepTable:
         values = self.frame.reindex(columns=[*METRIC_COLUMNS, "ce_zero", "ce_clean"]).astype(float)
         values["ce_recovered"] = cap_recovered(values.ce_recovered, values.ce_zero, values.ce_clean)
         values = values[list(METRIC_COLUMNS)]
-        self.finite = values.where(np.isfinite(values).mul(self.is_finished, axis=0))
-        """Comparable metrics: finite ones of finished runs, NaN elsewhere."""
+        self.comparable = values.where(np.isfinite(values).mul(self.is_finished, axis=0))
+        """Finite metrics of finished runs, CE recovered up to 1 only; NaN elsewhere."""
 
     def _read_swept(self, run: SweepRun) -> dict[str, str]:
         """Each of `keys` -> its value in the run: as typed, or else as saved; "" if unknown."""

@@ -189,9 +189,9 @@ def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
 
 def release_followers() -> None:
     """End the ranks that a launcher has started, if they still wait for a first pass: there was
-    nothing to train, or an error has come first."""
+    nothing to train, or an error has come first. Only where a launcher has started this one."""
     if not followers.connected:
-        followers.connected = True
+        followers.connected = True  # whether or not it succeeds: tried only once
         with suppress(RankLost, RuntimeError):
             ranks.connect(*find_launched_rank(), patience=END_SECONDS * 6)
             followers.end()
@@ -225,8 +225,8 @@ def follow() -> None:
         elif launched.rank == 1 and "rank 0" in message:  # rank 0 is lost: one rank reports it
             sys.stderr.write(format_error(message) + "\n")
         sys.stderr.flush()
-        # A normal exit would wait for lost ranks. The exit code is 0, because a launcher would
-        # otherwise end rank 0 before it can report the error.
+        # A normal exit would wait for lost ranks. Once connected, the exit code is 0, because a
+        # launcher would otherwise end rank 0 before it can report the error.
         os._exit(0 if world().size > 1 else 1)
 
 

@@ -26,9 +26,10 @@ STABLE_FILE = "stable.json"
 def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun]:
     """The runs of the sweep in `folder`; those repeated with other seeds get the field `stable`.
 
-    It is the share of the features firing on held-out data that the SAE of another seed has, too,
-    on average over the other seeds (with the same `data.seed`: SAEs of other concepts have nothing
-    in common). `stable.json` caches the shares of each pair of SAEs.
+    `stable` is the share of a run's features (those that fire on held-out data) that the SAE of
+    another seed also has, on average over the other seeds. Only runs with the same `data.seed`,
+    which draws the concepts of synthetic data, are compared. `stable.json` caches the shares of
+    each pair of SAEs.
     """
     table = SweepTable([*runs])
     finished = [  # run folders, in groups that differ only in seeds

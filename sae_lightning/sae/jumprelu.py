@@ -107,7 +107,7 @@ class JumpReLU(SAE):
         # window begins 0.5 bandwidths below the threshold; 0.01 more is a margin for rounding.
         choose = partial(sparse.find_above, bound=-0.51 * self.config.bandwidth)
         pattern, excess = sparse.encode_entries(x, self.W_enc, self.b_enc - threshold, choose)
-        pattern.has_zeros = True
+        pattern.has_zeros = True  # in the window below the threshold, strengths are 0
         return pattern, excess + threshold[pattern.columns]
 
     def entry_bound(self) -> Tensor:

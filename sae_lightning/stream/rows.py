@@ -67,7 +67,7 @@ class LLMRows(RowStream):
         """`batch` is in sequences; activations stay on the LLM's device, in its dtype."""
         self.llm, self.token_stream, self.sites = llm, token_stream, tuple(sorted(set(sites)))
         self.batch, self.max_norm = batch, max_norm
-        self._scaled_sites = [  # whose activations the LLM multiplies before it adds them
+        self._scaled_sites = [  # whose output the LLM scales before adding it (Granite)
             str(site) for site in self.sites if measure_branch_scale(llm.model, site) != 1
         ]
         self.device = find_row_device(llm.model)
@@ -129,7 +129,7 @@ class LLMRows(RowStream):
         return sequences
 
     def check_not_empty(self, row_count: int) -> None:
-        """Take the number of rows of an LLM batch; UserError after too many batches without any."""
+        """Note an LLM batch's number of rows; UserError after too many batches without any."""
         self._empty_batches = 0 if row_count else self._empty_batches + 1
         if self._empty_batches == MAX_EMPTY_BATCHES:
             nothing = (

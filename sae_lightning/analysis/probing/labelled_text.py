@@ -65,7 +65,7 @@ def read_labelled_text(
     source = make_source(LLMConfig(name=NO_LLM), config, seed)
     with mute_libraries(), phase("cutting labelled text"):
         are_plays = bool(source.labels)  # a data set's labels are a column instead
-        if not are_plays:  # refuses data without text, before `config.context`, which it lacks
+        if not are_plays:  # the first to refuse data without text, which has no `config.context`
             pieces, notes = cut_documents(source, label, seed)
         packing = Packing(config.context, find_bos_id(tokenizer), find_separator_id(tokenizer))
         if are_plays:
@@ -138,8 +138,8 @@ def pick_pieces(pieces: list[Piece], classes: list[str], total: int) -> list[Pie
 
 
 def share_out(available: list[int], total: int) -> list[int]:
-    """Share out `total` as evenly as possible: share i [len(available)] is at most available[i],
-    and together the shares are less than `total` if there is not enough."""
+    """Share out `total` as evenly as possible: returns shares [len(available)], each at most the
+    entry of `available`; their sum is less than `total` if there is not enough."""
     shares, left = [0] * len(available), total
     for done, i in enumerate(sorted(range(len(available)), key=available.__getitem__)):
         shares[i] = min(available[i], left // (len(available) - done))
