@@ -176,7 +176,7 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path):
         "sae_lightning/runs/run.py": "import lightning as L\nfrom sae_lightning.runs import checks",
         "sae_lightning/runs/checks.py": "import json, torch",
         "sae_lightning/errors.py": "",
-        "sae_lightning/formats/export.py": "from sae_lightning.sae import SAE",
+        "sae_lightning/formats/saved_format.py": "from sae_lightning.sae import SAE",
         "sae_lightning/sae/__init__.py": "from sae_lightning.sae.base import SAE",
         "sae_lightning/sae/base.py": "import math\nfrom torch import nn",
         "sae_lightning/sae/triton_products.py": "import triton",

@@ -56,7 +56,7 @@ class OverviewTask(FeaturesTask):
         pairs = [(sae, control_reducers[name].reducers) for name, sae in controls.items()]
         survey = self.make_catalogues(subject, theory_reducer, controls=pairs)
         theory = claims.measure_claims(subject, theory_reducer)
-        del theory_reducer, pairs  # frees 14 KB a feature, which scoring needs
+        del theory_reducer, pairs  # frees memory, which scoring needs
         feature_scores = {name: control_reducers.pop(name).result() for name in controls}
         card = evaluate.score_subject(subject, opened=(subject.llm, text), controls=controls)
         summary, scorecard = make_features_section(survey), evaluate.make_scorecard_section(card)
