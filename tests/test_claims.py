@@ -78,10 +78,11 @@ def test_a_run_killed_five_times_at_random_moments_ends_as_if_it_had_not_been(
     folder = tmp_path / "killed"
     process = start(*arguments(llm, text, folder), cwd=tmp_path)
     for _ in range(5):
-        # after the first files are written, so that there is a run to continue that makes progress
+        # after the first files are written, so that there is a run to continue
         while not (folder / "config.yaml").exists() and process.is_running():
             time.sleep(0.05)
-        moments.append(rng.uniform(0.2, 0.6) * seconds)
+        # Importing and tokenising, which later starts do not repeat, can be half of `seconds`.
+        moments.append(rng.uniform(0.05, 0.2) * seconds)
         time.sleep(moments[-1])
         if process.is_running():
             process.kill()
