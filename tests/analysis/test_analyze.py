@@ -22,17 +22,19 @@ pytestmark = pytest.mark.slow
 EXAMPLE = """
 from sae_lightning import annotate, lens, open_run, steer, survey
 
-subject, text = open_run("outputs/2026-01-31/12-00-00")
+subject, text = open_run("outputs/2026-01-31/12-00-00")  # subject: the SAE with its LLM
 features = survey(subject, text.train, tokens=20_000).features
+vocabulary = features.vocabulary  # token id -> text
 
-# the feature whose firing is best predicted by a set of tokens
-words, best = features.vocabulary, features.token_sets.score.nan_to_num(0).argmax().item()
-print(f"feature {best} fires on", [words[t] for t in features.token_sets.tokens[best] if t >= 0])
+# the feature that a set of tokens predicts best
+best = features.token_sets.score.nan_to_num(0).argmax().item()
+token_set = features.token_sets.tokens[best]
+print(f"feature {best} fires on", [vocabulary[t] for t in token_set if t >= 0])
 for example in features.top.tokens[best, :3]:
-    print("".join(words[t] for t in example if t >= 0))
+    print("".join(vocabulary[t] for t in example if t >= 0))
 
 effect = lens(subject, text=text.train, features=[best]).effect
-print("it promotes", [words[t] for t in effect.promoted[best]])
+print("it promotes", [vocabulary[t] for t in effect.promoted[best]])
 for token in annotate(subject, "My lord, the king is dead"):
     print(token.text, token.features[:3], token.strengths[:3])
 for continuation in steer(subject, best, [4, 8], "There once was a cat").steered:
@@ -165,10 +167,6 @@ def test_the_example_finds_and_steers_the_planted_feature(here, tmp_path):
     )
     script = script.replace("import annotate", "import LocalConfig, annotate").replace(
         '"There once was a cat")', '"the lazy dog", tokens=6)'
-    )
-    script = script.replace(
-        "reading.score.nan_to_num(0).argmax().item()",
-        f"reading.score[{FEATURE}:{FEATURE + 1}].argmax().item() + {FEATURE}",
     )
     (tmp_path / "look.py").write_text(script)
     done = run_script(str(tmp_path / "look.py"), cwd=here)
