@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 EXAMPLE = """
 from sae_lightning import annotate, lens, open_run, steer, survey
 
-subject, text = open_run("outputs/2026-01-31/12-00-00")  # subject: the SAE with its LLM
+subject, text = open_run("outputs/2026-01-31/12-00-00")  # SAE and LLM; training and held-out text
 features = survey(subject, text.train, tokens=20_000).features
 vocabulary = features.vocabulary  # token id -> text
 
