@@ -1,11 +1,11 @@
 """From text to shuffled batches of activations: text -> tokens -> rows -> pool -> batches.
 
 A kind of data is one file (its settings and a subclass of `DataSource`) and one entry of `SOURCES`.
-data=synthetic makes rows from known concepts, data=activations reads them from files, both without
-text or LLM.
+Two kinds need neither text nor LLM: data=synthetic makes rows from known concepts, and
+data=activations reads them from files.
 """
 
-from sae_lightning.llm.load import LLMConfig
+from sae_lightning.llm.load import NO_LLM, LLMConfig
 from sae_lightning.stream.activations import ActivationsSource
 from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.hub import HubSource
@@ -30,5 +30,5 @@ def make_source(llm: LLMConfig, data: DataConfig, seed: int) -> DataSource:
 
 def open_text(data: TextConfig) -> SplitDocuments:
     """Open the documents that `data` describes, without loading an LLM."""
-    # documents do not depend on the seed: it only orders their tokens
-    return make_source(LLMConfig(name="none"), data, seed=0).open_quietly()
+    # the seed only orders tokens: it does not change the documents
+    return make_source(LLMConfig(name=NO_LLM), data, seed=0).open_quietly()

@@ -87,7 +87,8 @@ class ActivationsSource(NoLLMSource):
         return LLMShape(layers, max(widths.values()), context=None, vocabulary=0, widths=widths)
 
     def find_sites(self, layer: LayerConfig, shape: LLMShape) -> SitePair:
-        pair = layer.resolve_sites(layer.index + 1)  # any index: the files decide what there is
+        # as many blocks as the index needs: the files decide which sites there are
+        pair = layer.resolve_sites(layer.index + 1)
         missing = [site for site in pair if site not in shape.widths]
         if missing and [*shape.widths] == [UNNAMED]:
             raise UserError(
@@ -140,8 +141,10 @@ class ActivationsSource(NoLLMSource):
         widths = {site: shape.width_at(site) for site in sites}
         expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)
 
-    def _open(self, sites: Sequence[Site], own_sites: Sequence[Site]) -> tuple[dict, RowBlocks]:
-        """The matrices {site: matrix} at `own_sites`, and the blocks of the rows of all `sites`."""
+    def _open(
+        self, sites: Sequence[Site], own_sites: Sequence[Site]
+    ) -> tuple[dict[Site, SavedMatrix], RowBlocks]:
+        """Open the matrices {site: matrix} at `own_sites`; hold out blocks of rows of `sites`."""
         with world().go_first():  # copies parquet files once per machine
             by_site = self.read_headers()
             matrices = {site: by_site[site] for site in own_sites}
@@ -186,7 +189,7 @@ class ActivationsSource(NoLLMSource):
         return {
             "model_name": data.model or "unknown",
             "dataset_path": data.path,
-            # other tools know the hook name of a site only in an LLM
+            # without a model there are no hooks to name
             **{
                 key: data.sites.get(str(site)) or (name if data.model else str(site))
                 for (key, name), site in hooks

@@ -50,7 +50,7 @@ class BatchStream:
         self.seconds = 0.0  # spent on making batches
         self._pool = Pool(sites or rows.sites, pool + rows.max_rows, seed=seed, device=rows.device)
         self._served = 0  # batches served so far
-        self._started = False
+        self._started = False  # whether the pool has been filled, or a state loaded
         self._sequence_ids = torch.empty(0, dtype=torch.int64)  # ids of the last batch's rows
 
     def __len__(self) -> int:
@@ -63,14 +63,14 @@ class BatchStream:
                 with record_function("pool"):
                     rows = self._pool.take(self.batch)
             self._sequence_ids = rows.sequence_ids
-            self._served += 1  # first: a state saved at the yield continues after this batch
+            self._served += 1  # before the yield: a state saved there continues after this batch
             yield rows.activations
 
     def peek(self, n: int) -> dict[Site, Tensor]:
         """Copy activations {site: [<= n, d]} of rows spread evenly over the pool; removes none."""
         with self._time():
             self._fill()
-            if self.device.type != "cpu":  # or the wait would count as the caller's time
+            if self.device.type != "cpu":  # else the caller's time would include the wait
                 torch.accelerator.synchronize(self.device)
             return self._pool.peek(n).activations
 

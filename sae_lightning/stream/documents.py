@@ -48,7 +48,7 @@ class Documents(NamedTuple):
 
     data: "Dataset | IterableDataset"
     first_row: dict | None
-    """Column -> value or, for local files, None; None if there is no document."""
+    """{column: value}; of local files, every value is None. None if there is no document."""
     where: str
     """The setting that names the data, with its value: the beginning of messages."""
 
@@ -86,7 +86,7 @@ def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitDocumen
     sums = np.concatenate([[0], np.cumsum(sizes[order])])  # bytes of the first n in `order`
     count = min(max(1, round(share * len(data))), len(data) - 1)  # leaves one to train on
     last = int(np.searchsorted(sums[1:], share * sums[-1]))  # the document that reaches the share
-    # near the share: a half to four times, and never over half of what training should get
+    # near the share: a half to four times, and at least half of 1 - share is left to train on
     lowest, highest = share / 2, min(4 * share, (1 + share) / 2)
     for n in (count,) if whole else (count, last + 1, last):
         if whole or lowest * sums[-1] <= sums[n] <= highest * sums[-1]:
@@ -94,16 +94,15 @@ def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitDocumen
             return SplitDocuments(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
     row, size = int(order[last]), sizes[order[last]]
     (text,) = view_texts(column.slice(row, 1))
-    cut = _find_cut(text, share * (sums[-1] / size) - sums[last] / size)
-    parts = (order[last + 1 :], text[:cut]), (order[:last], text[cut:])
-    return SplitDocuments(
-        *(_append_part(data, np.sort(rows), part, f"{row} {cut}") for rows, part in parts)
-    )
+    missing_share = share * (sums[-1] / size) - sums[last] / size  # of the text of `row`
+    cut = _find_cut(text, missing_share)
+    train = _append_part(data, np.sort(order[last + 1 :]), text[:cut], f"{row} {cut}")
+    held_out = _append_part(data, np.sort(order[:last]), text[cut:], f"{row} {cut}")
+    return SplitDocuments(train, held_out)
 
 
 def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
-    """Yield each text of a column as a view, without a copy (which a scalar would be); empty for
-    null."""
+    """Yield each text of a column as a view, without a copy; for null, an empty one."""
     import pyarrow as pa
 
     for array in column.chunks:
@@ -118,23 +117,24 @@ def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
 def _find_cut(text: "Buffer", share: float) -> int:
     """Find the byte at which to cut off the last `share` of a text's characters. The cut moves back
     to the beginning of a line or else of a word, by at most `share` of the text and at most half of
-    what is left of it."""
-    size = sum(np.count_nonzero(begins) for begins in _mark_characters(text))
-    cut = int(size * (1 - share))
-    first, last = (_find_byte(text, index) for index in (max(cut // 2, 2 * cut - size), cut))
+    the part before it."""
+    characters = sum(np.count_nonzero(begins) for begins in _mark_characters(text))
+    cut = int(characters * (1 - share))
+    first = _find_byte(text, max(cut // 2, cut - (characters - cut)))
+    last = _find_byte(text, cut)
     return _find_last(b"\n", text, first, last) or _find_last(b" ", text, first, last) or last
 
 
 def _mark_characters(text: "Buffer") -> Iterator[np.ndarray]:
-    """Yield, piece by piece, whether each byte of UTF-8 begins a character."""
+    """Yield, for pieces of SCANNED_BYTES, whether each byte of UTF-8 begins a character."""
     for start in range(0, len(text), SCANNED_BYTES):
         # the later bytes of a character are 10xxxxxx
         yield np.frombuffer(text[start : start + SCANNED_BYTES], np.uint8) & 0xC0 != 0x80
 
 
 def _find_byte(text: "Buffer", index: int) -> int:
-    """Find the byte at which the character of this index begins; past the last one, the text's
-    length."""
+    """Find the byte at which character `index` (from 0) begins, or the text's length past the
+    last one."""
     start = 0
     for begins in _mark_characters(text):
         first_bytes = np.flatnonzero(begins)
@@ -163,7 +163,7 @@ def _append_part(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -
     text_type = data.data.schema.field("text").type
     ends = np.array([0, len(part)], np.int64 if pa.types.is_large_string(text_type) else np.int32)
     text = pa.Array.from_buffers(text_type, 1, [None, pa.py_buffer(ends), part])
-    # with zero rows of the data, the table still counts as on disk
+    # with zero rows of the data, the table counts as on disk, and so its tokens are kept there
     table = concat_tables([data.data.slice(0, 0), pa.table({"text": text})])
     key = hashlib.sha256(f"{data._fingerprint} {name} {len(part)}".encode()).hexdigest()[:16]
     return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=key)])
@@ -185,7 +185,8 @@ def keep_text_column(documents: Documents, column: str) -> Any:
         )
     feature = (data.features or {}).get(column)  # the column's type, in datasets' words
     if hasattr(data, "__len__") and getattr(feature, "dtype", "") not in ("string", "large_string"):
-        for number, value in enumerate(data[column], 1):  # the type is unknown: check every row
+        # the column may hold anything: check every row
+        for number, value in enumerate(data[column], 1):
             if not isinstance(value, str | None):
                 raise UserError(
                     f"data.column={column}: {where} holds {type(value).__name__} there, not text, "

@@ -16,22 +16,22 @@ def exchange_rows(
     like: Tensor,
     ranks: Ranks | None = None,
 ) -> list[dict[Site, Tensor]]:
-    """Exchange the rows of one round of LLM batches, in which rank r has captured batch r; returns
-    the rows {site: [counts[r], d]} of each batch r at the sites that this rank wants.
+    """Exchange the rows of one round of LLM batches, in which rank r has run batch r; returns, for
+    each batch r, its rows {site: [counts[r], d]} at the sites that this rank wants.
 
     rows: of this rank's batch, {site: [counts[rank], d]}, at all sites that any rank wants; empty
-    for a rank without a batch. counts: rows of each batch (every rank passes the same list); a last
-    round may have fewer batches than there are ranks. sites_by_rank[r]: the sites that rank r
-    wants. like: any tensor [..., d] with the width, dtype and device of the rows. ranks:
-    None for all ranks of the run. Each rank sends one message to every other.
+    for a rank without a batch. counts: the number of rows of each batch, the same on every rank; a
+    last round may have fewer batches than ranks. sites_by_rank[r]: the sites that rank r wants.
+    like: any tensor [..., d] with the width, dtype and device of the rows. ranks: None for all
+    ranks of the run. Each rank sends at most one message to every other.
     """
     ranks = ranks or world()
     if ranks.size == 1:
         return [rows]
     own_sites = sorted(sites_by_rank[ranks.rank])
     # nothing is sent by a rank without a batch, or to a rank without sites
-    requests = {tuple(sorted(sites)) for sites in sites_by_rank if rows and sites}
-    stacks = {sites: torch.stack([rows[site] for site in sites]) for sites in requests}
+    wanted = {tuple(sorted(sites)) for sites in sites_by_rank if rows and sites}
+    stacks = {sites: torch.stack([rows[site] for site in sites]) for sites in wanted}
     outgoing = [
         None if other == ranks.rank else stacks.get(tuple(sorted(sites)))
         for other, sites in enumerate(sites_by_rank)
@@ -52,8 +52,8 @@ def exchange_rows(
 def apply_together(
     function: Callable[[Tensor], Tensor], x: Tensor, rows_per_call: int, ranks: Ranks
 ) -> Tensor:
-    """function(x) [n, d_out] of this rank's rows x [n, d_in], for a function that all ranks have to
-    call together: each call gets at most `rows_per_call` rows, of all ranks."""
+    """Apply a function to this rank's rows x [n, d_in] -> [n, d_out]. All ranks must call the
+    function together, on the same rows: each call gets about `rows_per_call` rows of all ranks."""
     if ranks.size == 1:
         return torch.cat([function(part) for part in x.split(rows_per_call)])
     longest = max(ranks.gather_values(len(x)))

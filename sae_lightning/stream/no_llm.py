@@ -1,4 +1,4 @@
-"""The base class of all kinds of data (synthetic, activations) that take no LLM."""
+"""The base class of the kinds of data that take no LLM: synthetic and activations."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -33,4 +33,4 @@ class NoLLMSource(DataSource):
                 )
 
     def check_data(self, sites: Sequence[Site], batch: int) -> None:
-        """Nothing to check in samples: any number can be drawn, at one site."""
+        """Check nothing; to be overridden by data that has several sites or can run out."""

@@ -28,7 +28,7 @@ from sae_lightning.stream.source import RowStream, TextConfig
 
 NEW_SETTINGS = ("chat", "assistant_only", "weights")  # unknown to earlier versions
 CACHE_FORMAT = 2  # part of the key, so that caches of older formats are not used
-HASHED_NUMBERS = 1 << 14  # maximum number of elements of a tensor that are hashed
+HASHED_NUMBERS = 1 << 14  # elements of a tensor that are hashed, at most
 SUMMED_NUMBERS = 1 << 24  # elements summed at a time: a 64-bit copy of all may not fit in memory
 INTEGERS_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -47,9 +47,8 @@ def open_rows(
     """Open the rows at `sites`: from the LLM, or from the cache if `data.cache` is set.
 
     With several ranks, which run the LLM in turn, this one gets the rows at `own_sites` (None: at
-    all). On a GPU
-    `ahead` rows are prefetched while SAEs train, but not with a cache, whose writes wait for the
-    LLM anyway. UserError: no disk space for the cache of a run that is not `resumed`.
+    all). On a GPU `ahead` rows are prefetched while SAEs train, but not with a cache, whose writes
+    wait for the LLM anyway. UserError: no disk space for the cache of a run that is not `resumed`.
     """
     settings = {
         "batch": config.batch,
@@ -59,8 +58,8 @@ def open_rows(
     if world().size == 1:
         rows = LLMRows(llm, tokens, sites, **settings)
     else:
-        writes = data.cache and world().is_rank_zero  # the cache needs all sites
-        rows = SharedRows(llm, tokens, sites, own_sites=sites if writes else own_sites, **settings)
+        caches = data.cache and world().is_rank_zero  # the cache needs all sites
+        rows = SharedRows(llm, tokens, sites, own_sites=sites if caches else own_sites, **settings)
     if not data.cache:
         return PrefetchedRows(rows, ahead) if ahead and rows.device.type == "cuda" else rows
     identity = identify_rows(config, data, seed, rows)
@@ -79,10 +78,10 @@ def pick_cache_folder(cache_folder: str | None) -> Path:
 
 
 def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows) -> dict[str, Any]:
-    """Collect all that determines the rows: the settings, the LLM as loaded, and the text.
+    """Collect everything that determines the rows: settings, the loaded LLM, and the text.
 
-    Device and library versions are included, because rounding depends on them; so are all sites,
-    because a shard holds all of them and `data.max_norm` drops a row at all of them.
+    Device and library versions are included, because rounding depends on them, and the sites,
+    because a shard holds the rows at all sites.
     """
     model, tokenizer = rows.llm.model, rows.llm.tokenizer
     settings = {
@@ -92,10 +91,10 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
         and not name.startswith(("cache", "kind"))
         and not (name in NEW_SETTINGS and not value)  # so that older caches keep their key
     }
-    special = {name: getattr(config, name) for name in ("bos", "separator")}
+    special_tokens = {"bos": config.bos, "separator": config.separator}
     return {
         "format": CACHE_FORMAT,
-        "llm": {name: token for name, token in special.items() if token is not None}
+        "llm": {name: token for name, token in special_tokens.items() if token is not None}
         | {
             "name": config.name,
             "revision": config.revision,
@@ -116,8 +115,8 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
 
 
 def _name_site(model: nn.Module, site: Site) -> str:
-    """Name a site. A branch that its block scales is named with the factor, because caches of
-    earlier versions, which did not apply it, have the plain name."""
+    """Name a site; if the LLM scales its output, the factor is part of the name. Earlier versions
+    cached these activations unscaled, under the plain name."""
     scale = measure_branch_scale(model, site)
     return str(site) if scale == 1 else f"{scale} {site}"
 

@@ -40,7 +40,7 @@ class Sequences(NamedTuple):
     """[n, context] bool; false for BOS in column 0, padding, and tokens that are not trained on."""
 
     sequence_ids: Tensor
-    """[n] int64; numbers that are unique within the run."""
+    """[n] int64; unique within the run."""
 
     def mark_kept(self, dropped_ids: Tensor) -> Tensor:
         """[n, context] bool: tokens of the text whose ids are not among `dropped_ids`."""
@@ -66,11 +66,11 @@ class Packing(NamedTuple):
 
     def pack(self, windows: list[np.ndarray]) -> Tensor:
         """Put BOS before each window of at most `window_size` tokens -> [n, context] int64."""
-        rows = np.full((len(windows), self.context), self.separator, dtype=np.int64)
-        rows[:, 0] = self.bos
-        for row, window in zip(rows, windows, strict=True):
-            row[1 : 1 + len(window)] = window
-        return torch.from_numpy(rows)
+        tokens = np.full((len(windows), self.context), self.separator, dtype=np.int64)
+        tokens[:, 0] = self.bos
+        for i, window in enumerate(windows):
+            tokens[i, 1 : 1 + len(window)] = window
+        return torch.from_numpy(tokens)
 
     def mark_text(self, windows: list[np.ndarray]) -> Tensor:
         """Mark where `pack` puts the tokens of the windows -> [n, context] bool."""
@@ -89,10 +89,9 @@ class HeldOutStream(Protocol):
 
     packing: Packing
 
-    def pick_sequences(self, sequences: int) -> Tensor:
-        """Pick sequences -> [about `sequences`, <= context] int64; tokens that are not trained on
+    def pick_sequences(self, count: int) -> Tensor:
+        """Pick sequences -> [about `count`, <= context] int64; tokens that are not trained on
         are complements (see `read_ids`). UserError: nothing is held out."""
-        ...
 
 
 def read_ids(tokens: Tensor) -> Tensor:
@@ -104,18 +103,18 @@ class TokenStream(Protocol):
     """An endless stream of packed sequences whose position can be saved."""
 
     epoch: int
-    """Number of the current epoch, which is one reading of the whole text, from 1."""
+    """The current epoch, from 1; an epoch is one reading of the whole text."""
 
     packing: Packing
 
-    def next(self, n: int) -> Sequences: ...
+    def next(self, n: int) -> Sequences:
+        """Serve the next n sequences."""
+
     def reopen(self) -> "TokenStream":
         """Return a stream of the same sequences from their beginning, with its own position."""
-        ...
 
     def fingerprint(self) -> str:
         """Return a string that identifies the text, the same in every process."""
-        ...
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -20,21 +20,21 @@ class _PrefetchedBatch(NamedTuple):
     rows: Rows
     state_before: dict[str, Any]
     epoch: int
-    """The epoch after them."""
+    """The epoch after these rows."""
     event: torch.cuda.Event | None
-    """It occurs when the GPU has computed them; None on a CPU."""
+    """Occurs when the GPU has computed the rows; None on a CPU."""
 
 
 class PrefetchedRows(RowStream):
     """A `RowStream` that starts to compute the rows of `inner` before they are needed.
 
-    On a GPU they are computed on a CUDA stream of their own; on a CPU they are just computed
-    earlier. The state does not include prefetched rows: a resumed run computes them again. No more
-    rows are read than the run needs.
+    On a GPU they are computed on a separate CUDA stream; on a CPU they are just computed earlier.
+    The state does not include prefetched rows: a resumed run computes them again. No more LLM
+    batches are read than the run needs.
     """
 
     def __init__(self, inner: RowStream, ahead: int) -> None:
-        """`ahead`: the number of rows to prefetch, which should be that of an update."""
+        """`ahead`: how many rows to prefetch; best as many as an update takes."""
         self.inner, self.ahead = inner, ahead
         self.sites, self.device, self.max_rows = inner.sites, inner.device, inner.max_rows
         self.epoch = inner.epoch
@@ -67,7 +67,7 @@ class PrefetchedRows(RowStream):
         return sum(len(batch.rows.sequence_ids) for batch in self._waiting)
 
     def _begin(self, remaining: int) -> int:
-        """Start computing an LLM batch; returns its number of rows."""
+        """Start computing the next LLM batch; returns its number of rows."""
         state_before = self.inner.state_dict()
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             rows = self.inner.next(remaining)

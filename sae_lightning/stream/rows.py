@@ -7,9 +7,9 @@ tokens.next -> select -> capture -> drop norms above data.max_norm x median, at 
                  ├─ not the padding of an epoch's last sequence
                  └─ not other special tokens, unless data.keep_special
 
-Tokens are selected by the text alone, so the CPU does not wait for the LLM. Norms are known only
-after the LLM has run: with `data.max_norm` the CPU waits for each batch. Evaluation drops large
-norms by the same functions, `compute_medians` and `mark_usual_rows`.
+Which tokens are selected depends on the text alone, so the CPU does not wait for the LLM. Norms are
+known only after the LLM has run: with `data.max_norm` the CPU waits for each batch. Evaluation
+drops large norms with the same functions, `compute_medians` and `mark_usual_rows`.
 """
 
 import math
@@ -67,13 +67,13 @@ class LLMRows(RowStream):
         """`batch` is in sequences; activations stay on the LLM's device, in its dtype."""
         self.llm, self.token_stream, self.sites = llm, token_stream, tuple(sorted(set(sites)))
         self.batch, self.max_norm = batch, max_norm
-        self._scaled_sites = [  # whose output the LLM scales before adding it (Granite)
+        self._scaled_sites = [  # branches whose output the LLM scales before adding it (Granite)
             str(site) for site in self.sites if measure_branch_scale(llm.model, site) != 1
         ]
         self.device = find_row_device(llm.model)
         self.max_rows = batch * token_stream.packing.window_size
         self.llm_batches = 0  # served so far
-        self.tokens_crc32 = 0  # checksum of the last LLM batch, by which a cache knows the text
+        self.tokens_crc32 = 0  # of the last LLM batch; shows a cache whether the text is the same
         self.llm_seconds = 0.0
         dropped_ids = [] if keep_special else find_special_ids(llm.tokenizer)
         self._dropped_ids = torch.tensor(dropped_ids, dtype=torch.int64)
@@ -89,7 +89,7 @@ class LLMRows(RowStream):
         selected = self.select_tokens()
         rows, sequence_ids = self.run_llm(selected), selected.sequence_ids
         if self.max_norm is not None and len(sequence_ids):
-            # The medians of the first LLM batch serve the whole run.
+            # the medians of the first LLM batch with rows serve the whole run
             self._medians = self._medians or compute_medians(rows)
             indices = self.find_usual_indices(rows)
             rows, sequence_ids = keep_rows(rows, indices), sequence_ids[indices]
@@ -98,7 +98,7 @@ class LLMRows(RowStream):
 
     def select_tokens(self) -> SelectedTokens:
         """Read the sequences of the next LLM batch and select tokens, without running the LLM."""
-        with record_function("pool"):
+        with record_function("pool"):  # in profiles, work on rows outside the LLM counts as "pool"
             sequences = self.read_sequences()
             keep = sequences.mark_kept(self._dropped_ids)  # [n, context]
             positions = keep.flatten().nonzero().squeeze(1)
@@ -129,20 +129,20 @@ class LLMRows(RowStream):
         return sequences
 
     def check_not_empty(self, row_count: int) -> None:
-        """Note an LLM batch's number of rows; UserError after too many batches without any."""
+        """Note an LLM batch's number of rows; UserError after too many batches without rows."""
         self._empty_batches = 0 if row_count else self._empty_batches + 1
         if self._empty_batches == MAX_EMPTY_BATCHES:
-            nothing = (
+            failure = (
                 f"no activation of the last {MAX_EMPTY_BATCHES} LLM batches was left after dropping"
             )
             if self.max_norm is None:
                 raise UserError(
-                    f"data.keep_special=false: {nothing} special tokens (with data.assistant_only, "
+                    f"data.keep_special=false: {failure} special tokens (with data.assistant_only, "
                     "all but the assistant's); look at the text, or keep them with "
                     "data.keep_special=true"
                 )
             raise UserError(
-                f"data.max_norm={self.max_norm}: {nothing} special tokens and large norms; raise "
+                f"data.max_norm={self.max_norm}: {failure} special tokens and large norms; raise "
                 "it, or look at the text"
             )
 
@@ -158,8 +158,8 @@ class LLMRows(RowStream):
         } | ({"scaled": self._scaled_sites} if self._scaled_sites else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after `llm_batches` LLM batches. If the saved token stream had read the text of
-        fewer, as a cache served the others, the text of these is read and dropped.
+        """Continue after `llm_batches` LLM batches. A cache may have served the last ones without
+        reading their text: that text is read here and dropped.
 
         UserError: an earlier version, which did not apply a branch's scale, saved the state.
         """

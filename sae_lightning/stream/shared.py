@@ -26,16 +26,16 @@ class _ComputedBatch(NamedTuple):
     rows: Rows
     state_before: dict[str, Any]
     epoch: int
-    """The epoch after it."""
+    """The epoch after this batch."""
     tokens_crc32: int
 
 
 class SharedRows(LLMRows):
     """`LLMRows` of several ranks: LLM batches are computed in turn, and each rank is served all.
 
-    Every rank reads the text of all batches, but runs the LLM on its own batches only. The other
-    ranks send it their rows, at the sites that it needs. The state is that of one device: rows that
-    are computed but not served yet are computed again after a resume.
+    Every rank reads the text of all batches, but runs the LLM on its own batches only. Each rank
+    receives the rows of the others, at the sites that it needs. The state is the same as on one
+    device: rows that are computed but not served yet are computed again after a resume.
     """
 
     def __init__(self, *args: Any, own_sites: Sequence[Site], **options: Any) -> None:
@@ -75,11 +75,11 @@ class SharedRows(LLMRows):
         own_rows = self.run_llm(selected[ranks.rank]) if ranks.rank < len(selected) else {}
         ids_by_batch = [batch.sequence_ids for batch in selected]
         if self.max_norm is not None and any(map(len, ids_by_batch)):
-            if self._medians is None:  # those of the first LLM batch with rows serve the run
+            if self._medians is None:  # the first LLM batch with rows determines them for the run
                 first = next(rank for rank, ids in enumerate(ids_by_batch) if len(ids))
                 own_medians = compute_medians(own_rows) if ranks.rank == first else None
                 self._medians = ranks.gather_values(own_medians)[first]
-                # the states after that batch, which were taken without medians, get them
+                # the states of later batches in this round were taken before: add the medians
                 medians = {str(site): median for site, median in self._medians.items()}
                 for state in states_before[first + 1 :]:
                     state["medians"] = medians
@@ -97,7 +97,7 @@ class SharedRows(LLMRows):
             self._waiting.append(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of one device before the first batch that is not served yet."""
+        """The state before the first batch that is not served yet, as on one device."""
         return self._waiting[0].state_before if self._waiting else super().state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -42,27 +42,26 @@ class Pool:
         return self._filled
 
     def add(self, activations: Mapping[Site, Tensor], sequence_ids: Tensor) -> None:
-        """Append rows {site: [n, d]} of the sequences `sequence_ids` [n], in their dtype.
+        """Append rows {site: [n, d]} of the sequences `sequence_ids` [n]; their dtype is kept.
 
         UserError: the pool holds rows of another dtype (possible only after a resume).
         """
         start, stop = self._filled, self._filled + len(sequence_ids)
         assert stop <= self.capacity, f"{stop} rows in a pool of {self.capacity}"
         for site in self.sites:
-            new = activations[site]
+            x = activations[site]
             if site not in self._rows:
                 self._rows[site] = torch.empty(
-                    self.capacity, new.shape[1], dtype=new.dtype, device=self.device
+                    self.capacity, x.shape[1], dtype=x.dtype, device=self.device
                 )
-            if new.dtype != self._rows[site].dtype:
-                dtype, saved = (
-                    str(x.dtype).removeprefix("torch.") for x in (new, self._rows[site])
-                )
+            if x.dtype != self._rows[site].dtype:
+                dtype = str(x.dtype).removeprefix("torch.")
+                saved = str(self._rows[site].dtype).removeprefix("torch.")
                 raise UserError(
                     f"llm.dtype: the LLM computes in {dtype} here, but in the run to be resumed in "
                     f"{saved}; set llm.dtype={saved}, as it was, or start a new run"
                 )
-            self._rows[site][start:stop] = new
+            self._rows[site][start:stop] = x
         self._sequence_ids[start:stop] = sequence_ids
         self._filled = stop
 
@@ -109,7 +108,7 @@ class Pool:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore this pool's sites from a state, which may hold more sites.
+        """Restore the rows at this pool's sites from a state, which may hold other sites too.
 
         UserError: the state lacks one of the sites.
         """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """Activations of tokens: those of an LLM batch that training keeps, or a shuffled batch."""
+    """The activations of an LLM batch that are trained on, or a shuffled batch of them."""
 
     activations: dict[Site, Tensor]
     """{site: [n, d]}; row i is the same token at every site."""
@@ -30,11 +30,11 @@ class Rows(NamedTuple):
 
 
 class RowStream(Protocol):
-    """An endless stream of the rows of LLM batches (without an LLM: of groups of any size), which
-    does not depend on a run's length, batch or pool.
+    """An endless stream of rows, which does not depend on a run's length, batch or pool. It serves
+    one LLM batch at a time; without an LLM, up to `max_rows` rows, here also called an LLM batch.
 
-    A state loads into any other stream of the same rows: a run resumes exactly whether the LLM
-    computes the rows or a cache holds them.
+    The state of one stream loads into another stream of the same rows: a run resumes exactly
+    whether the LLM computes the rows or a cache holds them.
     """
 
     sites: tuple[Site, ...]
@@ -46,18 +46,19 @@ class RowStream(Protocol):
     llm_seconds: float
     """Seconds that this process has spent in the LLM, by the CPU's clock."""
     epoch: int
-    """Number of the current epoch, which is one reading of all data, from 1."""
+    """The current epoch, from 1; an epoch is one reading of all data."""
 
     def next(self, remaining: int) -> Rows:
-        """Return the rows of the next LLM batch; the run needs `remaining` more, these included."""
-        ...
+        """Return the rows of the next LLM batch. `remaining`: rows that the run needs from here."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the stream: plain values and CPU tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved position."""
 
     def close(self) -> None:
-        """Release files and locks: no more rows are needed."""
-        ...
+        """Release files and locks once no more rows are needed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,7 +82,7 @@ class DataConfig:
         return False
 
     def with_absolute_paths(self) -> "DataConfig":
-        """Return a copy that is valid in every working directory."""
+        """Return these settings with paths that are valid in every working directory."""
         return self
 
 
@@ -102,7 +103,7 @@ class TextConfig(DataConfig):
     """Keep the LLM's activations on disk, and read those that are there already."""
 
     cache_folder: str | None = None
-    """Folder of the cached activations; null is `activations` in the user's cache folder."""
+    """Folder of the cache; null is `sae_lightning/activations` in the user's cache folder."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
@@ -141,7 +142,6 @@ class HeldOutData(Protocol):
 
     def activations(self, site: Site) -> Tensor:
         """Return the activations [n, d] at `site`."""
-        ...
 
     def measure_saes(
         self,
@@ -153,16 +153,16 @@ class HeldOutData(Protocol):
         splits: Sequence[FeatureSplit],
         means: Sequence[Tensor] = (),
     ) -> list[Any]:
-        """What this kind of data alone can measure, of each SAE; None for each if there is nothing.
+        """Measure for each SAE what only this kind of data can; a list of None if that is nothing.
 
-        saes: [n, d_in] of `source` -> `Output` [n, d_out] of `target`, for n <= rows_per_call;
-        weights: functions that return weights for raw activations; splits: how the features are
-        spread over ranks; means: each SAE's mean reconstruction [d_out], if the LLM's loss is to be
-        measured also with that mean in place of the reconstruction and the SAE's error kept."""
+        saes: functions from activations [n, d_in] at `source`, n <= rows_per_call, to an `Output`
+        that reconstructs [n, d_out] at `target`. weights: functions that return an SAE's weights
+        for raw activations. splits: how each SAE's features are spread over ranks. means: each
+        SAE's mean reconstruction [d_out], to measure `ce_error` too; else empty."""
         return [None] * len(saes)
 
     def prepare(self, targets: Collection[Site]) -> None:
-        """Do what all ranks must do together for the scores of SAEs with these `targets`."""
+        """Compute what all ranks must compute together before SAEs with `targets` are measured."""
 
 
 class Needs(NamedTuple):
@@ -176,7 +176,7 @@ class Needs(NamedTuple):
     ahead: int = 0
     """Rows to prefetch while SAEs train; 0: none."""
     resumed: bool = False
-    """Whether the run was begun earlier: it goes on without a cache if there is no disk space."""
+    """Whether the run resumes: if the disk has no space for a cache, it then goes on without."""
     own_sites: Sequence[Site] | None = None
     """With several ranks, the sites whose rows this one needs (None: all)."""
 
@@ -189,7 +189,7 @@ class OpenedData(NamedTuple):
     about: dict[str, str]
     """Facts about the data to print, {label: text}."""
     modules: dict[Site, str] = {}
-    """Name of the LLM's module at each site; empty without an LLM."""
+    """Name of the LLM's module that returns a site's activations, for sites that have one."""
     tuning_text: Any = None
     """A `TuningText`, for `loss.kl`; None without an LLM."""
 
@@ -210,15 +210,15 @@ class DataSource(ABC):
 
     settings: ClassVar[type[DataConfig]]
     noun: ClassVar[str]
-    """What activations are made from: text, samples, rows."""
+    """What messages call the data: text, samples, rows."""
     where: ClassVar[str]
-    """How messages name the data: text, data=synthetic."""
+    """What messages call this kind of data, after "on" or "with": text, data=synthetic."""
     has_llm: ClassVar[bool]
     """Whether an LLM computes the activations."""
     origin: ClassVar[str]
-    """What SAEs were trained on, for messages."""
+    """Follows "trained on" in messages: text, synthetic concepts."""
     fits_text: ClassVar[bool] = True
-    """Whether an LLM may have computed the activations; analysis then accepts `llm` and `data`."""
+    """Whether an LLM may have computed the activations, so that analysis can be given a text."""
     metrics: ClassVar[frozenset[str]]
     """Held-out metrics that only this kind of data has and that depend on the SAE."""
     headline: ClassVar[str]
@@ -234,11 +234,11 @@ class DataSource(ABC):
         """Raise UserError for settings that have no meaning here; reads only the config."""
 
     def list_metrics(self, loss_tokens: int) -> tuple[frozenset[str], str]:
-        """The `metrics` that are measured, and words for messages: where others are missing."""
+        """Return the `metrics` that are measured and, for messages, where others are missing."""
         return self.metrics, f"on {self.where}"
 
     def resolve_llm(self) -> LLMConfig:
-        """Return the LLM's settings, with `auto` dtype and attention resolved for this machine."""
+        """Return the LLM's settings, with `auto` (here of the dtype) resolved for this machine."""
         return replace(self.llm, dtype=Dtype(str(pick_dtype(self.llm)).removeprefix("torch.")))
 
     @abstractmethod
@@ -281,7 +281,7 @@ class DataSource(ABC):
         tokens: int,
         loss_tokens: int,
         opened: "tuple[LLM, SplitTokens] | None" = None,
-    ) -> Any:
+    ) -> HeldOutData:
         """Open only the held-out data; `opened`: LLM and text, if they are loaded; else None."""
 
     def open_labelled_documents(self, label: str) -> "Documents":
@@ -296,5 +296,5 @@ class DataSource(ABC):
         return {}
 
     def make_saelens_metadata(self, sites: SitePair) -> dict[str, Any]:
-        """Describe an SAE's inputs by SAELens' keys."""
+        """Describe an SAE's inputs for SAELens, under its keys."""
         return {"model_name": self.llm.name} | sites.hook_names

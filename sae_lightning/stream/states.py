@@ -20,7 +20,7 @@ LLM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def expect(value: Any, like: Any, name: str) -> None:
     """Raise ValueError about `name` unless `value` matches `like`: a tensor of the same shape and
-    dtype, a range of ints, a type, an equal value, or a dict whose values are such patterns."""
+    dtype, a range of ints, a type, an equal value, or a dict whose values are any of these."""
     if isinstance(like, dict):
         expect(value, dict, name)
         for key, inner in like.items():
@@ -59,7 +59,7 @@ def expect_rows(
     state: Any, sites: Iterable[Site], *, batch: int, context: int, vocabulary: int
 ) -> int:
     """Raise ValueError unless `state` is a possible state of `LLMRows` in batches of `batch`
-    sequences; returns the number of sequences served."""
+    sequences; returns the number of sequences whose rows were served."""
     expect(state, {"llm_batches": ANY_COUNT, "tokens": dict}, "rows")
     expect(state, {"read": range(state["llm_batches"] + 1)}, "rows")
     expect(state, {"medians": dict if state.get("medians") else type(None)}, "rows")
@@ -67,19 +67,19 @@ def expect_rows(
         expect(state["medians"], {str(site): float for site in sites}, "rows.medians")
         if not all(0 < median < inf for median in state["medians"].values()):
             raise ValueError("rows.medians: a median norm is not positive and finite")
-    tokens, read = state["tokens"], state["read"] * batch
+    tokens, served = state["tokens"], state["read"] * batch  # sequences that the text has served
     pattern = {"epoch": range(1, ANY_COUNT.stop)}
     if "texts" in tokens or "cursor" in tokens:  # a mixture, or one indexed text
-        texts, position = tokens.get("texts", [tokens]), 0  # sequences served
+        texts, position = tokens.get("texts", [tokens]), 0
         expect(texts, list, "tokens.texts")
         for text in texts:
             expect(text, pattern | {"tokens": range(1, ANY_COUNT.stop)}, "tokens")
             windows = -(-text["tokens"] // (context - 1))  # BOS takes one position
             expect(text, {"cursor": range(windows + 1)}, "tokens")
             position += (text["epoch"] - 1) * windows + text["cursor"]
-        expect(position, read, "the text's position")
+        expect(position, served, "the text's position")
     else:
-        pattern |= {"documents": ANY_COUNT, "read": ANY_COUNT, "served": read, "carry": Tensor}
+        pattern |= {"documents": ANY_COUNT, "read": ANY_COUNT, "served": served, "carry": Tensor}
         expect(tokens, pattern, "tokens")
         carry = tokens["carry"]
         expect_ids(carry, carry.numel(), vocabulary, "tokens.carry", torch.int32)
@@ -92,7 +92,7 @@ def expect_activations(rows: Any, widths: Mapping[Site, int], n: int, name: str)
     for site, width in widths.items():
         expect(rows, {str(site): Tensor}, name)
         dtype = rows[str(site)].dtype
-        # None is float32: an error then names that as the expected dtype
+        # dtype=None is float32, which an error then names as the expected dtype
         like = torch.empty(n, width, dtype=dtype if dtype in LLM_DTYPES else None, device="meta")
         expect(rows[str(site)], like, f"{name}.{site}")
 
@@ -102,14 +102,14 @@ def expect_stream(
 ) -> None:
     """Raise ValueError unless `state` is a possible state of a stream after `served` batches: its
     pool holds at most `max_rows` rows of these `widths`, with ids below `sequences`."""
-    pool = {"rows": dict, "ids": Tensor, "random": dict}
-    expect(state, {"served": served, "rows": dict, "pool": pool}, "stream")
+    pattern = {"rows": dict, "ids": Tensor, "random": dict}
+    expect(state, {"served": served, "rows": dict, "pool": pattern}, "stream")
     pool = state["pool"]
     n = len(pool["ids"]) if pool["ids"].ndim else 0
     expect(n, range(max_rows + 1), "rows in the pool")
     expect_ids(pool["ids"], n, sequences, "pool.ids")
     expect_activations(pool["rows"], widths, n, "pool.rows")
-    np.random.PCG64().state = pool["random"]  # raises unless it is one of its states
+    np.random.PCG64().state = pool["random"]  # raises an error if it is no state of a PCG64
 
 
 class TextChanged(UserError):

@@ -32,8 +32,8 @@ class HeldOutTokens(HeldOutStream):
         self.data, self.tokenizer, self.packing, self.where = data, tokenizer, packing, where
         self.chat = chat
 
-    def pick_sequences(self, sequences: int) -> Tensor:
-        """Pick sequences, the same at every call -> [<= sequences, context] int64.
+    def pick_sequences(self, count: int) -> Tensor:
+        """Pick sequences, the same at every call -> [<= count, context] int64.
 
         Indexed text: windows spread evenly over all of it, so that every document has its share.
         Streamed text: its first windows. No window is padded: a short last one is left out or, if
@@ -46,12 +46,15 @@ class HeldOutTokens(HeldOutStream):
             )
             _check_flat(self.tokenizer, flat, self.where)
             # a text shorter than a window is one short window, an empty text is none
-            size, count = self.packing.window_size, max(1, len(flat) // self.packing.window_size)
-            indices = np.linspace(0, count - 1, min(sequences, count)).round().astype(np.int64)
-            windows = [flat.slice(i * size, size).to_numpy() for i in indices if len(flat)]
+            size = self.packing.window_size
+            window_count = max(1, len(flat) // size)
+            indices = np.linspace(0, window_count - 1, min(count, window_count)).round()
+            starts = indices.astype(np.int64) * size
+            windows = [flat.slice(start, size).to_numpy() for start in starts if len(flat)]
         else:
             stream = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
-            windows = [w for _ in range(sequences) if (w := stream.next_window()) is not None]
+            windows = [stream.next_window() for _ in range(count)]
+            windows = [window for window in windows if window is not None]
         if not windows:
             raise UserError(
                 "data: no text is held out for evaluation; raise the held-out part "
@@ -59,7 +62,7 @@ class HeldOutTokens(HeldOutStream):
             )
         full = [window for window in windows if len(window) == self.packing.window_size]
         windows = full or windows
-        # all windows are equally long: cuts the padding of a short one
+        # cuts the padding of a single short window; otherwise there is none
         return self.packing.pack(windows)[:, : 1 + len(windows[0])]
 
 
@@ -71,7 +74,7 @@ class SplitTokens(NamedTuple):
 
 
 def open_tokens(text: SplitDocuments, tokenizer: Any, *, context: int, seed: int) -> SplitTokens:
-    """Tokenise an opened `SplitDocuments` into training and held-out sequences of `context` tokens.
+    """Tokenise training and held-out documents into sequences of `context` tokens.
 
     An indexed training text is tokenised right away, a streamed one as it is read.
     UserError: the text holds no token, or one that the LLM does not know.
@@ -92,5 +95,6 @@ def open_tokens(text: SplitDocuments, tokenizer: Any, *, context: int, seed: int
 
 
 def _check_flat(tokenizer: Any, flat: pa.ChunkedArray, where: str) -> None:
+    """Raise UserError if `flat` holds an id that the LLM does not know."""
     for chunk in flat.chunks:
         check_ids(tokenizer, chunk.to_numpy(), where)

@@ -3,7 +3,7 @@
 import lightning as L
 
 from sae_lightning.stream.batches import BatchStream
-from sae_lightning.stream.held_out import HeldOut
+from sae_lightning.stream.source import HeldOutData
 
 
 class ActivationData(L.LightningDataModule):
@@ -14,7 +14,7 @@ class ActivationData(L.LightningDataModule):
     loops, so the shuffle pool is written only once.
     """
 
-    def __init__(self, stream: BatchStream, held_out: HeldOut):
+    def __init__(self, stream: BatchStream, held_out: HeldOutData):
         super().__init__()
         self.stream = stream
         self.held_out = held_out
