@@ -12,19 +12,19 @@ from sae_lightning.scoring.duplicates import COPY_COSINE
 def find_originals(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> Tensor:
     """Find the original of each feature [features]: the feature itself, unless it is a copy.
 
-    Greedy, in the order of `ranking` [features]: a feature that is not yet a copy is an original.
-    Its copies are the features that are reached from it by going from neighbour to neighbour, each
-    with a cosine > COPY_COSINE to the original itself.
+    Greedy, in the order of `ranking` [features], indices of all features, the best first: a feature
+    that is not yet a copy becomes an original. From there, a search goes from neighbour to
+    neighbour, over features whose cosine with the original is > COPY_COSINE; these are its copies.
     """
-    near = (neighbours.similarity > COPY_COSINE) & (neighbours.units >= 0)  # -1 is padding
-    features, column = near.numpy().nonzero()
+    is_near = (neighbours.similarity > COPY_COSINE) & (neighbours.units >= 0)  # -1 is padding
+    features, column = is_near.numpy().nonzero()
     others = neighbours.units.numpy()[features, column]
     # made symmetric: one feature of a pair may be missing from the other's list of neighbours
     features, others = np.concatenate([features, others]), np.concatenate([others, features])
     others = others[features.argsort(kind="stable")]
     ends = np.bincount(features, minlength=len(W_dec)).cumsum()
     starts = np.concatenate([[0], ends[:-1]])  # where each feature's neighbours begin
-    # a feature without such neighbours is its own original
+    # a feature without near neighbours is its own original
     original, undecided = np.arange(len(W_dec)), ends > starts
     ranking = ranking.numpy()
     for candidate in ranking[undecided[ranking]]:
@@ -34,6 +34,7 @@ def find_originals(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> 
         while len(reached):
             linked = np.unique(np.concatenate([others[starts[i] : ends[i]] for i in reached]))
             linked = linked[undecided[linked]]
+            # the candidate's row comes last
             rows = normalize(W_dec[np.append(linked, candidate)]).cpu()
             reached = linked[(rows[:-1] @ rows[-1] > COPY_COSINE).numpy()]
             undecided[reached], original[reached] = False, candidate

@@ -20,7 +20,7 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 def make_empty_examples(units: int, n: int) -> Examples:
-    """Make examples [units, n] with a peak strength of 0, which means that there is none."""
+    """Make n empty slots for examples of each unit; a peak strength of 0 marks an empty slot."""
     return Examples(
         peak_strength=torch.zeros(units, n),
         tokens=torch.full((units, n, WINDOW), -1, dtype=torch.int32),
@@ -52,9 +52,9 @@ class FiringStatistics:
         self.maximum[units] = self.maximum[units].maximum(values.amax(dim=0).cpu())
         token, unit = values.nonzero(as_tuple=True)
         lowest = EDGES[0].log2().item()
-        half_octave = ((values[token, unit].log2() - lowest) * 2).floor().long()  # as in EDGES
-        bins = units[unit.cpu()] * STRENGTH_BINS + half_octave.clamp(0, STRENGTH_BINS - 1).cpu()
-        self.histogram.index_add_(0, bins, torch.ones_like(bins))
+        bins = ((values[token, unit].log2() - lowest) * 2).floor().long()  # half an octave wide
+        cells = units[unit.cpu()] * STRENGTH_BINS + bins.clamp(0, STRENGTH_BINS - 1).cpu()
+        self.histogram.index_add_(0, cells, torch.ones_like(cells))
 
     def result(self) -> Statistics:
         mean = (self.sum / self.firing_counts.clamp(min=1)).float()
@@ -70,9 +70,8 @@ class FiringStatistics:
 class StrongestExamples:
     """A reducer: the strongest examples of each unit, at most one per sequence.
 
-    kept [units, n]   9 7 4 2        The n strongest of both lists stay: each new example among
-    new  [units, s]   1 8 3          them takes the slot of a kept one that is dropped.
-                      └ strongest of each sequence
+    kept [units, n]           9 7 4 2     The n strongest of kept and new examples stay. A new one
+    new  [units, sequences]   1 8 3       that stays takes the slot of a kept one that is dropped.
     """
 
     def __init__(self, units: int, n: int, read_strengths: StrengthReader):
@@ -81,12 +80,13 @@ class StrongestExamples:
     def add(self, batch: EncodedBatch) -> None:
         values, units = self.read_strengths(batch)  # [sequences, context, active units]
         best, position = (x.cpu() for x in values.max(dim=1))  # [sequences, active units]
-        best = torch.where(best > 0, best, -1).T  # -1: never enters an empty slot (0)
+        best = torch.where(best > 0, best, -1).T  # -1 loses even against an empty slot, 0
         n = self.top.peak_strength.shape[1]
         winners = torch.cat([self.top.peak_strength[units], best], dim=1).topk(n, dim=1).indices
         stays = torch.zeros(len(best), n + best.shape[1], dtype=torch.bool)
         stays.scatter_(1, winners, True)
-        # each unit frees as many slots as it gets examples, and both lists are sorted by unit
+        # Each unit frees as many slots as it gets examples, and both masks are read unit by unit:
+        # the i-th freed slot and the i-th new example are of the same unit.
         unit, slot = (~stays[:, :n]).nonzero(as_tuple=True)
         _, sequence = stays[:, n:].nonzero(as_tuple=True)
         if len(unit):
@@ -108,7 +108,7 @@ class StrongestExamples:
         return Examples(
             peak_strength=around[:, BEFORE],
             tokens=torch.where(inside, tokens, -1).int(),
-            # + 0 turns -0 into 0
+            # + 0 turns -0, which some SAEs give for silent features, into 0
             strengths=torch.where(inside, around, 0).clamp(0, FLOAT16_MAX).half() + 0,
             sequence=batch.sequence_indices[sequence],
             position=peak.int(),

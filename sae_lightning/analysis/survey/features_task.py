@@ -50,8 +50,8 @@ class FeaturesTask(Task):
         self.publish(subject, result.to_dict(), [summary], catalogues, result.best)
 
     def find_catalogue(self, subject: Subject, given_settings: Collection[str]) -> Catalogue:
-        """Read the catalogue of features that an earlier task has saved; make a new one if there is
-        none or a setting in CATALOGUE_SETTINGS is given."""
+        """Read the catalogue of features that an earlier task has saved; make a new one if that is
+        missing or unusable, or if a setting in CATALOGUE_SETTINGS is given."""
         saved = None
         if not CATALOGUE_SETTINGS & {*given_settings}:
             saved = read_saved_catalogue(subject, subject.results_folder / "features.parquet")
@@ -64,7 +64,7 @@ class FeaturesTask(Task):
         controls: Iterable[tuple[SAE, Iterable[Reducer]]] = (),
     ) -> Survey:
         """Survey the text, measure the features' effects on the logits, and write both catalogues
-        as parquet files. `controls`: as in `collect`."""
+        as parquet files. `reducers` and `controls`: as in `survey`."""
         config, text = subject.config, subject.corpus
         result = survey(
             subject,

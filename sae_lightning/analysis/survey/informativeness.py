@@ -1,10 +1,10 @@
-"""Rates how informative features are at first sight: those that rare words predict well.
+"""Rates how informative features are at first sight: the best are predicted well by rare words.
 
     token-set score x mean rarity of tokens x words / (words + 1) / rank
 
 The mean is over the feature's firings, weighted by strength; words = number of different words in
-the token set; rank = 1 for the best feature with this first word, 2 for the next. As no word list
-is needed, any language or code works.
+the token set; rank = 1 for the best of the features whose token sets have the same first word, 2
+for the next. As no word list is needed, any language or code works.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def rate_informativeness(
     ids: [sequences, context] all tokens read, for their rarity.
     """
     entry_units = sample.list_entry_units().numpy()
-    # the predicting token: the active or the previous one, which exists, as nothing fires on BOS
+    # where the set's token is: at the firing, or just before it (nothing fires on the first token)
     places = sample.places.numpy() - token_sets.previous.numpy()[entry_units]
     strengths, rarity = sample.strengths.numpy(), _measure_rarity(ids, sample, vocabulary)[places]
     weighted, total = (
@@ -39,7 +39,7 @@ def rate_informativeness(
     counts = np.array([*map(len, words)])
     rating = token_sets.score.clamp(min=0).numpy() * mean_rarity * (counts / (counts + 1))
     first_words = [next(iter(words_of_feature), "") for words_of_feature in words]
-    rating /= 1 + _count_better(rating, first_words)
+    rating /= 1 + _rank_within_word(rating, first_words)
     return torch.from_numpy(rating).float()
 
 
@@ -52,13 +52,14 @@ def _measure_rarity(ids: np.ndarray, sample: Sample, vocabulary: Sequence[str]) 
     above_mean = surprisal - (share * surprisal).sum()
     rarity = above_mean.clip(min=0) / max(above_mean.max(), 1e-9)  # 0 if all are equally frequent
     rarity[[not _is_word(token) for token in vocabulary]] = 0
-    # Scripts with upper and lower case write spaces between words: where two such letters meet, two
-    # tokens are pieces of one word.
-    opens = np.array([_has_case(token[:1]) for token in vocabulary])
-    closes = np.array([_has_case(token[-1:]) for token in vocabulary])
+    # Scripts with upper and lower case put spaces between words. So if a token ends in a letter of
+    # such a script and the next one begins with one, both are pieces of one word.
+    begins_cased = np.array([_has_case(token[:1]) for token in vocabulary])
+    ends_cased = np.array([_has_case(token[-1:]) for token in vocabulary])
     tokens = sample.tokens.numpy()
-    joined = np.pad(closes[tokens[:, :-1]] & opens[tokens[:, 1:]], ((0, 0), (1, 1)))
-    is_piece = joined[:, :-1] | joined[:, 1:]  # joined to the token before, or to the next one
+    is_joined = ends_cased[tokens[:, :-1]] & begins_cased[tokens[:, 1:]]  # to the next token
+    is_joined = np.pad(is_joined, ((0, 0), (1, 1)))
+    is_piece = is_joined[:, :-1] | is_joined[:, 1:]  # to the token before, or to the next one
     return (rarity[tokens] * np.where(is_piece, PIECE_WEIGHT, 1)).ravel()
 
 
@@ -78,10 +79,10 @@ def _find_words(tokens: Sequence[int], vocabulary: Sequence[str]) -> list[str]:
     return [*dict.fromkeys(word.strip().casefold() for word in words if _is_word(word))]
 
 
-def _count_better(value: np.ndarray, word: Sequence[str]) -> np.ndarray:
-    """Count, for each feature, those with the same word and a greater value [features]."""
-    _, word_index = np.unique(word, return_inverse=True)
-    order = np.lexsort((-value, word_index))
-    better = np.empty(len(order), np.int64)
-    better[order] = rank_in_runs(word_index[order])
-    return better
+def _rank_within_word(rating: np.ndarray, first_words: Sequence[str]) -> np.ndarray:
+    """Rank each feature by falling rating among those with the same first word, from 0."""
+    _, word_index = np.unique(first_words, return_inverse=True)
+    order = np.lexsort((-rating, word_index))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = rank_in_runs(word_index[order])
+    return rank

@@ -48,7 +48,7 @@ def draw_examples(
     cuts = torch.tensor(
         range(ENTRIES_AT_ONCE, len(sample.places), ENTRIES_AT_ONCE), dtype=torch.int64
     )
-    bounds = torch.searchsorted(starts, cuts).tolist()  # units at which the sample is cut
+    bounds = torch.searchsorted(starts, cuts).tolist()  # first unit after each cut
     parts = []
     for first, end in pairwise(sorted({0, *bounds, sample.unit_count})):
         entries = slice(starts[first], starts[end])
@@ -84,7 +84,7 @@ def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
     unit, i = (top.peak_strength > 0).numpy().nonzero()
     sequence, position = top.sequence.numpy()[unit, i], top.position.numpy()[unit, i]
     sampled = sample.sequence_indices.numpy()
-    # index in the sample; a wrong one, of a sequence that was not sampled, is sorted out below
+    # index of each sequence in the sample, if it was sampled
     index = np.searchsorted(sampled, sequence).clip(max=len(sampled) - 1)
     in_sample = sampled[index] == sequence
     candidate = np.ones(len(keys), bool)
@@ -102,17 +102,17 @@ def _draw_entries(
     seed: int,
 ) -> np.ndarray:
     """Draw `per_interval` random entries of every group, at most one per sequence, with a single
-    sort by group and random keys -> indices. `group`, `interval` and `place` [entries]; a group is
-    an interval of a unit."""
+    sort by group and random keys -> indices of entries. `group`, `interval` and `place` [entries];
+    a group is an interval of a unit."""
     sequences, context = sample.tokens.shape
     rng = np.random.default_rng(seed)
-    # all units share the random keys; the order within each unit is random nevertheless
+    # shared by all units, for speed: the order within each unit is still random
     sequence_keys = np.stack([rng.permutation(sequences) for _ in range(INTERVALS)])
     place_keys = rng.random((sequences, context)).argsort(axis=1).ravel()
     # one number for each pair of a group and a sequence
     pair = group * sequences + sequence_keys[interval, place // context]
     order = (pair * context + place_keys[place]).argsort()
-    order = order[np.diff(pair[order], prepend=-1) > 0]  # first of each sequence
+    order = order[np.diff(pair[order], prepend=-1) > 0]  # first entry of each pair
     return order[rank_in_runs(group[order]) < per_interval]
 
 
@@ -141,15 +141,15 @@ def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int
 
 
 def _read_windows(sample: Sample, entry_units: Tensor, entry: Tensor) -> Tensor:
-    """Read the strengths [m, WINDOW] of its unit around each `entry` [m]. `entry_units`: the unit
-    of each entry of the sample."""
+    """Read the strengths [m, WINDOW] of a unit in the windows around its entries `entry` [m].
+    `entry_units`: the unit of each entry of the sample."""
     context, place = sample.tokens.shape[1], sample.places[entry, None]
-    # a unit's entries are sorted by place: any in the window are among the nearest WINDOW entries
+    # a unit's entries are sorted by place, so those in the window are among the WINDOW nearest
     near = (entry[:, None] + torch.arange(-BEFORE, AFTER + 1)).clamp(0, len(entry_units) - 1)
-    offset = sample.places[near] - place + BEFORE
-    same = (entry_units[near] == entry_units[entry, None]) & (offset >= 0) & (offset < WINDOW)
-    same &= sample.places[near] // context == place // context
-    i, column = same.nonzero(as_tuple=True)  # i: index in `entry`
+    offset = sample.places[near] - place + BEFORE  # index in the window
+    inside = (entry_units[near] == entry_units[entry, None]) & (offset >= 0) & (offset < WINDOW)
+    inside &= sample.places[near] // context == place // context  # in the same sequence
+    row, _ = inside.nonzero(as_tuple=True)
     around = torch.zeros(len(entry), WINDOW)
-    around[i, offset[same]] = sample.strengths[near[i, column]]
+    around[row, offset[inside]] = sample.strengths[near[inside]]
     return around.clamp(max=torch.finfo(torch.float16).max)

@@ -1,4 +1,4 @@
-"""Finds the features most similar to each: in what they write, and in where they fire."""
+"""Finds the features most similar to each feature: in what they write, and in where they fire."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,8 @@ from sae_lightning.report.catalogue import RelatedUnits
 
 BLOCK_FEATURES = 512  # features compared at a time
 MAX_EXACT_FEATURES = 16_384  # up to this number, each is compared with all others
-# For more features: number of orders, in each of which a feature is compared with its block only.
+# More features are sorted by random hashes, in HASH_TABLES different orders. In each, a feature is
+# compared only with the block of neighbours that it lies in.
 HASH_TABLES = 16
 HASH_DIRECTIONS = 32  # random directions per hash; a table sorts features by two hashes
 HASHED_ROWS = 8192  # decoder rows hashed at a time: bounds memory
@@ -54,17 +55,17 @@ def _pick_comparisons(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield block, indices
         return
     # Rows with the same largest component in a random basis are similar (cross-polytope hashing,
-    # Andoni et al. 2015). Rows sorted by two hashes are cut into blocks of equal size.
+    # Andoni et al. 2015): its index and sign are the hash. Rows are sorted by two hashes.
     generator = Generator().manual_seed(0)
     mean = rows.mean(dim=0)
     for _ in range(HASH_TABLES):
         basis = torch.randn(rows.shape[1], 2 * HASH_DIRECTIONS, generator=generator).to(rows)
         products = torch.cat([(part - mean) @ basis for part in rows.split(HASHED_ROWS)])
-        largest = [
+        first, second = (
             torch.cat([part, -part], dim=1).argmax(dim=1)
             for part in products.split(HASH_DIRECTIONS, dim=1)
-        ]
-        order = (largest[0] * 2 * HASH_DIRECTIONS + largest[1]).argsort(stable=True)
+        )
+        order = (first * 2 * HASH_DIRECTIONS + second).argsort(stable=True)
         for block in order.split(BLOCK_FEATURES):
             yield block, block
 
@@ -93,7 +94,7 @@ def find_partners(sample: Sample, k: int = 5) -> RelatedUnits:
         jaccard = both.data / (counts[feature] + counts[others] - both.data)
         jaccard[feature == others] = 0
         jaccard, others = torch.from_numpy(jaccard), torch.from_numpy(others).long()
-        for i in np.flatnonzero(np.diff(both.indptr) > 1):  # fires together with another one
+        for i in np.flatnonzero(np.diff(both.indptr) > 1):  # features that fire with another one
             pairs = slice(both.indptr[i], both.indptr[i + 1])
             best = jaccard[pairs].topk(min(k, pairs.stop - pairs.start))
             positive = best.values > 0

@@ -71,8 +71,8 @@ class SequenceSampler:
         self.random = np.random.default_rng(seed)
         self.kept: list[tuple] = []
         """A heap of (key, index of the sequence, tokens, keep, positions, units, strengths)."""
-        self.size = {"tokens": 0, "entries": 0}  # numbers of both in the kept sequences
-        self.least_key = 0.0  # sequences with a smaller one cannot enter any more
+        self.size = {"tokens": 0, "entries": 0}  # of the kept sequences
+        self.least_key = 0.0  # sequences with a smaller key cannot enter any more
 
     def add(self, batch: EncodedBatch) -> None:
         tokens, keep = batch.tokens.cpu().int().numpy(), batch.keep.cpu().numpy()
@@ -82,13 +82,13 @@ class SequenceSampler:
                 continue
             position, unit = values[i].nonzero(as_tuple=True)
             value = values[i][position, unit].cpu().numpy()
-            # copied, because a slice would keep the whole batch in memory
-            fires = position.cpu().int().numpy(), units[unit.cpu()].int().numpy()
+            position, unit = position.cpu().int().numpy(), units[unit.cpu()].int().numpy()
             index = int(batch.sequence_indices[i])
-            item = (key, index, tokens[i].copy(), keep[i].copy(), *fires, value)
+            # copied, because a slice would keep the whole batch in memory
+            item = (key, index, tokens[i].copy(), keep[i].copy(), position, unit, value)
             heapq.heappush(self.kept, item)
             self._count(item, 1)
-            while self._is_full() and len(self.kept) > 1:  # one is kept, however large
+            while self._is_full() and len(self.kept) > 1:  # one sequence is kept, however large
                 dropped = heapq.heappop(self.kept)
                 self.least_key = dropped[0]
                 self._count(dropped, -1)

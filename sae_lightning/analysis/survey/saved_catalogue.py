@@ -30,8 +30,8 @@ def read_saved_catalogue(subject: Subject, path: Path) -> Catalogue | None:
         return None
     try:
         header = read_header(path)
-        # before columns are read: an untrusted file may be small and its columns huge; `kind`
-        # becomes part of file names, and must not choose a path
+        # Checked before the columns are read, because a small untrusted file may unpack to huge
+        # ones. `kind` becomes part of file names, and must not choose a path.
         if (header.kind, header.units) != ("feature", subject.features):
             raise ValueError(f"it describes {header.units} {header.kind!r} units")
     except Exception as error:  # damaged, malicious, or from an older version

@@ -43,7 +43,7 @@ class NeuronStrengthReader:
         elif self.positive is Positive.relu:
             values = batch.x.relu()
         else:
-            if self._minimum is None:  # kept from the first batch, so that all batches are alike
+            if self._minimum is None:  # of the first batch, so that all batches are shifted equally
                 self._minimum = batch.x[batch.keep].amin(dim=0)
             values = (batch.x - self._minimum).relu()
         units = torch.arange(values.shape[-1])

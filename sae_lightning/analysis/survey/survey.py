@@ -32,8 +32,8 @@ from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
-# Most entries of the neurons' sample: neurons fire on most tokens, so it can have fewer sequences
-# than the sample of features.
+# Most nonzero strengths of the neurons' sample. Neurons fire on most tokens, so even with fewer
+# sequences than in the sample of features there are enough examples.
 NEURON_ENTRIES = 1 << 23
 TOP_PER_DRAWN = 6  # strongest examples for each random example of an interval
 
@@ -111,22 +111,22 @@ def survey(
 
 def _make_reducers(
     subject: Subject, examples: int, neurons: Positive, seed: int
-) -> dict[str, list[Reducer]]:
-    """Make the reducers for each kind of unit: statistics, strongest examples and sample."""
+) -> dict[str, tuple[FiringStatistics, StrongestExamples, SequenceSampler]]:
+    """Make the reducers for each kind of unit, 'feature' and 'neuron'."""
     d_in, read_neuron_strengths = len(subject.sae.W_enc), NeuronStrengthReader(neurons)
     return {
-        "feature": [
+        "feature": (
             FiringStatistics(subject.features, read_feature_strengths),
             StrongestExamples(subject.features, examples, read_feature_strengths),
             SequenceSampler(subject.features, seed),
-        ],
-        "neuron": [
+        ),
+        "neuron": (
             FiringStatistics(d_in, read_neuron_strengths),
             StrongestExamples(d_in, examples, read_neuron_strengths),
             SequenceSampler(
                 d_in, seed, entries=NEURON_ENTRIES, read_strengths=read_neuron_strengths
             ),
-        ],
+        ),
     }
 
 

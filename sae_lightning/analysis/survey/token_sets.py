@@ -55,14 +55,14 @@ def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
     scores, sets = [], []  # one of each for each shift
     for shift in (0, 1):
         a, b = _count_halves(sample, vocabulary, shift)
-        # each set is tested on the half that it was not chosen on
-        held_out = _count_hits(_choose_sets(a), b), _count_hits(_choose_sets(b), a)
-        scores.append(_correlate(*map(sum, zip(*held_out, strict=True))))
+        # each set is tested on the half that it was not chosen on, and the counts are added up
+        hits_b, hits_a = _count_hits(_choose_sets(a), b), _count_hits(_choose_sets(b), a)
+        scores.append(_correlate(*(x + y for x, y in zip(hits_a, hits_b, strict=True))))
         sets.append(_choose_sets(_Counts(a.firings + b.firings, a.occurrences + b.occurrences)))
     # the shift is chosen on all of the text; the score is still that of the held-out halves
     previous = sets[1].score > sets[0].score
     score = np.where(previous, scores[1], scores[0])
-    # the shift does not change how often features fire: those of shift 1 will do
+    # a feature's total is the same for both shifts
     is_frequent = np.minimum(a.total_firings, b.total_firings) >= MIN_FIRINGS
     tokens = np.where(previous[:, None], _list_tokens(sets[1]), _list_tokens(sets[0]))
     return TokenSetScores(
@@ -73,8 +73,8 @@ def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
 
 
 def _count_halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
-    """Count over even and over odd sequences, taking the tokens `shift` (0 or 1) positions earlier,
-    which are in the same sequence, because the SAE never reads its first token, BOS."""
+    """Count over even and over odd sequences. A firing counts for the token `shift` (0 or 1) places
+    earlier, which is in the same sequence, because nothing fires on BOS."""
     context = sample.tokens.shape[1]
     tokens = sample.tokens.flatten().long().numpy()
     kept = sample.keep.flatten().nonzero().squeeze(1).numpy()
@@ -141,8 +141,8 @@ def _correlate(
 
 
 def _list_tokens(sets: _Sets) -> np.ndarray:
-    """List the tokens of each set on which the feature fires most often [features, LISTED_TOKENS],
-    except those below MIN_LISTED_SHARE; padded with -1."""
+    """List the tokens [features, LISTED_TOKENS] of each set on which the feature fires most often,
+    without those below MIN_LISTED_SHARE; padded with -1."""
     features = len(sets.score)
     order = np.lexsort((-sets.firings, sets.feature))
     hits = np.bincount(sets.feature, sets.firings, minlength=features)
