@@ -107,7 +107,7 @@ def score_features(token_scores: Tensor, f1: Sequence[float]) -> Scores:
 def score_probes(probes: Probes, kind: str = FEATURES) -> Scores:
     """Scores of probes on units of a `kind`: features, random directions, or those of a control."""
     return {
-        f"probe_{k}": Score(score.auroc, [fold.auroc for fold in score.folds])
+        f"probe_{k}": Score(score.auroc, [fold.auroc for fold in score.fold_scores])
         for k in CONTROL_K
         if (score := probes.find_score(kind, k)) and not math.isnan(score.auroc)
     }

@@ -3,7 +3,7 @@
 genre            each play is in one fold
 play, speaker    each text is divided:
                  | fold 0 . . . |gap| fold 1 . . . |gap| fold 2 . . . |gap| fold 3 . . . |
-a data set       each document is in one fold; of documents that begin alike, one is kept
+a data set       each document is in one fold; of documents with the same beginning, one is kept
 """
 
 from collections import Counter
@@ -64,8 +64,8 @@ def read_labelled_text(
     """
     source = make_source(LLMConfig(name=NO_LLM), config, seed)
     with mute_libraries(), phase("cutting labelled text"):
-        are_plays = bool(source.labels)  # a data set's labels are a column instead
-        if not are_plays:  # the first to refuse data without text, which has no `config.context`
+        are_plays = bool(source.labels)  # the labels of other data are a column
+        if not are_plays:  # first: this refuses data without text, which has no `config.context`
             pieces, notes = cut_documents(source, label, seed)
         packing = Packing(config.context, find_bos_id(tokenizer), find_separator_id(tokenizer))
         if are_plays:
@@ -74,13 +74,13 @@ def read_labelled_text(
         chosen = pick_pieces(pieces, classes, tokens // packing.window_size)
         if not are_plays:
             chosen = _cut_beginnings(chosen, tokenizer, packing)
-            # a class may have lost pieces that begin like others
+            # again, because documents with the same beginning were dropped
             classes = pick_classes(label, chosen, tokens, packing.window_size)
             chosen = [piece for piece in chosen if piece.class_name in classes]
     classes.sort(key=make_natural_key)
     if left_out := len({piece.class_name for piece in pieces}) - len(classes):
         notes = [*notes, f"Left out: {left_out} values of {label} with fewer pieces of text."]
-    windows = [piece.content for piece in chosen]
+    windows = [piece.tokens for piece in chosen]
     for window in windows:
         check_ids(tokenizer, window, f"label={label}")
     return LabelledText(
@@ -95,11 +95,8 @@ def read_labelled_text(
 
 
 def pick_classes(label: str, pieces: list[Piece], tokens: int, window_size: int) -> list[str]:
-    """The most frequent classes with enough pieces of `window_size` tokens in every fold: at most
-    MAX_CLASSES, and no more than fit into `tokens`.
-
-    UserError if fewer than two are left.
-    """
+    """The most frequent classes with enough pieces in every fold: at most MAX_CLASSES, and no more
+    than fit into `tokens`, at `window_size` tokens a piece. UserError if fewer than two remain."""
     counts = Counter(piece.class_name for piece in pieces)
     fold_counts = Counter((piece.class_name, piece.fold) for piece in pieces)
     frequent = [
@@ -141,17 +138,19 @@ def share_out(available: list[int], total: int) -> list[int]:
     """Share out `total` as evenly as possible: returns shares [len(available)], each at most the
     entry of `available`; their sum is less than `total` if there is not enough."""
     shares, left = [0] * len(available), total
-    for done, i in enumerate(sorted(range(len(available)), key=available.__getitem__)):
+    smallest_first = sorted(range(len(available)), key=lambda i: available[i])
+    for done, i in enumerate(smallest_first):
         shares[i] = min(available[i], left // (len(available) - done))
         left -= shares[i]
     return shares
 
 
 def _cut_beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:
-    """Tokenise the text of each piece and cut it to its first `packing.window_size` tokens; of
-    pieces with the same tokens, keep only one, because they may be in two folds."""
-    texts = [piece.content for piece in pieces]
-    documents = tokenise_documents(tokenizer, texts, packing.separator)
-    windows = [tokens[:-1][: packing.window_size] for tokens in documents]  # without the separator
-    kept = {window.tobytes(): i for i, window in enumerate(windows)}.values()
-    return [pieces[i]._replace(content=windows[i]) for i in kept]
+    """Tokenise the text of each piece, up to `packing.window_size` tokens; of pieces with the same
+    tokens, keep only one, because they may be in two folds."""
+    texts, by_tokens = [piece.text for piece in pieces], {}
+    token_arrays = tokenise_documents(tokenizer, texts, packing.separator)
+    for piece, tokens in zip(pieces, token_arrays, strict=True):
+        window = tokens[:-1][: packing.window_size]  # without the separator
+        by_tokens[window.tobytes()] = piece._replace(tokens=window)
+    return [*by_tokens.values()]

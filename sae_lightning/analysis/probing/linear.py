@@ -1,8 +1,8 @@
 """Linear probes on representations of pieces of text, fitted on some folds and tested on another.
 
-    k units a class    the units with the largest |AUROC - 1/2| on the fitted folds, then a
-                       logistic regression of the class against the rest
-    all units          one logistic regression over all classes
+    k units of a class   the units with the largest |AUROC - 1/2| on the fitted folds, then a
+                         logistic regression of the class against the rest
+    all units            one logistic regression over all classes
 
 Shapes: pieces = pieces of text, units = columns of a representation.
 """
@@ -18,7 +18,7 @@ from numpy import ndarray
 UNITS_AT_ONCE = 4096  # units whose values are ranked at a time: bounds memory
 # Inverse strengths of the L2 penalty (sklearn's C).
 SPARSE_C = 0.1  # on k standardised units; 0.01 and 1 change the AUROC at k = 16 by < 0.02
-ALL_C = (1.0, 10.0, 100.0, 1000.0)  # to choose from on all units, whose squares sum to about 1
+ALL_C = (1.0, 10.0, 100.0, 1000.0)  # tried on all units, scaled to a sum of squares of about 1
 
 
 class FoldScore(NamedTuple):
@@ -31,12 +31,11 @@ class FoldScore(NamedTuple):
 
 
 class FoldSplit:
-    """A representation of pieces, split into those that probes are fitted on (`x`,
-    `class_indices`) and those of one fold, which they are tested on (`test_x`,
-    `test_class_indices`). Units are standardised by the fitted pieces.
+    """A representation, split for probes: they are tested on the pieces of the fold `tested`
+    (`test_x`, `test_class_indices`), and fitted on all others (`x`, `class_indices`). Units are
+    standardised by the fitted pieces.
 
-    x: [pieces, units]; class_indices: [pieces]; fold: [pieces] fold of each; tested: the fold that
-    is tested on.
+    x: [pieces, units]; class_indices, fold: [pieces].
     """
 
     def __init__(self, x: ndarray, class_indices: ndarray, fold: ndarray, tested: int):
@@ -47,7 +46,7 @@ class FoldSplit:
         self.class_indices, self.test_class_indices = class_indices[~test], class_indices[test]
         scaler = StandardScaler()
         self.x, self.test_x = scaler.fit_transform(x[~test]), scaler.transform(x[test])
-        # one of the fitted folds, another for each tested fold, chooses how strongly to regularise
+        # the fold on which the penalty of `fit_all` is chosen; another one for each tested fold
         fitted_folds = sorted({*fold.tolist()} - {tested})
         self.is_validation = fold[~test] == fitted_folds[tested % len(fitted_folds)]
         self.aurocs = measure_aurocs(self.x, self.class_indices, self.classes)
@@ -103,7 +102,7 @@ class FoldSplit:
 def measure_aurocs(x: ndarray, class_indices: ndarray, classes: int) -> ndarray:
     """AUROC of each unit for each class, [classes, units], from x [pieces, units]: probability that
     the unit is stronger on a piece of the class than on another, ties counted half; NaN for a class
-    without pieces."""
+    of no pieces or of all."""
     from scipy.stats import rankdata
 
     is_member = np.eye(classes)[class_indices].T  # [classes, pieces] 0 or 1
@@ -117,8 +116,8 @@ def measure_aurocs(x: ndarray, class_indices: ndarray, classes: int) -> ndarray:
 
 
 def score_predictions(scores: ndarray, class_indices: ndarray) -> FoldScore:
-    """Accuracy and AUROC of scores [pieces, classes]; for two classes, scores [pieces] or [pieces,
-    1] of class 1 do as well. The AUROC is the mean over classes that have pieces."""
+    """Accuracy and AUROC of scores [pieces, classes] or, for two classes, of the scores of class 1
+    alone, [pieces] or [pieces, 1]. The AUROC is the mean over classes that have pieces."""
     if scores.ndim == 1 or scores.shape[1] == 1:
         scores = scores.reshape(-1, 1) * [-1, 1]
     auroc = measure_aurocs(scores, class_indices, scores.shape[1]).diagonal()
@@ -127,7 +126,7 @@ def score_predictions(scores: ndarray, class_indices: ndarray) -> FoldScore:
 
 @contextmanager
 def allow_early_stopping() -> Iterator[None]:
-    """Silence the warning that a fit has not converged, as stopping early only regularises more."""
+    """Silence the warning that a fit has not converged: stopping early only regularises more."""
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():

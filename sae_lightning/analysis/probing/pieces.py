@@ -31,7 +31,7 @@ SPLIT_NOTES = {
     ),
 }
 MAX_DOCUMENTS = 20_000  # documents that are read
-MAX_CHARACTERS_PER_TOKEN = 16  # the rest of a document is not tokenised
+MAX_CHARACTERS_PER_TOKEN = 16  # times `context`: characters of a document that are read
 
 
 class Piece(NamedTuple):
@@ -40,28 +40,31 @@ class Piece(NamedTuple):
     class_name: str
     fold: int
     """0 to FOLDS - 1. Probes are tested on a fold that they were not fitted on."""
-    content: np.ndarray | str
-    """Token ids of the piece; for a document its text, until `read_labelled_text` tokenises it."""
+    tokens: np.ndarray | None
+    """Token ids; None for a document that is not tokenised yet."""
+    text: str = ""
+    """Beginning of a document; empty for a piece of a play."""
 
 
 def cut_plays(
     label: str, tokenizer: Any, packing: Packing, seed: int
 ) -> tuple[list[Piece], list[str]]:
     """Cut the packaged plays into pieces of `packing.window_size` tokens; also return notes for the
-    reader of the scores."""
+    reader of the scores. UserError if the plays have no such label."""
     if label not in SPLIT_NOTES:
         raise UserError(
             f"label={label}: the packaged plays have {', '.join(SPLIT_NOTES)}; for a column of a "
             "data set add data=text data.path=..., or data=hub data.name=..."
         )
     plays = read_plays()
-    texts = find_rivals(plays) if label == "speaker" else {play: plays[play][1] for play in plays}
-    # the class of each text: if the label is play or speaker, the text's name
+    texts = {play: text for play, (_, text) in plays.items()}
+    texts = find_rivals(plays) if label == "speaker" else texts
+    # the class of each text; its own name if the label is play or speaker
     classes = [genre for genre, _ in plays.values()] if label == "genre" else list(texts)
     folds = deal_folds(classes, seed) if label == "genre" else None
-    documents = tokenise_documents(tokenizer, list(texts.values()), packing.separator)
+    token_arrays = tokenise_documents(tokenizer, list(texts.values()), packing.separator)
     pieces = []
-    for i, tokens in enumerate(documents):
+    for i, tokens in enumerate(token_arrays):
         # whole windows only, without the separator that ends the text
         starts = range(0, len(tokens) - packing.window_size, packing.window_size)
         for window, start in enumerate(starts):
@@ -85,8 +88,8 @@ def deal_folds(classes: list[str], seed: int) -> list[int]:
 
 
 def pick_fold(window: int, windows: int) -> int | None:
-    """The fold of a text's window with the index `window` of `windows`; None for the gap, one
-    window wide, in front of each fold but the first.
+    """The fold of a text's window, given its index and the number of windows of the text; None for
+    the gap, one window wide, in front of each fold but the first.
 
     | 0 . . . |gap| 1 . . . |gap| 2 . . . |gap| 3 . . . |
     """
@@ -111,20 +114,20 @@ def extract_speeches(text: str) -> dict[str, str]:
 
 
 def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """`SPEAKER (play)` -> all that the speaker says, for the two main speakers of each of those
-    RIVAL_PLAYS plays whose second speaker says most. plays: as `read_plays` returns them."""
-    pairs = {}
+    """Pick the RIVAL_PLAYS plays whose second speaker says most, and the two main speakers of each
+    -> {`SPEAKER (play)`: all that the speaker says}. plays: as `read_plays` returns them."""
+    pairs, second_lengths = {}, {}
     for play, (_, text) in plays.items():
         by_length = sorted(extract_speeches(text).items(), key=lambda item: -len(item[1]))
         if len(by_length) > 1:
-            pairs[play] = by_length[:2]
-    chosen = sorted(pairs, key=lambda play: -len(pairs[play][1][1]))[:RIVAL_PLAYS]
+            pairs[play], second_lengths[play] = by_length[:2], len(by_length[1][1])
+    chosen = sorted(pairs, key=lambda play: -second_lengths[play])[:RIVAL_PLAYS]
     return {f"{name} ({play})": speech for play in chosen for name, speech in pairs[play]}
 
 
 def cut_documents(source: DataSource, label: str, seed: int) -> tuple[list[Piece], list[str]]:
-    """Make a piece of the beginning of each document, as text; also return notes for the reader of
-    the scores."""
+    """Make a piece, not tokenised, of the beginning of each document; also return notes for the
+    reader of the scores. UserError if no documents with this label can be read."""
     documents = source.open_labelled_documents(label)
     try:
         class_of_text = dict(_read_rows(documents, source.data, label, seed))  # each text once
@@ -133,9 +136,9 @@ def cut_documents(source: DataSource, label: str, seed: int) -> tuple[list[Piece
     except Exception as error:  # network and file errors come from many libraries
         cause = summarise_cause(error)
         raise UserError(f"{documents.where}: cannot be read ({cause})") from error
-    classes = list(class_of_text.values())
-    pieces = [*map(Piece, classes, deal_folds(classes, seed), class_of_text)]
-    return pieces, [
+    folds = deal_folds([*class_of_text.values()], seed)
+    labelled = zip(class_of_text.items(), folds, strict=True)
+    return [Piece(class_name, fold, None, text) for (text, class_name), fold in labelled], [
         "A probe is tested on documents that it was not fitted on; a piece is the first "
         f"{source.data.context - 1} tokens of a document, or all of a shorter one."
     ]
@@ -144,8 +147,8 @@ def cut_documents(source: DataSource, label: str, seed: int) -> tuple[list[Piece
 def _read_rows(
     documents: Documents, config: DataConfig, label: str, seed: int
 ) -> Iterator[tuple[str, str]]:
-    """Yield the text, up to what is tokenised, and the class of at most MAX_DOCUMENTS documents:
-    random ones, or the first ones of a streamed data set."""
+    """Yield the beginning and the class of at most MAX_DOCUMENTS documents: random ones, or the
+    first ones of a streamed data set."""
     data, columns, where = documents.data, list(documents.first_row or {}), documents.where
     for setting, column in {"data.column": config.column, "label": label}.items():
         if column not in columns:
@@ -174,8 +177,8 @@ def _read_rows(
 
 
 def _read_class(value: Any, class_names: list[str] | None, where: str) -> str | None:
-    """The class that a cell of the label's column holds; None if it holds none. UserError, which
-    begins with `where`: the value is neither a word nor a whole number."""
+    """The class that the label's column has for a row; None if the class is missing. UserError,
+    which begins with `where`, if `value` is neither a word nor a whole number."""
     if value is None or value != value:  # NaN: missing in a table
         return None
     if class_names is not None:

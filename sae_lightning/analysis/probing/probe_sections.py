@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 UNIT_KINDS = (FEATURES, NEURONS, RANDOM)
-MEASURES = {"AUROC": "auroc", "accuracy": "accuracy"}
+MEASURES = {"AUROC": "auroc", "accuracy": "accuracy"}  # shown name -> field of `FoldScore`
 
 
 def make_probe_sections(probes: Probes) -> list[Section]:
@@ -45,7 +45,7 @@ def _make_comparison_section(probes: Probes) -> Section:
             "pieces of text": f"{sum(probes.pieces):,} of up to {probes.context} tokens",
             "classes": f"{len(probes.classes)}",
             "most frequent class": f"accuracy {probes.majority:.3f}",
-            "folds": f"{len(dense.folds)}",
+            "folds": f"{len(dense.fold_scores)}",
             "note": " ".join(probes.notes),
         },
         table=ResultTable(
@@ -70,7 +70,8 @@ def _make_comparison_section(probes: Probes) -> Section:
 
 def describe_winner(features: ProbeScore, neurons: ProbeScore) -> str:
     """Say whether features or neurons have the higher AUROC, by how much, and in how many folds."""
-    gaps = [a.auroc - b.auroc for a, b in zip(features.folds, neurons.folds, strict=True)]
+    pairs = zip(features.fold_scores, neurons.fold_scores, strict=True)
+    gaps = [feature.auroc - neuron.auroc for feature, neuron in pairs]
     if abs(mean(gaps)) < 0.005:  # with two decimals it would be 0.00
         return "neither is ahead"
     ahead = FEATURES if mean(gaps) > 0 else NEURONS
@@ -90,7 +91,7 @@ def _standard_error(values: list[float]) -> float:
 def _format_cell(score: ProbeScore | None, measure: str) -> str:
     if score is None:
         return ""
-    values = [getattr(fold, measure) for fold in score.folds]
+    values = [getattr(fold_score, measure) for fold_score in score.fold_scores]
     return f"{mean(values):.3f} ± {_standard_error(values):.3f}"
 
 
@@ -98,7 +99,7 @@ def _draw_scores(probes: Probes, sizes: list[int | None], name: str, measure: st
     figure = make_figure("units for each class", f"held-out {name}").update_xaxes(type="category")
     for kind in UNIT_KINDS:
         scores = [score for k in sizes if (score := probes.find_score(kind, k))]
-        values = [[getattr(fold, measure) for fold in score.folds] for score in scores]
+        values = [[getattr(fold, measure) for fold in score.fold_scores] for score in scores]
         figure.add_scatter(
             name=kind,
             x=[str(score.k or "all") for score in scores],

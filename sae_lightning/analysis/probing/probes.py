@@ -37,25 +37,25 @@ class ProbeScore(NamedTuple):
     control's name."""
     k: int | None
     """Units for each class; None for all."""
-    folds: list[FoldScore]
-    """On each fold, by probes that were fitted on the others."""
+    fold_scores: list[FoldScore]
+    """On each fold, of probes that were fitted on the others."""
 
     @property
     def accuracy(self) -> float:
         """Mean accuracy over tested folds."""
-        return fmean(fold.accuracy for fold in self.folds)
+        return fmean(fold.accuracy for fold in self.fold_scores)
 
     @property
     def auroc(self) -> float:
         """Mean AUROC over tested folds."""
-        return fmean(fold.auroc for fold in self.folds)
+        return fmean(fold.auroc for fold in self.fold_scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as `probe.json` has them, where the kind is called `units`; and the means."""
+        """The fields and the means, by the keys that `probe.json` has for them."""
         return {
             "units": self.kind,
             "k": self.k,
-            "folds": self.folds,
+            "folds": self.fold_scores,
             "accuracy": self.accuracy,
             "auroc": self.auroc,
         }
@@ -80,7 +80,7 @@ class Probes(NamedTuple):
     pieces: list[int]
     """Number of pieces of text of each class."""
     context: int
-    """Tokens of a piece, BOS included."""
+    """Most tokens of a piece, BOS included."""
     notes: list[str]
     """Caveats that a reader of the scores should know."""
     scores: list[ProbeScore]
@@ -119,8 +119,8 @@ class Probes(NamedTuple):
 
 
 class PieceMeans:
-    """Reducer that averages activations and features over the tokens of each of `pieces` pieces of
-    text, one sequence each, which it is given in order."""
+    """Reducer that averages activations and features over the tokens of each piece of text. Each
+    sequence is a piece; they come in order."""
 
     def __init__(self, pieces: int, features: int) -> None:
         self._pieces, self._features, self._filled = pieces, features, 0
@@ -155,24 +155,25 @@ def probe(
     batch: int = 16,
     controls: Mapping[str, SAE] = {},
 ) -> Probes:
-    """Read labelled text, `batch` pieces at a time, and fit probes on k units of each kind and on
-    all. `controls`: other SAEs of the same site; their probes are on CONTROL_K features."""
-    pieces, label = len(text.tokens), "reading labelled text"
+    """Read labelled text, `batch` pieces at a time, and fit probes on all units of each kind and,
+    for each number in `k`, on that many. `controls`: other SAEs of the same site; their probes are
+    on CONTROL_K features."""
+    pieces, progress = len(text.tokens), "reading labelled text"
     reducer = PieceMeans(pieces, subject.features)
     control_reducers = {
         name: PieceMeans(pieces, sae.config.features) for name, sae in controls.items()
     }
     pairs = [(sae, [control_reducers[name]]) for name, sae in controls.items()]
     batches = text.split_batches(batch)
-    collect(subject, batches, [reducer], total=pieces, label=label, controls=pairs)
-    result, scores = fit_probes(reducer.result(), text, k=k), []
-    del reducer
+    collect(subject, batches, [reducer], total=pieces, label=progress, controls=pairs)
+    result, control_scores = fit_probes(reducer.result(), text, k=k), []
+    del reducer  # large
     for name, control_reducer in control_reducers.items():
         with phase(f"fitting probes on {name}"):
             features = control_reducer.result()[FEATURES].numpy()
             fold_scores, _ = _fit_folds(features, text, [*CONTROL_K])
-        scores += [ProbeScore(name, size, folds) for size, folds in fold_scores.items()]
-    return result._replace(controls=scores)
+        control_scores += [ProbeScore(name, size, scores) for size, scores in fold_scores.items()]
+    return result._replace(controls=control_scores)
 
 
 def fit_probes(
@@ -191,12 +192,12 @@ def fit_probes(
     scores, best_units = [], {}
     with phase("fitting probes", total=len(representations)) as advance:
         for kind, x in representations.items():
-            # all units are not a size but None, below
             sizes: list[int | None] = [size for size in k if size < x.shape[1]]
-            if kind != RANDOM:  # all random directions tell a probe what all neurons do
-                sizes.append(None)
+            # not on all random directions, which hold the same information as all neurons
+            if kind != RANDOM:
+                sizes.append(None)  # all units
             fold_scores, best = _fit_folds(x, text, sizes)
-            scores += [ProbeScore(kind, size, folds) for size, folds in fold_scores.items()]
+            scores += [ProbeScore(kind, size, values) for size, values in fold_scores.items()]
             if kind != RANDOM:
                 best_units[kind] = best
             advance(1)
@@ -214,8 +215,8 @@ def fit_probes(
 def _fit_folds(
     x: ndarray, text: LabelledText, sizes: list[int | None]
 ) -> tuple[dict[int | None, list[FoldScore]], list[BestUnit]]:
-    """Fit probes on units of x [pieces, units], and test them on each fold in turn -> {size (None:
-    all units): score on each fold}, and the best single unit of each class."""
+    """Fit probes on units of x [pieces, units], and test them on each fold in turn -> {number of
+    units (None: all): score on each fold}, and the best single unit of each class."""
     class_indices, folds = text.class_indices.numpy(), text.fold.numpy()
     fold_scores, best_of_fold = {size: [] for size in sizes}, []
     for tested in np.unique(folds).tolist():
