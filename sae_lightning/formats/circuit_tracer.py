@@ -21,7 +21,7 @@ from sae_lightning.sae import SAE
 
 def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
     """Read one transcoder of a set; config.yaml beside it names the sites and the LLM, and says
-    whether the transcoder is a TopK (in which circuit-tracer keeps negative features, too)."""
+    whether the transcoder is a TopK."""
     cfg, block = files.settings, re.search(r"layer_(\d+)", files.weights_file.name)
     check_readable(
         files.settings_file,
@@ -50,13 +50,16 @@ def make_circuit_tracer_settings(sae: SAE, key: str, origin: Origin) -> Settings
     sites, model = origin.require_sites(), origin.metadata.get("model_name")
     if model is None:
         raise UserError("format=circuit_tracer: config.yaml names the LLM; give llm.name=...")
-    return {
+    settings = {
         "model_kind": "transcoder_set",
         "model_name": model,
         "feature_input_hook": HOOK_NAMES[sites.source.kind],
         "feature_output_hook": HOOK_NAMES[sites.target.kind],
         "scan": f"{model.split('/')[-1]}-transcoders",
-    } | ({"activation": "topk", "k": sae.config.k} if key == "topk" else {}), {}
+    }
+    if key == "topk":
+        settings |= {"activation": "topk", "k": sae.config.k}
+    return settings, {}
 
 
 TRACER_NAMES = PLAIN | {"W_enc": "W_enc.T", "W_skip": "W_skip.T"}

@@ -60,8 +60,8 @@ def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
 
 
 def make_dictionary_learning_settings(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
-    """Make the settings of config.json, and tensors for k, the threshold and group sizes; UserError
-    if features differ in a threshold of which the format stores one."""
+    """Make the settings of config.json, and tensors for k, the threshold and group sizes. UserError
+    if the features of an SAE with k have different thresholds: the format stores one."""
     config, tensors = sae.config, {}
     trainer = {
         "dict_class": key,

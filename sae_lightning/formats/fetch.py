@@ -21,7 +21,7 @@ MAIN = "main"  # the default revision
 COMMIT = re.compile("[0-9a-f]{40}")
 RUN_CONFIG = "config.yaml"  # settings of a run, published with its SAE
 ANSWER_TIMEOUT = 10.0  # seconds for a first answer, before a cached copy is used
-ATTEMPTS = 3  # at each request or download
+ATTEMPTS = 3  # tries of each request or download
 MB = 1e6
 
 
@@ -38,28 +38,29 @@ class HubAddress(NamedTuple):
 
     @property
     def is_choice(self) -> bool:
-        """Whether the path depends on which paths exist."""
+        """Whether the files on the hub decide which path is used."""
         return len(self.paths) > 1 or "*" in self.paths[0]
 
 
 def is_hub_address(address: str | os.PathLike) -> bool:
-    """Whether files have to be downloaded: `hub:...` instead of a local path."""
+    """Whether `address` is on the hub (`hub:...`), not a local path."""
     return str(address).startswith(HUB)
 
 
 def parse_address(address: str) -> HubAddress:
-    """Parse `hub:<owner>/<name>[/<path>][@<revision>]` or `hub:<suite>/<parts>`; UserError if it is
-    neither."""
+    """Parse `hub:<owner>/<name>[/<path>][@<revision>]` or `hub:<suite>/<parts>[@<revision>]`;
+    UserError if it is neither."""
     match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)((?:/[^/@*]+)*)/?(?:@([^@]+))?", address)
     name = match[1] + match[2] if match else address.removeprefix(HUB)
-    suite = expand_suite(name.partition("@")[0])
+    suite = expand_suite(name.partition("@")[0])  # before the check: its errors say more
     if not match or {".", ".."} & {*re.split("[/@]", address)}:
         raise UserError(f"{address}: write hub:<owner>/<name>[/<path>][@<revision>]")
-    return HubAddress(*(suite or (match[1], (match[2].removeprefix("/"),))), match[3] or MAIN)
+    repo, paths = suite or (match[1], (match[2].removeprefix("/"),))
+    return HubAddress(repo, paths, match[3] or MAIN)
 
 
 def name_hub_folder(address: str) -> Path:
-    """The folder below the working folder for results on the SAE at a hub address:
+    """The folder, below the working folder, where results on the SAE at a hub address are written:
     hub/<owner>--<name>[@<revision>]/<path>."""
     name, at, revision = address.removeprefix(HUB).partition("@")
     owner, repo, *path = name.strip("/").split("/")
@@ -67,8 +68,8 @@ def name_hub_folder(address: str) -> Path:
 
 
 def fetch_saved(address: str | os.PathLike) -> Path:
-    """Return the local folder or file for `address`: a path unchanged; for `hub:...`, the path in
-    the cache, once the files that are needed to open the SAE are downloaded.
+    """Return the local folder or file for `address`. A path is returned as it is; for `hub:...`,
+    the files that are needed to open the SAE are downloaded, and their path in the cache returned.
 
     Files in the cache are not downloaded again; without a connection they are used as they are.
     UserError if files can be neither downloaded nor found in the cache.
@@ -170,9 +171,10 @@ def _list_sizes(parsed: HubAddress, path: str, commit: str) -> dict[str, int]:
 
 
 def _list_settings_above(path: str) -> list[str]:
-    """List the optional settings that a format may read from a folder above `path`."""
+    """List the optional settings that a format may read from the folder above the SAE's; `path` is
+    the SAE's folder or a file in it."""
     patterns = [p for entry in FORMATS.values() for p in entry.optional if p.startswith("../")]
-    folders = (path, str(PurePosixPath(path).parent))  # the SAE's, if `path` is a folder or a file
+    folders = (path, str(PurePosixPath(path).parent))
     names = {posixpath.normpath(f"{folder}/{p}") for folder in folders for p in patterns}
     return sorted(name for name in names if not name.startswith(".."))
 
@@ -180,7 +182,7 @@ def _list_settings_above(path: str) -> list[str]:
 def _choose_files(
     address: str, parsed: HubAddress, path: str, sizes: dict[str, int]
 ) -> dict[str, int]:
-    """Path -> bytes of the files that are needed; UserError if no format is recognised."""
+    """Path -> bytes of the files that are needed; UserError unless there is exactly one SAE."""
     if needed := _find_needed(path, sizes):
         return {name: sizes[name] for name in needed}
     parents = {str(folder) for name in sizes for folder in PurePosixPath(name).parents}
@@ -228,7 +230,8 @@ def _download(address: str, repo: str, commit: str, sizes: dict[str, int]) -> No
                 try:
                     hf_hub_download(repo, name, revision=commit, tqdm_class=_make_bar(advance))
                     break
-                except HTTPError as error:  # huggingface_hub retries after some errors only
+                except HTTPError as error:
+                    # an HfHubHTTPError is an answer of the hub; after a lost connection, try again
                     if isinstance(error, HfHubHTTPError) or attempt == ATTEMPTS:
                         raise
 

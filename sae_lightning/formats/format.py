@@ -124,7 +124,8 @@ class Format(NamedTuple):
     @property
     def settings_file(self) -> str | None:
         """Name of the file that holds the settings; None if the format has no such file."""
-        return next(iter((*self.files, *self.optional)[1:]), None)  # the first: the weights
+        _weights, *others = *self.files, *self.optional
+        return others[0] if others else None
 
 
 def is_match(name: str, pattern: str) -> bool:
@@ -170,7 +171,7 @@ def read_weights(file: Path) -> dict[str, Any]:
         return load_file(file)
     if file.suffix != ".npz":
         tensors = load_tensors(file)
-        if not isinstance(tensors, dict):  # a state_dict() is an OrderedDict
+        if not isinstance(tensors, dict):
             raise ValueError(f"it holds {type(tensors).__name__} and should hold named tensors")
         return dict(tensors)
     if not is_zipfile(file):
@@ -187,8 +188,7 @@ def read_weights(file: Path) -> dict[str, Any]:
 
 
 def check_tensors(tensors: dict[str, Tensor]) -> None:
-    """ValueError unless all tensors are floating-point and finite; it names the tensor and counts
-    the numbers that are not finite."""
+    """ValueError unless all tensors are floating-point and finite."""
     for name, x in tensors.items():
         expect(x, Tensor, name)
         if not x.is_floating_point():
@@ -203,8 +203,8 @@ def check_tensors(tensors: dict[str, Tensor]) -> None:
 
 
 def rename_tensors(entry: Format, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert stored tensors to our names, our orientation and float32; ValueError if two have the
-    same name, or for what `check_tensors` refuses."""
+    """Convert stored tensors to our names, our orientation and float32; ValueError if two get the
+    same name, or if `check_tensors` refuses one."""
     check_tensors(tensors)
     our_names, weights = dict(entry.aliases), {}
     for layout in entry.layouts.values():
@@ -238,7 +238,7 @@ def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
         weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms, weights["b_enc"] * norms
         weights["W_dec"] = weights["W_dec"] / norms[:, None]
         if "threshold" in weights:
-            # the threshold is for products with the stored norms: scale_out times these norms
+            # it applies to pre-activations times the stored norms, which are scale_out * norms
             weights["threshold"] = weights["threshold"] / stored.scale_out
     if "threshold" in weights and weights["threshold"].numel() == 1:
         threshold = weights["threshold"].reshape(()).clamp(min=0)

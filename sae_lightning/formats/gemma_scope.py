@@ -83,7 +83,8 @@ def read_gemma_scope_2(files: SavedFiles) -> StoredSAE:
     if name:
         # config.json may write gemma-v3
         name = "google/" + Path(name).name.replace("-v3-", "-3-")
-        metadata["model_name"] = name.replace("270m-pt", "270m")  # the hub's name
+        # on the hub, the name of this model has no suffix
+        metadata["model_name"] = name.replace("270m-pt", "270m")
     return StoredSAE({"name": "jumprelu", "skip": "W_skip" in weights}, weights, metadata)
 
 

@@ -1,4 +1,4 @@
-"""Turns errors of the hub into one line with reason and remedy; no message shows a token."""
+"""Turns errors of the hub into one line with reason and remedy."""
 
 import errno
 import re
@@ -87,6 +87,7 @@ def _explain_status(response) -> str:
 
 def read_wait(response) -> float | None:
     """Seconds that a response asks to wait before the next request; None if it does not say."""
+    # ratelimit: "..."; r=0;t=55  (no request left for 55 s)
     if match := re.search(r"\br=0;t=(\d+)", response.headers.get("ratelimit", "").replace(" ", "")):
         return float(match[1])
     text = response.headers.get("retry-after", "").strip()

@@ -32,7 +32,7 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
     cfg, tensors = files.settings, dict(files.tensors)
     activation, norm_setting = _check_settings(files)
     hooks = [cfg["hook_point_in"], cfg.get("hook_point_out", cfg["hook_point_in"])]
-    # by hook, or by side (`in` and `out`)
+    # keys: hook names, or `in` and `out`
     mean_norms = _pop_mean_norms(tensors) | cfg.get(MEAN_NORMS, {})
     weights = rename_tensors(LLAMASCOPIUM, tensors)
     if not cfg.get("use_decoder_bias", True):
@@ -65,7 +65,6 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
         drop_nulls(metadata) | cfg,
         scale_in=scales[0],
         scale_out=scales[1],
-        # decoder norms, with which pre-activations are multiplied
         rescale=activation == "topk" and uses_decoder_norms,
     )
 

@@ -92,7 +92,8 @@ def _read_files(entry: Format, folder: Path, file: Path) -> SavedFiles:
 
 
 def _build(stored: StoredSAE) -> SAE:
-    """Build an SAE from stored weights; ValueError unless all names and shapes match."""
+    """Build an SAE from stored weights; ValueError unless they have the names and shapes of its
+    architecture."""
     shapes = {name: list(weight.shape) for name, weight in stored.weights.items()}
     if any(len(shapes.get(name, ())) != 2 for name in ("W_enc", "W_dec")):
         raise ValueError(f"it holds {', '.join(sorted(shapes)) or 'nothing'}")

@@ -5,7 +5,6 @@ import re
 
 from sae_lightning.errors import UserError
 from sae_lightning.formats.format import (
-    LINEAR,
     Format,
     Layout,
     SavedFiles,
@@ -54,8 +53,12 @@ GOODFIRE = Format(
     layouts={
         "relu": Layout(
             "relu",
-            {name.replace(".", "_linear."): ours for name, ours in LINEAR.items()}
-            | {"decoder_linear.bias": "b_dec"},
+            {
+                "encoder_linear.weight": "W_enc.T",
+                "encoder_linear.bias": "b_enc",
+                "decoder_linear.weight": "W_dec.T",
+                "decoder_linear.bias": "b_dec",
+            },
         )
     },
 )

@@ -150,6 +150,5 @@ SAELENS = Format(
     optional=(SCALER,),
     read=read_saelens,
     layouts={name: Layout(ours) for name, ours in SAELENS_KINDS.items()},
-    # a BatchTopK's threshold is -1 until training has set it
     aliases={"b_gate": "b_enc", "W_skip": "W_skip.T", "topk_threshold": "threshold"},
 )

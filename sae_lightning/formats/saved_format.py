@@ -32,7 +32,7 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
     `metadata` holds SAELens' keys (model_name, hook_name, ...) and ours; hook_name_out marks a
     transcoder.
     """
-    kind = sae.architecture
+    kind = sae.architecture  # SAELens' name of it
     if "hook_name_out" in metadata:
         metadata = metadata | ({NOTE_KEY: note} if (note := describe_limits(sae)) else {})
         kind = TRANSCODERS.get((kind, sae.config.skip), kind)

@@ -28,8 +28,8 @@ def read_sparsify(files: SavedFiles) -> StoredSAE:
     run_file = folder.with_name("config.json")
     run_settings = read_settings_file(run_file) if run_file.is_file() else {}
     centred = not cfg.get("transcode", False)
-    # The first transcoders read x - b_dec, and their cfg.json has no `transcode`: they are known by
-    # the config.json of their run or by a skip connection.
+    # The first transcoders read x - b_dec, and their cfg.json has no `transcode`. The config.json
+    # of their run has it, or a skip connection shows that they are transcoders.
     is_transcoder = cfg.get("transcode", run_settings.get("transcode", settings["skip"]))
     llm = {"model_name": run_settings.get("model"), "context_size": run_settings.get("ctx_len")}
     metadata = drop_nulls(llm) | name_hooks(folder.name, is_transcoder) | cfg
@@ -39,12 +39,13 @@ def read_sparsify(files: SavedFiles) -> StoredSAE:
 
 def name_hooks(module: str, is_transcoder: bool) -> dict[str, str]:
     """Names of the sites of an SAE at `module`, under SAELens' keys; a transcoder reads the input
-    of the module. Empty if `module` has no block number, as when the folder was renamed."""
+    of the module. Empty if `module` has no block number: the folder was renamed."""
     if not re.search(r"\.\d+(\.|$)", module):
         return {}
     if not is_transcoder:
         return {"hook_name": module}
     mlp = re.fullmatch(r"(?:.*\.)?(\d+)\.mlp", module)
+    # only the input of an MLP has a name; other inputs are described, for error messages
     source = f"blocks.{mlp[1]}.mlp.hook_in" if mlp else f"the input of {module}"
     return {"hook_name": source, "hook_name_out": module}
 
@@ -52,7 +53,7 @@ def name_hooks(module: str, is_transcoder: bool) -> dict[str, str]:
 def make_sparsify_settings(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
     """Make the settings of cfg.json, with the metadata of training, which sparsify ignores."""
     d_in, config = len(sae.W_enc), sae.config
-    return origin.metadata | {
+    settings = {
         "activation": "topk",
         "expansion_factor": max(1, config.features // d_in),  # num_latents takes precedence
         "normalize_decoder": False,  # rows are stored as they are
@@ -62,7 +63,8 @@ def make_sparsify_settings(sae: SAE, key: str, origin: Origin) -> SettingsAndTen
         "skip_connection": config.skip,
         "transcode": key == "transcoder",
         "d_in": d_in,
-    }, {}
+    }
+    return origin.metadata | settings, {}
 
 
 SPARSIFY_NAMES = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_skip": "W_skip.T"}

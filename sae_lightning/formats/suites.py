@@ -17,7 +17,7 @@ class Suite(NamedTuple):
     """An entry of SUITES: `hub:<suite>/<parts>` stands for a path in a repository."""
 
     parts: str
-    """Names of the parts after the suite's name."""
+    """Names of the parts, separated by spaces."""
     repo: str
     """The repository, with the parts in braces."""
     paths: tuple[str, ...]
@@ -27,9 +27,10 @@ class Suite(NamedTuple):
     listed are inserted as they are typed."""
 
 
-GEMMA_SITES = {"res": "res", "att": "att", "mlp": "mlp", "transcoders": "transcoders"}
-GEMMA_2_SITES = {"res": "resid_post", "att": "attn_out", "mlp": "mlp_out"}
-LLAMA_SITES = {"res": "R", "att": "A", "mlp": "M", "transcoders": "TC"}
+GEMMA_SCOPE_SITES = {"res": "res", "att": "att", "mlp": "mlp", "transcoders": "transcoders"}
+GEMMA_SCOPE_2_SITES = {"res": "resid_post", "att": "attn_out", "mlp": "mlp_out"}
+GEMMA_SCOPE_2_SITES |= {"transcoders": "transcoder"}
+LLAMA_SCOPE_SITES = {"res": "R", "att": "A", "mlp": "M", "transcoders": "TC"}
 QWEN_MODELS = {
     "qwen3-1.7b": "Qwen3-1.7B-Base-W32K",
     "qwen3-8b": "Qwen3-8B-Base-W64K",
@@ -46,7 +47,7 @@ SUITES = {
         ("layer_{layer}/width_{width}/average_l0_*",),
         {
             "model": {"2b": "2b-pt", "9b": "9b-pt", "9b-it": "9b-it", "27b": "27b-pt"},
-            "site": GEMMA_SITES,
+            "site": GEMMA_SCOPE_SITES,
         },
     ),
     "gemma-scope-2": Suite(
@@ -62,14 +63,14 @@ SUITES = {
                 for size in ("270m", "1b", "4b", "12b", "27b")
                 for name in (size, f"{size}-it")
             },
-            "site": GEMMA_2_SITES | {"transcoders": "transcoder"},
+            "site": GEMMA_SCOPE_2_SITES,
         },
     ),
     "llama-scope": Suite(
         "site layer expansion",
         "fnlp/Llama3_1-8B-Base-LX{site}-{expansion}",
         ("Llama3_1-8B-Base-L{layer}{site}-{expansion}",),
-        {"site": LLAMA_SITES, "expansion": {"8x": "8x", "32x": "32x"}},
+        {"site": LLAMA_SCOPE_SITES, "expansion": {"8x": "8x", "32x": "32x"}},
     ),
     "qwen-scope": Suite(
         "model layer",

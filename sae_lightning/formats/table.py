@@ -40,14 +40,14 @@ def find_format(names: Collection[str], weights: str | None = None) -> Format | 
     """The format of an SAE whose folder has the files `names` (paths below it, with "/"), and whose
     weights are in the file `weights` if that is given.
 
-    None if there is no SAE; if its settings are missing, the first format with such a weights file.
+    None if there is no SAE; if its settings are missing, the first format whose weights match.
     UserError for a kind of SAE that this project lacks.
     """
 
     def has_match(pattern: str, among: Collection[str] = names) -> bool:
         return any(is_match(name, pattern) for name in among)
 
-    weights_files = names if weights is None else [weights]  # or all candidates
+    weights_files = names if weights is None else [weights]
     entries = [entry for entry in FORMATS.values() if has_match(entry.files[0], weights_files)]
     same_weights = [entry for entry in entries if entry.files[0] == entries[0].files[0]]
     complete = [entry for entry in same_weights if all(map(has_match, entry.files))]
@@ -60,7 +60,7 @@ def find_format(names: Collection[str], weights: str | None = None) -> Format | 
 class SAEPaths(NamedTuple):
     """Paths of the files of one SAE."""
 
-    row: Format
+    entry: Format
     """Its format, an entry of FORMATS."""
     folder: str
     weights: str

@@ -11,10 +11,10 @@ from sae_lightning.formats.saelens import OWN_KEY
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig, Site, SitePair
 
-# Metadata keys that are read, and their types; our own keys take precedence.
+# Metadata keys that are read, and their types: SAELens' keys and, below, settings of our Config.
 METADATA_TYPES = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
 METADATA_TYPES |= {"model.control": str}
-OWN_METADATA_TYPES = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.separator"), str)
+LLM_SETTING_TYPES = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.separator"), str)
 
 # TransformerLens' model names, which SAELens uses -> names on the hub, where they differ.
 HUB_NAMES = {
@@ -57,9 +57,8 @@ WRITTEN_TYPES |= {"dataset_path": str, "prepend_bos": bool, OWN_KEY: dict}
 
 
 def find_origin(metadata: dict[str, Any], address: str, layer: LayerConfig | None) -> Origin:
-    """What the SAE at `address` was trained on, to be written in another tool's format, from those
-    metadata that have the right type; `layer`, if given, replaces the sites in the metadata. If
-    sites are not known, the result says why."""
+    """Make the Origin of the SAE at `address` from those of its metadata that have the right type;
+    `layer`, if given, replaces the sites in the metadata."""
     checked = {k: metadata[k] for k, kind in WRITTEN_TYPES.items() if type(metadata.get(k)) is kind}
     sites, problem, layer_is_given = None, "", layer is not None
     try:
@@ -71,7 +70,7 @@ def find_origin(metadata: dict[str, Any], address: str, layer: LayerConfig | Non
         )
         for key in ("hook_name", "hook_name_out"):
             checked.pop(key, None)
-            if layer_is_given:  # the names of transformers' modules are those of the old sites
+            if layer_is_given:  # hf_hook_name names the module at the site that is replaced
                 checked.pop(f"hf_{key}", None)
         checked |= sites.hook_names
     except UserError as error:
@@ -80,11 +79,11 @@ def find_origin(metadata: dict[str, Any], address: str, layer: LayerConfig | Non
 
 
 def check_metadata(metadata: dict[str, Any], address: str) -> dict[str, Any]:
-    """The metadata of the SAE at `address` that are used here; UserError if one has a wrong
-    type."""
+    """The metadata of the SAE at `address` under the keys that are read; UserError if a value has
+    a wrong type."""
     config = metadata.get(OWN_KEY)
     merged = metadata | (config if isinstance(config, dict) else {})
-    types = METADATA_TYPES | OWN_METADATA_TYPES
+    types = METADATA_TYPES | LLM_SETTING_TYPES
     checked = {key: merged[key] for key in types if merged.get(key) is not None}
     for key, value in checked.items():
         if type(value) is not types[key]:
@@ -96,11 +95,12 @@ def check_metadata(metadata: dict[str, Any], address: str) -> dict[str, Any]:
 def choose_llm(
     llm: LLMConfig, metadata: dict[str, Any], address: str, typed_names: Collection[str]
 ) -> LLMConfig:
-    """`llm` with the settings in the checked `metadata` of the SAE at `address` (name, revision,
-    BOS, separator), but for those in `typed_names`; unchanged if an LLM is typed."""
+    """Take the LLM's name, revision, BOS and separator from the checked `metadata` of the SAE at
+    `address`, but keep those of `llm` that the user typed (`typed_names`). If he typed an LLM, all
+    of `llm` is kept."""
     if {"llm", "llm.name"} & {*typed_names}:
         return llm
-    settings = {name: metadata.get(name) for name in OWN_METADATA_TYPES}
+    settings = {name: metadata.get(name) for name in LLM_SETTING_TYPES}
     settings["llm.name"] = find_llm_name(metadata, address)
     changes = {name: value for name, value in settings.items() if name not in typed_names}
     return replace(llm, **{name.removeprefix("llm."): value for name, value in changes.items()})

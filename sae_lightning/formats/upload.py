@@ -33,7 +33,7 @@ def upload_files(repo: str, files: Mapping[str, bytes | Path], *, private: bool)
     from huggingface_hub import CommitOperationAdd, HfApi
 
     console.print(f"uploading to {repo}")
-    # of the bytes sent, only huggingface_hub's own bar can tell
+    # only huggingface_hub's bar knows how many bytes are sent
     with convert_hub_errors(f"repo={repo}", repo, keep_bars=console.is_terminal):
         api = HfApi()
         url = api.create_repo(repo, private=private, exist_ok=True)

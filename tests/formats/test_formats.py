@@ -225,7 +225,7 @@ def test_a_folder_is_recognised_without_naming_the_weights(tmp_path, name):
     files = [each for each in tmp_path.rglob("*") if each.is_file()]
     names = [each.relative_to(tmp_path).as_posix() for each in files]
     (found,) = find_saes(folder.relative_to(tmp_path).as_posix(), names)
-    assert (found.row, found.weights) == (FORMATS[name], file.relative_to(tmp_path).as_posix())
+    assert (found.entry, found.weights) == (FORMATS[name], file.relative_to(tmp_path).as_posix())
     assert {each for each in names if each.endswith((".json", ".yaml"))} == {*found.others}
 
 
