@@ -104,7 +104,7 @@ def replace_activations(
 
 
 def measure_branch_scale(model: nn.Module, site: Site) -> float:
-    """The factor by which the block multiplies the output of the module at `site` before adding it
+    """The factor by which the block multiplies the output of the module at `site` before it adds it
     to the residual stream: 1 except in Granite and a few others. Measured once per model and site.
 
     UserError if the block does more than scale the output and add it.
@@ -117,8 +117,8 @@ def measure_branch_scale(model: nn.Module, site: Site) -> float:
 
 @torch.no_grad()
 def _measure_scale(model: nn.Module, site: Site) -> float:
-    """The scale of the branch at `site`, measured by running the block with known vectors in place
-    of its input x and of the outputs of its branches.
+    """Measure the scale of the branch at `site`: run the block with known vectors in place of its
+    input x and of the outputs of its branches.
 
     x = 0    branch = c    other = 0        the output is scale x c
     x = c    branch = 0    other = 0        the output is c, unless the block does more than add

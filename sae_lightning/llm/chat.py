@@ -82,12 +82,11 @@ class ChatEncoder:
         ids = encoded["input_ids"]
         if not self.assistant_only:
             return ids, [True] * len(ids)
-        answers = self._find_answers(messages, text)
-        # trained on: the tokens that have characters (start < end), some of them in an answer
-        return ids, [
-            any(start < end and begin < end and start < stop for begin, stop in answers)
-            for start, end in encoded["offset_mapping"]
-        ]
+        answers, is_trained = self._find_answers(messages, text), []
+        for start, end in encoded["offset_mapping"]:
+            overlaps = any(begin < end and start < stop for begin, stop in answers)
+            is_trained.append(overlaps and start < end)  # start = end: a token of no characters
+        return ids, is_trained
 
     def _find_answers(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
         """The range of characters, (begin, stop), that each of the assistant's messages adds to the

@@ -94,8 +94,8 @@ def _find_norm_before(model: nn.Module, reader: nn.Module, reader_name: str) -> 
 
 
 def _measure_norm(module: nn.Module, width: int) -> Norm | None:
-    """Gain and centring of a norm of `width` elements, measured on test vectors; None if the module
-    is not a norm: if its output depends on the length of its input.
+    """Gain and centring of a norm of `width` elements, measured on test vectors. None if the module
+    is not a norm: scaling its input changes its output.
 
     Weights are not read, because families store the gain differently (in Gemma it is 1 + weight).
     """
@@ -109,7 +109,7 @@ def _measure_norm(module: nn.Module, width: int) -> Norm | None:
     signs[1::2] = -1
     bias = apply(torch.zeros(width))
     y, y_of_triple = apply(signs) - bias, apply(3 * signs) - bias
-    # the outputs of a norm are equal, up to rounding and its epsilon
+    # equal if it is a norm, up to rounding and its epsilon
     if not torch.allclose(y, y_of_triple, rtol=1e-3, atol=1e-3 * y.abs().max().item()):
         return None
     y_of_ones = apply(torch.ones(width)) - bias  # 0 if the mean is subtracted
@@ -121,9 +121,8 @@ def _measure_norm(module: nn.Module, width: int) -> Norm | None:
 
 @torch.no_grad()
 def read_embedding(model: nn.Module, count: int) -> Tensor:
-    """Input [count, d] of block 0 at position 0 for the first `count` token ids, float32, scaled or
-    normalised as in the model, minus its mean over these ids, which removes the position embedding.
-    """
+    """Input [count, d] of block 0 at position 0 for each of the first `count` token ids, float32.
+    Its mean over these ids is subtracted, which removes the position embedding."""
     inputs: list[Tensor] = []
 
     def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -151,8 +150,8 @@ def measure_response(
 ) -> Tensor:
     """Mean change [n, d] of the unembedding's input at the last token of `tokens` [contexts,
     length] when each of `directions` [n, d_target] is added at `target`, scaled to `share` of the
-    norm of the activation there. `advance` is called with the number of directions just done; for
-    each context the calls add up to 1 + n, since the unchanged LLM counts as a direction of zeros.
+    norm of the activation there. `advance` is called with the number of directions just done: 1 + n
+    in all for each context, as the unchanged LLM is run as a direction of zeros.
 
         BOS  It  was  the  best   of     a direction is added at this last token only, and the
          .    .   .    .    .     *      output there is compared with the unchanged LLM's
@@ -185,7 +184,7 @@ def _fill_cache(model: nn.Module, tokens: Tensor) -> Any:
         cache = getattr(run_body(model, tokens, use_cache=True), "past_key_values", None)
     if type(cache).__name__ != "DynamicCache":
         return None
-    # a method for beam search; batch_repeat_interleave would skip states of linear attention
+    # repeats the cache; batch_repeat_interleave would skip states of linear attention
     cache.reorder_cache(torch.zeros(DIRECTIONS_PER_PASS, dtype=torch.long, device=tokens.device))
     return cache
 

@@ -72,6 +72,7 @@ def generate(
     x, y and the result are float32 [sequences, tokens, d]: first for all tokens of the prompt, then
     for each new token. Sequences share the Gumbel noise g of each step (argmax(log p + g) samples
     p), so they differ only by what `function` does. Each is cut before its first new separator.
+    `cache`: use the KV cache if the LLM has one.
     """
     from transformers import GenerationConfig
 
@@ -164,8 +165,8 @@ class Reply(NamedTuple):
 
 @torch.no_grad()
 def reply(llm: LLM, question: str, max_tokens: int) -> Reply:
-    """Answer in at most `max_tokens` tokens, by greedy decoding: the same at every call. UserError:
-    the chat template fails, or question and answer may exceed what the LLM can read."""
+    """Have the LLM answer `question` in at most `max_tokens` tokens, by greedy decoding. UserError
+    if the chat template fails, or question and answer may exceed what the LLM can read."""
     tokenizer, context = llm.tokenizer, read_context_length(llm.model)
     if tokenizer.chat_template is None:
         inputs = tokenizer(f"{question}\n\nAnswer:", return_tensors="pt")

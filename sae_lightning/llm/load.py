@@ -18,7 +18,7 @@ from sae_lightning.llm.packaged import PACKAGED, LLMShape, dequantise, find_gguf
 from sae_lightning.llm.placement import check_arguments_of_load
 from sae_lightning.llm.pretrained import (
     build_without_weights,
-    check_quantiser,
+    check_quantisation,
     read_config,
     read_model,
     read_tokenizer,
@@ -107,7 +107,7 @@ class LLMConfig:
             )
 
 
-# at most one tokenizer, by the settings of its LLM and the times of its files
+# at most one tokenizer; key: the settings of its LLM and the times when its files were changed
 _last_tokenizer: dict[str, Any] = {}
 
 
@@ -163,7 +163,7 @@ def has_bf16(device_type: str) -> bool:
 def read_llm_shape(config: LLMConfig) -> LLMShape:
     """Dimensions of the LLM, from its config alone (no weight is read)."""
     if config.name in PACKAGED:
-        find_gguf_folder(config.name)
+        find_gguf_folder(config.name)  # UserError if it is not installed
         return PACKAGED[config.name].shape
     with phase(f"looking up LLM {config.name}"), mute_libraries():
         hf_config = read_config(config, _find_local_folder(config.name)).get_text_config()
@@ -204,7 +204,7 @@ def check_load(config: LLMConfig) -> None:
     """UserError for a quantisation in `llm.load` that cannot work here; loads nothing."""
     if "quantization_config" in config.load and config.name not in PACKAGED:
         with mute_libraries():
-            check_quantiser(config, read_config(config, _find_local_folder(config.name)))
+            check_quantisation(config, read_config(config, _find_local_folder(config.name)))
 
 
 def find_hub_name(config: LLMConfig) -> str:
@@ -222,7 +222,7 @@ def load_tokenizer(config: LLMConfig):
     returned again while the settings and the files of a local folder are the same: the checks of a
     run load it before the run does."""
     folder = dequantise(config.name) if config.name in PACKAGED else _find_local_folder(config.name)
-    # a broken link has no time
+    # a broken link does not exist and has no time
     files = [file for file in folder.iterdir() if file.exists()] if folder else []
     times = sorted((file.name, file.stat().st_mtime_ns) for file in files)
     key = repr((config, times))

@@ -78,7 +78,7 @@ def is_spread(load: dict[str, Any]) -> bool:
     return not {*map(str, devices)} <= {*OFFLOADED}
 
 
-def check_quantisation(load: dict[str, Any]) -> None:
+def raise_quantiser_errors(load: dict[str, Any]) -> None:
     """Raise transformers' error if the quantisation is unknown or needs a missing package."""
     from transformers.quantizers.auto import AutoHfQuantizer
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sae_lightning.errors import UserError, is_out_of_memory
-from sae_lightning.llm.placement import check_quantisation, make_load_arguments
+from sae_lightning.llm.placement import make_load_arguments, raise_quantiser_errors
 from sae_lightning.llm.sites import find_decoder_stack
 
 # Families whose tokens attend to later ones, though AutoModelForCausalLM accepts them.
@@ -54,12 +54,11 @@ def _explain_not_causal(hf_config) -> str | None:
     if hf_config.is_encoder_decoder:
         return "is an encoder-decoder"
     is_masked = any(name.endswith("MaskedLM") for name in hf_config.architectures or [])
-    is_encoder = BIDIRECTIONAL.fullmatch(hf_config.model_type) and not getattr(
-        hf_config, "is_decoder", False
-    )
-    flags = hf_config.get_text_config()  # where EmbeddingGemma and PaliGemma have them
-    looks_ahead = getattr(flags, "use_bidirectional_attention", None) in (True, "all")
-    if is_masked or is_encoder or looks_ahead or not getattr(flags, "is_causal", True):
+    is_decoder = getattr(hf_config, "is_decoder", False)
+    is_encoder = BIDIRECTIONAL.fullmatch(hf_config.model_type) and not is_decoder
+    text_config = hf_config.get_text_config()
+    looks_ahead = getattr(text_config, "use_bidirectional_attention", None) in (True, "all")
+    if is_masked or is_encoder or looks_ahead or not getattr(text_config, "is_causal", True):
         return "reads in both directions"
     if NEEDS_IMAGES.fullmatch(hf_config.model_type):
         return "takes an image with every text"
@@ -67,19 +66,18 @@ def _explain_not_causal(hf_config) -> str | None:
 
 
 def _is_custom(hf_config) -> bool:
+    """Whether the model comes with its own class of causal LM."""
     return "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
 
 
 def _pick_loader(hf_config) -> type | None:
-    """The class of transformers that loads this model: that for causal LMs, or for models with a
-    text decoder that also take images; None if the model is neither."""
+    """The class of transformers that loads causal LMs, or the one for text decoders that also take
+    images; None if this model is neither."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
-    if (
-        _is_custom(hf_config)
-        or hf_config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    ):
+    causal_types = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if _is_custom(hf_config) or hf_config.model_type in causal_types:
         return AutoModelForCausalLM
     if hf_config.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return AutoModelForImageTextToText
@@ -188,12 +186,12 @@ def read_model(
     return model
 
 
-def check_quantiser(config, hf_config) -> None:
+def check_quantisation(config, hf_config) -> None:
     """UserError if `llm.load` asks for a quantisation that cannot work here; a model that is
     quantised already is not checked."""
     if getattr(hf_config, "quantization_config", None) is None:
         with _one_line_errors(config):
-            check_quantisation(config.load)
+            raise_quantiser_errors(config.load)
 
 
 def build_without_weights(config, hf_config, blocks: int | None = None) -> nn.Module:
@@ -220,7 +218,8 @@ def _remove_later_blocks(model: nn.Module, blocks: int) -> None:
 
 
 def _remove_head(model: nn.Module) -> None:
-    model.set_output_embeddings(nn.Identity())  # a tied embedding stays
+    """Remove the LM head; an embedding that is tied to it stays."""
+    model.set_output_embeddings(nn.Identity())
 
 
 def _make_cut_class(whole_class: type[nn.Module], blocks: int) -> type[nn.Module]:
@@ -231,7 +230,7 @@ def _make_cut_class(whole_class: type[nn.Module], blocks: int) -> type[nn.Module
             super().__init__(config, *args, **kwargs)
             _remove_later_blocks(self, blocks)
 
-    # by these names transformers looks up how to rename the weights of older files
+    # with these names transformers looks up how to rename the weights of older files
     Cut.__name__, Cut.__module__ = whole_class.__name__, whole_class.__module__
     return Cut
 
@@ -248,6 +247,7 @@ def _locate(config, folder: Path | None) -> dict:
 
 @contextmanager
 def _one_line_errors(config, part: str = "model") -> Iterator[None]:
+    """Raise an error in loading `part` (the model or its tokenizer) as a UserError."""
     try:
         yield
     except Exception as error:
@@ -281,7 +281,7 @@ def _explain_error(config, error: Exception, part: str) -> str:
             f"{name}: the model brings its own Python code; read it, then allow it with "
             "llm.trust_remote_code=true"
         )
-    # names of weights have "attention" in them too
+    # not just "attention", which is also part of names of weights
     if re.search("attention implementation|flash ?attention", text, re.IGNORECASE):
         return (
             f"llm.attn={config.attn.value}: not possible for {config.name} here ({sentence}); "

@@ -23,6 +23,7 @@ from sae_lightning.errors import UserError
 # neither: if the MLP's is missing, post_attention_layernorm is the norm before the MLP.
 ATTN_NORMS = ("post_self_attn_layernorm", "post_attention_layernorm")
 MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
+# Names of a block's children, or of their classes; OPT's MLP is two children, fc1 and fc2.
 BRANCH_PATTERNS = {"attn": r"attn|attention", "mlp": r"mlp|feed_?forward|ffn|moe|fc2"}
 BRANCH_PATTERNS["mlp_in"] = BRANCH_PATTERNS["mlp"].replace("fc2", "fc1")
 
@@ -93,8 +94,8 @@ class SitePair(NamedTuple):
         return names
 
     def module_names(self, paths: dict[Site, str]) -> dict[str, str]:
-        """Module paths of both sites in transformers, from `paths` (those that it has), under
-        SAELens' keys; as in `hook_names`, an autoencoder has one."""
+        """Paths of the sites' modules in transformers, from `paths`, under SAELens' keys. As in
+        `hook_names`, an autoencoder has one. Sites that `paths` lacks are left out."""
         sites = {"hf_hook_name": self.source, "hf_hook_name_out": self.target}
         return {
             key: paths[site]
@@ -173,6 +174,7 @@ def _find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 def find_site_module(model: nn.Module, site: Site) -> nn.Module:
     """The module whose output, or for mlp_in whose input, is the activation at `site`."""
     stack = find_decoder_stack(model)
+    # UserError if there is no such block
     LayerConfig(index=site.layer, source=site.kind).resolve_sites(len(stack))
     block, text_config = stack[site.layer], model.config.get_text_config()
     # a config without these keys, or with null, has one stream

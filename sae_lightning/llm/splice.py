@@ -159,12 +159,12 @@ def _measure_means(
     for start in range(0, len(batches), ranks.size):
         round_batches = batches[start : start + ranks.size]
         # In the last round, ranks without a batch repeat one: edits may communicate.
-        ids, keep = round_batches[min(ranks.rank, len(round_batches) - 1)]
-        chunk_sums.append(_sum_chunks(model, ids, keep, source, target, edits, with_kl))
+        ids, kept = round_batches[min(ranks.rank, len(round_batches) - 1)]
+        chunk_sums.append(_sum_chunks(model, ids, kept, source, target, edits, with_kl))
         advance(sum(len(ids) for ids, _ in round_batches))
     by_rank = ranks.gather_values(chunk_sums)
     sums = [0.0] * (1 + (1 + with_kl) * len(edits))  # as in `_sum_chunks`
-    for i in range(len(batches)):  # in a single rank's order, for the same rounding
+    for i in range(len(batches)):  # in the order of a run on one rank, for the same rounding
         for chunk in by_rank[i % ranks.size][i // ranks.size]:
             sums = [total + x for total, x in zip(sums, chunk, strict=True)]
     clean, *with_edits = (total / predictions for total in sums)
@@ -231,7 +231,7 @@ def compute_logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
 
     # OPT calls the decoder directly
     bodies = {_find_body(model), find_text_decoder(model)} - {model}
-    # a module's own `forward` is one that accelerate has put in place of its class's
+    # accelerate may have set a `forward` on the module, in place of the method of its class
     forwards = [(module, vars(module).pop("forward", None)) for module in bodies]
     try:
         for module in bodies:

@@ -60,7 +60,7 @@ def measure_spliced_kl(
     kl = ranks.sum(sum(kl for kl, _, _ in parts) / predictions) / ranks.size
     for _, reconstruction, gradient in parts:
         gradient = ranks.sum(gradient / predictions) / ranks.size
-        # adds 0, with that gradient
+        # adds 0, and gives the reconstruction this gradient
         kl = kl + ((reconstruction - reconstruction.detach()) * gradient).sum()
     return kl
 

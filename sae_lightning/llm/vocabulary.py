@@ -28,10 +28,10 @@ def find_separator_id(tokenizer) -> int:
 
 def _pick_id(tokenizer, setting: str, *ids: int | None) -> int:
     """The first of `ids` that is not None; UserError, which names `setting`, if there is none."""
-    for token in ids:
-        if token is not None:
-            check_ids(tokenizer, [token], setting, f"set {setting} to a token that has a row")
-            return token
+    for token_id in ids:
+        if token_id is not None:
+            check_ids(tokenizer, [token_id], setting, f"set {setting} to a token that has a row")
+            return token_id
     raise UserError(
         "llm.name: this tokenizer has neither a BOS nor an EOS token, and the model's config names "
         "none; give one as llm.bos=..., for example llm.bos='<s>'"
@@ -70,7 +70,7 @@ def read_vocabulary(llm: LLM) -> list[str]:
 
     tokenizer, size = llm.tokenizer, llm.model.get_output_embeddings().weight.shape[0]
     pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-    literal = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}  # text as written
+    literal = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}  # the piece is its text
     learned = [piece for piece in pieces if piece is not None and piece not in literal]
     # the character that byte-level BPE (GPT-2, Radford et al. 2019) writes for a byte -> the byte
     alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
