@@ -67,9 +67,9 @@ class AnnotatedText(NamedTuple):
         return features if self.catalogue.copy_of is None else self.catalogue.copy_of[features]
 
     def rank_firings(self) -> list[Firing]:
-        """The strongest firing of each feature, sorted by share of the feature's maximum; features
-        that fire on fewer than FEW_TOKENS tokens of the catalogue's text come last, because their
-        maximum means little."""
+        """The strongest firing of each feature (copies count as one), sorted by share of the
+        feature's maximum. Features that fire on fewer than FEW_TOKENS tokens of the catalogue's
+        text come last, because their maximum means little."""
         best: dict[int, Firing] = {}
         originals = self.resolve_copies(torch.arange(self.catalogue.num_units)).tolist()
         for place in range(len(self.tokens)):

@@ -33,7 +33,8 @@ def write_blocks(page: Path, blocks: Mapping[str, str]) -> str:
             (folder / f"{name}.js").write_bytes(content)
             return hashlib.sha256(content).digest()
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib releases the GIL
+        # blocks are compressed when they are read, by zlib, which releases the GIL
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             digest = hashlib.sha256(b"".join(pool.map(write, blocks)))
         destination = page.with_name(f"{page.stem}-{digest.hexdigest()[:HASH_DIGITS]}")
         if not destination.exists():

@@ -16,7 +16,7 @@ WINDOW = BEFORE + 1 + AFTER
 # Edges of the histogram of strengths, half an octave apart; outliers go into the outermost bins.
 EDGES = 2.0 ** torch.arange(-10, 14.5, 0.5)
 INTERVALS = 5  # equally wide intervals of strength from 0 to a unit's maximum
-LINEAR_BINS = 50  # equally wide bins of a histogram; of strengths, 10 to each interval
+LINEAR_BINS = 50  # equally wide bins of a histogram: 10 for each interval of strengths
 
 
 def find_interval(strength: Tensor, maximum: Tensor) -> Tensor:
@@ -96,7 +96,8 @@ class LogitEffect(NamedTuple):
     it"""
     raised: Tensor | None = None
     """[units, k] change of each promoted token's logit for a strength of 1; for the direct path, up
-    to a positive factor. Like `lowered` and `histogram`, None in files of older versions."""
+    to a positive factor. `raised`, `lowered` and `histogram` are None in files of older versions.
+    """
     lowered: Tensor | None = None
     """[units, k] change of each suppressed token's logit, mostly negative"""
     histogram: Tensor | None = None

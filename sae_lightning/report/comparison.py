@@ -9,7 +9,7 @@ from sae_lightning.report.means import TRAINED, MeansTable
 from sae_lightning.report.noise import differ_significantly
 
 SAME_L0 = 0.1  # see `has_same_l0`
-MAX_SENTENCES = 4  # trained SAEs with a sentence each; of more, verdicts are counted
+MAX_SENTENCES = 4  # trained SAEs with a sentence each; for more, one sentence counts verdicts
 BETTER, WORSE, TIED, UNKNOWN = "better", "worse", "not significant", "too few seeds: noise unknown"
 OTHER_L0 = "L0 differs"
 # Metric -> what an SAE with the value {} does.
@@ -18,7 +18,7 @@ CLAIMS = {
     "recovered": "recovers {} of the concepts",
     "stable": "repeats {} of its features under another seed",
 }
-# Control -> what the training of the SAE includes and that of the control does not.
+# Control -> what the SAE's training has and the control's lacks.
 ADDED_BY_TRAINING = {
     "frozen_decoder": "training the decoder",
     "soft_frozen_decoder": "letting decoder directions leave their random start",
@@ -91,9 +91,9 @@ def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
 
 
 def write_claims(means: MeansTable, comparisons: list[Comparison]) -> list[str]:
-    """Write a sentence for each metric of CLAIMS and each trained SAE with controls or, if there
-    are many, one that counts verdicts. Without controls, one for each trained SAE on its stable
-    features."""
+    """For each metric of CLAIMS, write a sentence for each trained SAE with controls, or one that
+    counts verdicts if they are more than MAX_SENTENCES. Without controls, write a sentence on the
+    stable features of the first MAX_SENTENCES trained SAEs."""
     sentences = []
     for name in CLAIMS:
         chosen = [c for c in comparisons if c.metric == name]

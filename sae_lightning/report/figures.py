@@ -36,9 +36,9 @@ TEMPLATE = {
         "annotationdefaults": {"font": {"color": GREY}},
     }
 }
-SAME_VALUE = 1e-4  # values are equal if their range is below this share of the largest: rounding
+SAME_VALUE = 1e-4  # values whose range is below this share of the largest count as equal
 SINGLE_VALUE_BINS = 11  # bins of a histogram of equal values
-MAX_LABELLED = 12  # points; labels of more would overlap, and are shown on hover only
+MAX_LABELLED = 12  # points with labels; labels of more points would overlap
 LOG_AXIS_RATIO = 8  # largest / smallest L0 from which the axis is logarithmic
 
 
@@ -51,8 +51,8 @@ def make_figure(x: str, y: str, **layout: Any) -> "Figure":
 
 
 def plot_histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) -> "Figure":
-    """Draw a histogram of the finite `values` [n], without bars if there are none; the page holds
-    the counts, not the values."""
+    """Draw a histogram of the finite `values` [n], empty if there are none. Plotly gets the counts,
+    not the values, which keeps the page small."""
     values = values[values.isfinite()].double().cpu()
     low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 1.0)
     middle, size = (low + high) / 2, max(abs(low), abs(high))
@@ -88,7 +88,7 @@ def plot_tradeoff(
 ) -> "Figure | None":
     """Plot `quality` against L0 with the Pareto front of trained SAEs as a line, and that of
     controls as a dotted line; None without finite points. With several seeds, points are means with
-    their spreads, and a front has a band of them.
+    error bars of one spread, and a front has a band as wide.
 
     Columns of `points`: `l0`, `quality` (higher is better), their spreads `l0_spread` and `spread`,
     `seeds` (number of runs), `control` ("" for a trained SAE), `group` ("" if there are no groups),
@@ -151,7 +151,7 @@ def _is_on_front(points: "pd.DataFrame") -> np.ndarray:
 
 
 def _draw_front(figure: "Figure", points: "pd.DataFrame", dash: str, style: dict) -> None:
-    """Draw the Pareto front of `points` as a line, in a band of the spreads if they are known."""
+    """Draw the Pareto front of `points` as a line, in a band as wide as the known spreads."""
     front = points[_is_on_front(points)].sort_values(["l0", "quality"])
     if front.spread.notna().any():
         spread = front.spread.fillna(0)

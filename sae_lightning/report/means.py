@@ -77,7 +77,7 @@ class MeansTable:
                 self.frame.at[row, "status"] = _count_statuses(runs.status)
                 self.frame.at[row, "reason"] = "; ".join(dict.fromkeys(reasons)) or None
         self.best = pd.DataFrame({name: self._find_best(name) for name in METRIC_COLUMNS})
-        """Metric -> the rows that no other beats by more than the noise, as in `_find_best`."""
+        """Frame of [rows] bool for each metric, from `_find_best`."""
         self.front = self.find_front("explained_variance")
         """[rows] bool: on the Pareto front of L0 and EV, of the trained SAEs or of the controls."""
 
@@ -87,8 +87,8 @@ class MeansTable:
         return Estimates(*columns, seeds=self.seeds)
 
     def _find_best(self, name: str) -> np.ndarray:
-        """Mark the rows that the best one does not beat by more than the noise, bool [rows]; no row
-        if neither direction is better, or all values are NaN."""
+        """Mark the best row, and the rows that do not differ from it by more than the noise, bool
+        [rows]; no row if neither direction is better, or all values are NaN."""
         values, better = self.estimate(name), METRIC_COLUMNS[name].better
         if not better or np.isnan(values.mean).all():
             return np.zeros(len(self.members), bool)
@@ -106,8 +106,8 @@ class MeansTable:
         return front
 
     def mark(self, row: int, name: str) -> str:
-        """Choose the mark of a cell: `*` if it is the best of its column, `≈` if several do not
-        differ significantly from the best and this is one of them, else empty."""
+        """Choose the mark of a cell: `*` if its row alone is the best in its column, `≈` if it is
+        one of several that do not differ significantly, else empty."""
         count = self.best[name].sum()
         if not self.best.at[row, name]:
             return ""

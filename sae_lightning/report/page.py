@@ -27,7 +27,7 @@ MAX_EMBEDDED_BYTES = 1 << 26
 
 
 def render_template(template: str, *, figures: bool, **values: object) -> str:
-    """Render a template with `values`; plotly.js is embedded if it has `figures`."""
+    """Render a template with `values`; with `figures`, plotly.js is embedded."""
     # imported late: train.py needs none of them
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -45,7 +45,7 @@ def render_template(template: str, *, figures: bool, **values: object) -> str:
     )
     return environment.get_template(template).render(
         asset=lambda name: Markup((TEMPLATES / name).read_text("utf8")),
-        # embedded in a <script type="application/json">; no text in the data can end that element
+        # to_json_plotly escapes "<", so that no text in the data can end the <script> around it
         data=lambda value: Markup(to_json_plotly(value)),
         plotly=Markup(get_plotlyjs()) if figures else "",
         **values,
@@ -104,7 +104,7 @@ def render_page(page: AnalysisPage, page_data: PageData | None) -> str:
 
 
 def _break_lines(token: str) -> "Markup":
-    """The token as shown, with a line break after each ↵, by which a newline in it is shown."""
+    """The token as HTML, with a line break after each ↵, which stands for a newline."""
     from markupsafe import escape
 
     return escape(show_token(token)).replace("↵", "↵\n")

@@ -17,7 +17,7 @@ METADATA_KEY = b"sae_lightning"  # key of the file's own metadata
 
 
 def write_catalogue(path: Path, catalogue: Catalogue, origin: dict[str, str]) -> None:
-    """Write `catalogue`, with what it was made from (SAE, LLM, text ...) in the file's metadata.
+    """Write `catalogue`; `origin` (name -> value), its SAE, LLM and text, goes into the metadata.
 
     Tokens are written as text. pandas, polars and datasets open the file; `parquet_reader` turns
     it back into a catalogue.
@@ -44,7 +44,7 @@ def _make_columns(catalogue: Catalogue, first: int, vocabulary: pa.Array) -> dic
         "density": _to_array(statistics.densities),
         "mean": _to_array(statistics.mean),
         "maximum": _to_array(statistics.maximum),
-        # counts are never below 0: every one is in the lists
+        # the mask is True everywhere: no count is below 0
         "histogram": _make_lists(statistics.histogram, statistics.histogram >= 0),
         "examples": _make_example_lists(catalogue.top, vocabulary),
         "examples_of_all_strengths": _make_example_lists(catalogue.random, vocabulary),

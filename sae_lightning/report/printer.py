@@ -102,7 +102,6 @@ def _make_table(results: ResultTable) -> Table:
     """Lay out a table; if it is too wide, rich wraps its widest columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, (heading, *cells) in enumerate(zip(results.header, *results.rows, strict=True)):
-        # the first column always holds words
         is_text = i == 0 or max(map(cell_len, cells), default=0) > MAX_NUMBER_WIDTH
         table.add_column(
             Text(make_visible(heading)), justify="left" if is_text else "right", overflow="fold"
@@ -130,7 +129,10 @@ class QuotedTokens:
         lines = [self.tokens[0]]
         for token in self.tokens[1:]:
             line = f"{lines[-1]} {token}"
-            lines[-1:] = [line] if cell_len(line) <= options.max_width else [lines[-1], token]
+            if cell_len(line) <= options.max_width:
+                lines[-1] = line
+            else:
+                lines.append(token)
         yield Text("\n".join(lines))
 
 
@@ -169,8 +171,8 @@ def _split_lines(text: ColouredText, max_strength: float) -> Iterator[tuple[str,
 
 def _align_example(tokens: list[str], shares: list[float]) -> tuple[str, Text]:
     """Make the bars and the line of an example, cut and padded so that the peak is in a fixed
-    column. `tokens` (from `show_token`) and `shares` (of the unit's maximum) have
-    an entry for each token of the example, whose peak is at index BEFORE."""
+    column. `tokens` come from `show_token`, `shares` are strengths as shares of the unit's maximum;
+    the peak is at index BEFORE."""
     columns = _count_columns() - STRENGTH_WIDTH
     left = int(columns * LEFT_OF_PEAK)
     first = BEFORE - _count_fitting(tokens[:BEFORE][::-1], left)

@@ -17,7 +17,7 @@ def show_token(token: str) -> str:
     accent gets a dotted circle to stand on."""
     # " " if the token is empty: `category` needs a character
     is_accent = unicodedata.category(token[:1] or " ").startswith("M")
-    return "◌" * is_accent + make_visible(token)
+    return ("◌" if is_accent else "") + make_visible(token)
 
 
 def split_quoted(cell: str) -> list[str]:
@@ -61,8 +61,8 @@ class Section(NamedTuple):
     figures: dict[str, "Figure"] = {}
     """Caption -> figure; shown on the page only."""
     part: str = ""
-    """Name of the part of the page that the section is in; empty for a part with this section
-    only."""
+    """Name of the part of the page that the section is in; if empty, the section's title, and no
+    other section is in the part."""
 
     @property
     def max_strength(self) -> float:

@@ -98,7 +98,8 @@ def _collect_points(means: MeansTable, group: str | None) -> "pd.DataFrame":
     for row, kind in enumerate(means.kinds):
         lines = [f"{key} = {value}" for key, value in swept.loc[row].items()]
         lines = lines or [means.table.names[means.members[row][0]]]
-        lines += [f"kind = {kind}"] * means.has_controls
+        if means.has_controls:
+            lines.append(f"kind = {kind}")
         lines += [f"{c.label}: {means.format_cell(row, name)}" for name, c in means.columns.items()]
         details.append(lines)
     points = means.mean[["l0"]].assign(
@@ -135,16 +136,14 @@ def pick_grouping(means: MeansTable) -> str | None:
 
 def _make_links(folder: Path, means: MeansTable, row: int) -> dict[str, str]:
     """Make the links of a row, by label: to a run's folder and files or, if the row has several
-    runs, to the folder of each. They are relative, so that the sweep's folder can be moved."""
+    runs, to each folder. Links are relative, so that the sweep's folder can be moved."""
     runs = [means.table.runs[i] for i in means.members[row]]
     links = [f"./{quote(Path(os.path.relpath(run.folder, folder)).as_posix())}" for run in runs]
     if len(runs) > 1:
-        values = [
-            [str(run.settings[name]) for run in runs]
-            for name in SEED_SETTINGS
-            if name in runs[0].settings
-        ]
-        seeds = zip(*(column for column in values if len({*column}) > 1), strict=True)
+        names = [name for name in SEED_SETTINGS if name in runs[0].settings]
+        columns = [[str(run.settings[name]) for run in runs] for name in names]
+        varied = [column for column in columns if len({*column}) > 1]
+        seeds = zip(*varied, strict=True)  # of each run
         return {f"seed {', '.join(s)}": f"{link}/" for s, link in zip(seeds, links, strict=True)}
     files = [name for name in LINKED_FILES if (runs[0].folder / name).exists()]
     return {"open": f"{links[0]}/"} | {Path(name).stem: f"{links[0]}/{name}" for name in files}

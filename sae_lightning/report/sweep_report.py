@@ -62,19 +62,20 @@ def disarm_formula(cell: object) -> object:
     if not isinstance(cell, str):
         return cell
     is_word, *_ = make_natural_key(cell)
-    return "'" * (is_word and cell.startswith(FORMULA_STARTS)) + make_visible(cell)
+    prefix = "'" if is_word and cell.startswith(FORMULA_STARTS) else ""
+    return prefix + make_visible(cell)
 
 
 def _print_table(folder: Path, means: MeansTable) -> None:
     """Print the table of means, why runs failed, and where the files are."""
     table = means.table  # one row per run
     grid = _make_table(means)
-    # full width: the terminal wraps long lines, while squeezed columns would be unreadable
+    # the full width of its lines, which the terminal wraps; rich would squeeze the columns
     unbounded = console.options.update(max_width=10_000)
     grid.width = Measurement.get(console, unbounded, grid).maximum
     console.print(grid)
     if means.front.any():
-        tie = "   ≈ not significantly different from the best" * means.is_repeated
+        tie = "   ≈ not significantly different from the best" if means.is_repeated else ""
         console.print(f"  * best of its column{tie}   ● on the Pareto front of L0 and EV")
     frame = table.frame
     for name, status, reason in zip(table.names, frame.status, frame.reason, strict=True):
@@ -84,7 +85,7 @@ def _print_table(folder: Path, means: MeansTable) -> None:
     if unfinished:
         console.print(f"{unfinished} of {len(table.runs)} runs did not finish")
     shown = shorten_path(folder)
-    averages = f"\n  means and spreads over seeds: {shown / MEANS_CSV}" * means.is_repeated
+    averages = f"\n  means and spreads over seeds: {shown / MEANS_CSV}" if means.is_repeated else ""
     console.print(
         f"\n  open in a browser: {shown / PAGE}\n  the same numbers: {shown / CSV}{averages}\n"
         f"  {format_tensorboard_command(folder)}\n"
@@ -125,8 +126,9 @@ def _make_cells(means: MeansTable, name: str) -> list[Text]:
     """The cells of a metric's column, with the marks of the best row and of the Pareto front."""
     cells = []
     for row in range(len(means.members)):
-        front, mark = "● " if name == "l0" and means.front[row] else "", means.mark(row, name)
+        front = "● " if name == "l0" and means.front[row] else ""
+        mark = means.mark(row, name)
         # a space instead of a mark keeps digits aligned
         text = f"{front}{means.format_cell(row, name)}{mark or ' '}"
-        cells.append(Text(text, "bold" * (mark == "*")))
+        cells.append(Text(text, "bold" if mark == "*" else ""))
     return cells

@@ -43,8 +43,8 @@ class SweepRun(NamedTuple):
 
     @property
     def final_metrics(self) -> dict[str, float]:
-        """Final metrics by name: those on held-out data, two from training, the share of the CE gap
-        that loss.kl closed, of a warm start the share of features that stayed, and `stable`."""
+        """Final metrics by name: those on held-out data, two from training and, where they exist,
+        `ce_gap_closed` (by loss.kl), `stayed` (after a warm start) and `stable`."""
         metrics = self.metrics or {}
         training = metrics.get("training", {})
         final = metrics.get("held_out", {}) | {
@@ -185,7 +185,7 @@ class SweepTable:
         values["ce_recovered"] = cap_recovered(values.ce_recovered, values.ce_zero, values.ce_clean)
         values = values[list(METRIC_COLUMNS)]
         self.comparable = values.where(np.isfinite(values).mul(self.is_finished, axis=0))
-        """Finite metrics of finished runs, CE recovered up to 1 only; NaN elsewhere."""
+        """Finite metrics of finished runs, CE recovered capped at 1; NaN elsewhere."""
 
     def _read_swept(self, run: SweepRun) -> dict[str, str]:
         """Each of `keys` -> its value in the run: as typed, or else as saved; "" if unknown."""

@@ -1,7 +1,8 @@
 // Unpacks the data blocks that page_data.py packs, each when it is first needed.
 const blocks = (() => {
 const index = JSON.parse(document.getElementById("index").textContent);
-const unpacked = new Map(), waiting = new Map(); // name of a block -> promise of its fields; what to call with its text
+const unpacked = new Map(); // name of a block -> promise of its fields
+const waiting = new Map(); // name of a block -> function that takes its text
 
 // Blocks of a large page are scripts in a folder beside it; each calls `add`.
 function readText(name) {
@@ -26,7 +27,7 @@ function add(name, text) {
   waiting.delete(name);
 }
 
-// Returns name of a field -> { values: of all rows, of(row): of one }; a row is a unit, or a sequence of the text.
+// Unpacks a block: name of a field -> { values, of(row) }. Rows are units or, in the block of the text, sequences.
 async function unpack(name, layout, rows) {
   const ARRAYS = { u1: Uint8Array, i1: Int8Array, u2: Uint16Array, u4: Uint32Array, i4: Int32Array, f4: Float32Array };
   const text = atob(await readText(name)), packed = new Uint8Array(text.length);
@@ -60,7 +61,7 @@ const unpackPart = (kind, name, layout, block) =>
 async function loadFields(kind, units = []) {
   const fields = await unpackOnce(kind.kind, kind.list_layout, kind.units);
   if (!fields.tokenBlocks) {
-    const tokenBlocks = fields.tokenBlocks = []; // fields of each block that has been unpacked
+    const tokenBlocks = fields.tokenBlocks = []; // the fields of each unpacked block
     for (const [field] of kind.token_layout) {
       fields[field] = { of: unit => tokenBlocks[findBlock(unit)][field].of(unit % index.units_per_block) };
     }

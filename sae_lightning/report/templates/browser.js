@@ -6,7 +6,7 @@ const find = selector => document.querySelector(".browser " + selector);
 const finder = find(".finder"), list = find(".list"), rows = find(".rows"), view = find(".unit");
 const [search, sortBy, hideSilent] = [find("[type=search]"), find("select"), find(".live input")];
 const ROW = 54; // pixels of a row, as in browser.css
-const ORDERS = { // name -> its meaning, and the values of all units; undefined if this kind of unit has none
+const ORDERS = { // name -> its meaning, and a function: fields -> values of all units, or undefined if there are none
   "most informative": ["well predicted by words that are rare in the text; the best feature of each such word comes first", fields => fields.informativeness?.values],
   "token score": ["how well a set of tokens predicts where it fires: 1 is perfectly, 0 is not at all", fields => fields.score?.values],
   density: ["share of tokens on which it fires", fields => fields.firing_counts.values],
@@ -48,6 +48,7 @@ async function refill() {
   const counts = fields.firing_counts.values, sign = descending ? -1 : 1;
   const typedId = Number(/^#?(\d+)$/.exec(search.value.trim())?.[1] ?? NaN);
   const group = new Uint8Array(kind.units); // 0: not listed, 1: has the typed id, 2: fires on a match, 3: promotes a match
+  // without a search, every unit is in group 2
   for (let unit = 0; unit < kind.units; unit++) {
     const [fires, promotes] = match?.(unit) ?? [[0], []];
     if (unit === typedId) group[unit] = 1;
@@ -131,7 +132,7 @@ async function reveal() {
 // Shows or hides a unit's copies in the list.
 async function toggleCopies(event, id) {
   event.preventDefault(); // the row is a link
-  unfolded.delete(id) || unfolded.add(id);
+  if (!unfolded.delete(id)) unfolded.add(id);
   const top = list.scrollTop;
   await refill();
   list.scrollTop = top;

@@ -6,13 +6,14 @@ const text = document.querySelector(".annotated .tokens"), elements = [...text.c
 const heading = document.querySelector(".strongest h2"), results = document.querySelector(".results");
 const note = document.querySelector(".annotated .note");
 const MAX_FEATURES = 100; // features of a token
-let chosen = null, open = null; // index of the chosen token; the feature that is open
+let chosen = null; // index of the chosen token
+let open = null; // the feature that is open
 
 // Returns [feature, strength] of each feature on a token, by descending strength x norm of its decoder row.
 const listFirings = token => annotated.features[token].map((feature, i) => [feature, annotated.strengths[token][i]]);
 const normalise = id => index.vocabulary[id].trim().toLowerCase();
 const isolate = token => `\u2066${token}\u2069`; // a right-to-left token reorders no neighbour
-const listPeakTokens = (fields, feature) => { // ids of distinct tokens of its strongest examples
+const listPeakTokens = (fields, feature) => { // ids of up to four distinct tokens at its strongest peaks
   const peaks = [...fields.peaks.of(feature)].filter(Boolean);
   return peaks.filter((id, i) => i === peaks.findIndex(other => normalise(other) === normalise(id))).slice(0, 4);
 };

@@ -118,7 +118,8 @@ function makeExample(tokens, peak, windowLevels, maximum) {
         elements.push(make("bdi", { className: beyond ? "beyond" : "" }, token));
         continue;
       }
-      const tip = `\u2066${token}\u2069  ${formatNumber(shareOf(level) * maximum)}`; // the token is isolated
+      // the marks keep a right-to-left token from reordering the number
+      const tip = `\u2066${token}\u2069  ${formatNumber(shareOf(level) * maximum)}`;
       const element = make("bdi", { className: i === peak ? "t peak" : "t", tip }, token);
       element.style.setProperty("--s", shareOf(level).toFixed(2));
       elements.push(element);
@@ -168,7 +169,7 @@ function drawHistogram(kind, counts, maximum) {
   }
   picture.append(makeSvg("line", { x1: 0, x2: width, y1: base, y2: base }));
   const every = Math.ceil(bins / 12) * 2; // edges are half an octave apart: label whole octaves
-  let end = -Infinity; // of the previous label
+  let end = -Infinity; // x at which the previous label ends
   for (let i = first + first % 2; i <= first + bins && i < edges.length; i += every) {
     const text = formatNumber(edges[i]), labelWidth = 6 * text.length, x = (i - first) * step;
     const anchor = x < labelWidth / 2 ? "start" : x > width - labelWidth / 2 ? "end" : "middle";
