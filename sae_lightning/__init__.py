@@ -64,7 +64,7 @@ DEFINED_IN = {
     "train_sweep": "commands.from_python",
 }
 
-# Written out, because type checkers do not evaluate expressions.
+# Not computed from DEFINED_IN, because type checkers do not evaluate expressions.
 __all__ = [
     "Answers",
     "Endpoint",

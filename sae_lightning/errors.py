@@ -28,11 +28,10 @@ class WriteError(UserError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. On a CPU, torch raises a RuntimeError, recognised by its message.
-    (Torch is not imported here, so that a mistyped option is reported at once.)"""
+    """Whether memory ran out. On a CPU, torch raises a RuntimeError, recognised by its message."""
     return (
         isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
+        or type(error).__name__ == "OutOfMemoryError"  # of torch, which is slow to import
         or getattr(error, "errno", None) == errno.ENOMEM
         or isinstance(error, RuntimeError)
         and bool(re.search("out of memory|allocate memory|bad_alloc", str(error)))
@@ -40,8 +39,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def list_causes(error: BaseException | None, *, contexts: bool = True) -> list[BaseException]:
-    """The error and the errors that led to it, outermost first; with `contexts=False`, only those
-    chained by `raise ... from`."""
+    """The error and the errors that led to it, the last raised first; with `contexts=False`, only
+    those chained by `raise ... from`."""
     causes: list[BaseException] = []
     while error is not None and error not in causes:
         causes.append(error)
@@ -50,7 +49,7 @@ def list_causes(error: BaseException | None, *, contexts: bool = True) -> list[B
 
 
 def check_finite(name: str, value: object) -> None:
-    """UserError if `value` or a number in it is infinite or NaN, which pass some range checks."""
+    """UserError if `value`, or a number in this list, is infinite or NaN."""
     numbers = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise UserError(f"{name}={value}: give a finite number")

@@ -29,17 +29,17 @@ RETRY = "correct this and run the same command again"
 
 
 def _find_errnos(names: str) -> set[int]:
-    """The values of those of these errno names, separated by spaces, that this platform has."""
+    """Error numbers of `names`, separated by spaces; names that this platform lacks are ignored."""
     return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
 
 
-# Error numbers that only a failed write has, and those that a failed write or read has.
+# Errors of writing only, then errors of writing and reading.
 WRITE_ERRORS = _find_errnos("ENOSPC EDQUOT EFBIG EROFS EEXIST")
 SYSTEM_ERRORS = WRITE_ERRORS | _find_errnos(
     "EIO ESTALE EBUSY ENAMETOOLONG ELOOP EISDIR EACCES EPERM ENOTDIR ENOTCONN"
 )
-# Flags for opening a lock file, which Windows lacks: links are not followed, and opening a pipe or
-# device, which could hang, does not wait.
+# Flags for opening a lock file: do not follow a link, and do not wait for a pipe or a device.
+# Windows lacks both.
 LOCK_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
@@ -79,9 +79,9 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     for the file `name`."""
     for leftover in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
         with suppress(OSError):
-            if not stat.S_ISDIR(leftover.lstat().st_mode):  # a file of version 0.1.0
+            if not stat.S_ISDIR(leftover.lstat().st_mode):  # version 0.1.0 wrote files
                 leftover.unlink()
-            elif not (leftover / LOCK_FILE).exists():  # writer killed before locking: empty
+            elif not (leftover / LOCK_FILE).exists():  # its writer was killed before it locked
                 leftover.rmdir()
             else:
                 with hold_lock(leftover / LOCK_FILE) as locked:
@@ -90,7 +90,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def refuse_link(folder: Path) -> None:
-    """UserError if a folder to write to is a symbolic link."""
+    """UserError if `folder`, where files will be written, is a symbolic link."""
     if folder.is_symlink():
         raise UserError(
             f"{folder} is a symbolic link, through which files elsewhere could be overwritten: "
@@ -101,7 +101,8 @@ def refuse_link(folder: Path) -> None:
 @contextmanager
 def convert_write_errors(path: Path) -> Iterator[None]:
     """Raise a WriteError if the system refuses to write to `path`, even if a library has wrapped
-    the system's error; a wrapped WriteError, KeyboardInterrupt or SystemExit is unwrapped."""
+    the system's error. A WriteError, KeyboardInterrupt or SystemExit that a library has wrapped is
+    raised as it was."""
     try:
         yield
     except BaseException as error:
@@ -123,7 +124,7 @@ def convert_write_errors(path: Path) -> Iterator[None]:
 def find_system_error(error: BaseException | None) -> str | None:
     """The message of the system error that is or caused `error`; None if there is none."""
     for cause in list_causes(error):
-        # safetensors gives the errno in its message; torch keeps the error as `__context__`
+        # safetensors gives the errno in its message only
         match = re.search(r"\(os error (\d+)\)", str(cause))
         number = int(match[1]) if match else getattr(cause, "errno", None)
         if number in SYSTEM_ERRORS:
@@ -195,7 +196,7 @@ def read_free_space(folder: Path) -> int:
 @contextmanager
 def hold_lock(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on the file `path`, against other processes and other callers in this
-    one. Yields False, and holds nothing, if the file system does not support locks.
+    one. Yields whether it is locked: False if the file system does not support locks.
 
     The system releases the lock if the process dies; the file is removed when the block ends.
     BlockingIOError if it is locked already; OSError if it cannot be made or is a symbolic link.
@@ -203,7 +204,7 @@ def hold_lock(path: Path) -> Iterator[bool]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | LOCK_FLAGS, 0o666)
     try:
         locked = _try_lock(descriptor)
-        if not _is_same_file(path, descriptor):  # the last holder has just removed it
+        if not _is_same_file(path, descriptor):  # the previous holder has just removed it
             raise BlockingIOError(f"{path} is locked")
         try:
             yield locked
@@ -216,7 +217,7 @@ def hold_lock(path: Path) -> Iterator[bool]:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock a file; False if its file system has no locks. BlockingIOError: it is locked already."""
+    """Lock a file; False if its file system has no locks. BlockingIOError if it is locked."""
     try:
         if lock_descriptor(descriptor, blocking=False):
             return True

@@ -137,9 +137,9 @@ def shorten_path(folder: Path) -> Path:
 
 
 def name_program(script: str) -> str:
-    """The command sae-train (sae-analyze) if it was typed, or if there is no train.py (analyze.py)
-    because the package comes from a wheel; otherwise `script`, which is one of these files."""
-    from_wheel = Path(__file__).with_name("conf").is_dir()
+    """The program to name in a command line: `script` (train.py or analyze.py), or the command
+    sae-train (sae-analyze) if the user typed that or has no scripts, as in a wheel."""
+    from_wheel = Path(__file__).with_name("conf").is_dir()  # in a clone, conf/ is beside train.py
     typed = Path(sys.argv[0]).name.startswith("sae-")
     return f"sae-{script.removesuffix('.py')}" if from_wheel or typed else script
 

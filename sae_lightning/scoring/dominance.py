@@ -12,13 +12,12 @@ from torch import Tensor
 
 from sae_lightning.stream.rows import compute_norms
 
-FEW_TOKENS_SHARE = 1e-3  # share of the tokens that is tested for dominance: those of largest norm
-# Share of the variance above which these tokens or a dimension dominate, if it is also more than
-# ten times their share of all tokens or dimensions.
-DOMINANT_SHARE = 0.1
-# Share of the tokens, those of largest norm -> share of the variance that they may hold. The second
-# entry is for models such as Llama 2, where one token of each short sequence (the first full stop)
-# holds nearly all.
+FEW_TOKENS_SHARE = 1e-3  # of all tokens
+DOMINANT_SHARE = 0.1  # of the variance: few tokens, or one dimension, that hold more dominate it
+# Tokens dominate if they hold more than this share of the variance, and more than ten times their
+# share of the tokens: {share of the tokens, those of largest norm: share of the variance}. The
+# second entry is for models such as Llama 2, where one token of each short sequence (the first full
+# stop) holds nearly all variance.
 VARIANCE_LIMITS = {FEW_TOKENS_SHARE: DOMINANT_SHARE, 0.05: 0.5}
 
 
@@ -41,8 +40,8 @@ class DominantTokens(NamedTuple):
 @torch.no_grad()
 def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
     """Find the dominant tokens of x [n, d]. Tokens are removed, the largest norm first, until the
-    largest 0.1 % of the rest hold at most a tenth of the variance and the largest 5 % at most half;
-    then further ones up to the next gap in the norms. None if there are none, or x is not finite.
+    rest are within VARIANCE_LIMITS. Up to 0.1 % more are removed, to cut where the norm drops most.
+    None if no token is dominant, or x is not finite.
 
         |x|      100  97     11  10   9  ...   1
                  dominant    └─── others ─────┘     max_norm * median: between 11 and 97
@@ -53,15 +52,15 @@ def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
     # remaining[j]: sum of squared distances from the mean, without the j tokens of largest norm
     remaining = squares.cpu().double()[order].flip(0).cumsum(0).flip(0)
     limits = [(math.ceil(share * len(x)), limit) for share, limit in VARIANCE_LIMITS.items()]
-    dominated = sum(_is_dominated(remaining, k, limit) for k, limit in limits) > 0
+    dominated = torch.stack([_is_dominated(remaining, k, limit) for k, limit in limits]).any(dim=0)
     median = norms.median().item()
     if not dominated[0] or not median > 0:
         return None
-    # the first j that suffices or, of those soon after it, the one where the norm drops most
     first = int((~dominated).nonzero()[0])
     gaps = norms[first - 1 : -1] / norms[first:]
     count = first + int(gaps[: math.ceil(FEW_TOKENS_SHARE * len(x)) + 1].argmax())
     lowest, highest = norms[count].item() / median, norms[count - 1].item() / median
+    # between these norms, the number nearest to the middle that has the fewest digits
     middle = math.sqrt(lowest * highest)
     rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 9))
     max_norm = next((m for m in rounded if lowest <= m < highest), lowest)
@@ -73,9 +72,8 @@ def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
 
 
 def _is_dominated(remaining: Tensor, k: int, limit: float) -> Tensor:
-    """Whether, without the j tokens of largest norm, the next k hold over a share `limit` of the
-    variance that remains, and over ten times their share of the tokens: bool [n], for each j.
-    `remaining` [n]: as in `find_dominant_tokens`."""
+    """For each number j of removed tokens, whether the k largest of the rest dominate its variance:
+    bool [n]. `remaining` [n]: as in `find_dominant_tokens`; `limit`: from VARIANCE_LIMITS."""
     without_k = torch.cat([remaining[k:], torch.zeros(k, dtype=remaining.dtype)])
     token_share = k / torch.arange(len(remaining), 0, -1, dtype=remaining.dtype)
     return remaining - without_k > remaining * (10 * token_share).clamp(min=limit)
@@ -92,8 +90,9 @@ class DominantDimension(NamedTuple):
 
 
 def find_dominant_dimension(residual: Tensor, variance: Tensor) -> DominantDimension | None:
-    """Find the dimension that dominates, given each dimension's squared error `residual` [d] and
-    variance [d], both summed over tokens; None if none does."""
+    """Find the dimension that holds more than DOMINANT_SHARE of the variance, and more than ten
+    times the mean share; None if there is none. `residual` [d] and `variance` [d]: each dimension's
+    squared error and squared distance from the mean, summed over tokens."""
     share, index = (variance / variance.sum()).max(dim=0)
     if not share > max(DOMINANT_SHARE, 10 / len(variance)):
         return None

@@ -58,6 +58,7 @@ def find_nearest_cosines(W_dec: Tensor, indices: Tensor) -> Tensor:
             cosines = rows @ normalize(W_dec[order[j : j + BLOCK_ROWS]]).T
             if i == j:
                 cosines.fill_diagonal_(-1)  # a row is not its own neighbour
+            # the maxima of this block's rows, then of its columns that are in `indices`
             for first, dim in ((i, 1), (j, 0)):
                 block = nearest[first : first + BLOCK_ROWS]
                 torch.maximum(block, cosines.amax(dim)[: len(block)], out=block)

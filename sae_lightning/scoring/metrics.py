@@ -39,15 +39,14 @@ class Quality(NamedTuple):
 
 
 class QualitySums:
-    """Sums over batches, from which `Quality` is computed: `residual` of squared errors and `total`
-    of squared distances from `shift`, over all dimensions and for each [d]; `sum` of distances [d].
-    """
+    """Sums over batches, from which `Quality` is computed."""
 
     def __init__(self):
         self.tokens = 0
-        self.residual = self.total = 0.0
-        self.shift = self.sum = self.firing_counts = torch.zeros(())
-        self.residual_by_dim = self.total_by_dim = torch.zeros(())
+        self.residual = self.total = 0.0  # of squared errors, of squared distances from `shift`
+        self.residual_by_dim = self.total_by_dim = torch.zeros(())  # the same, for each dimension
+        self.shift = self.sum = torch.zeros(())  # a first estimate of the mean, sum of x - shift
+        self.firing_counts = torch.zeros(())
 
     @torch.no_grad()
     def add(self, target: Tensor, reconstruction: Tensor, features: Tensor) -> None:
@@ -55,7 +54,7 @@ class QualitySums:
         # on the CPU: not every accelerator has float64
         target, reconstruction = target.cpu().double(), reconstruction.cpu().double()
         if self.tokens == 0:
-            # subtracting a first estimate of the mean avoids cancellation in the variance
+            # subtracting it avoids cancellation in the variance
             self.shift = target.mean(dim=0)
         self.tokens += len(target)
         error, square = (target - reconstruction).square(), (target - self.shift).square()
@@ -67,8 +66,8 @@ class QualitySums:
         self.firing_counts = self.firing_counts + (features > 0).sum(dim=0).cpu()
 
     def result(self, join: Callable[[Tensor], Tensor] = lambda counts: counts) -> Quality:
-        """Quality over all tokens added so far. `join`: if features are split over ranks, gathers
-        the counts of all features from those of this rank."""
+        """Quality over all tokens added so far. `join`: where features are split over ranks, turns
+        this rank's counts into those of all features."""
         total = self.total - self.sum.square().sum().item() / self.tokens
         counts = join(self.firing_counts).double()
         return Quality(

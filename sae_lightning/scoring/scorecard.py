@@ -16,7 +16,7 @@ from sae_lightning.scoring.metrics import Fidelity, FidelitySums, Quality, Quali
 from sae_lightning.stream.recovery import RECOVERED_COSINE, Recovery
 from sae_lightning.stream.source import HeldOutData
 
-# Tokens whose features are computed at a time, and feature activations: bounds memory.
+# Most tokens, and most activations of features, that are computed at a time: bounds memory.
 MAX_TOKENS_AT_ONCE = 4096
 MAX_ACTIVATIONS_AT_ONCE = 1 << 26
 
@@ -44,24 +44,19 @@ class Scorecard(NamedTuple):
     """The LLM's loss with the reconstruction in place (None if not measured) or, on synthetic
     concepts, how many of them were recovered."""
     fidelity: Fidelity | None = None
-    """Size and kind of the error, if requested. Not in `scalars`, by which runs are compared:
-    there, explained variance gives the size of the error on a scale that all runs share."""
+    """Size and kind of the error, if requested."""
     without_dominant: WithoutDominantTokens | None = None
     """Explained variance without the few tokens that dominate it, if there are any."""
 
     def scalars(self) -> dict[str, float]:
         """All numbers but those of `fidelity`, by name, for `metrics.json`, curves and tables."""
-        quality = self.quality._asdict()
-        del quality["density"], quality["dimension"]
+        numbers = self.quality._asdict() | self.copies._asdict()
+        del numbers["density"], numbers["dimension"]
         parts = {"usual": self.without_dominant, "dimension": self.quality.dimension}
-        dominant = {
-            f"{prefix}_{name}": value
-            for prefix, part in parts.items()
-            if part
-            for name, value in part._asdict().items()
-        }
-        scores = self.scores._asdict() if self.scores else {}
-        numbers = quality | self.copies._asdict() | dominant | scores
+        for prefix, part in parts.items():
+            if part:
+                numbers |= {f"{prefix}_{name}": value for name, value in part._asdict().items()}
+        numbers |= self.scores._asdict() if self.scores else {}
         return {name: value for name, value in numbers.items() if value is not None}
 
 
@@ -83,7 +78,7 @@ def score_saes(
     `weights`, needed on synthetic concepts only: functions that return each SAE's weights for raw
     activations. `fidelity` adds the size and kind of the error, and the LLM's loss with the error
     alone; as this takes a pass of the LLM for each SAE, training does without it. `splits`: how
-    each SAE's features are split over ranks, if they are; all ranks score these SAEs together.
+    each SAE's features are split over ranks, which then all call this; empty if none is split.
     Everything is computed in float32, like a saved SAE, whatever the precision of training.
     """
     x, y = held_out.activations(source), held_out.activations(target)
@@ -118,8 +113,7 @@ def _measure_errors(
     tokens: int,
     split: FeatureSplit,
 ) -> tuple[Quality, FidelitySums | None, WithoutDominantTokens | None]:
-    """Measure an SAE on inputs x [n, d_in] and targets y [n, d_out], a number of `tokens` at a
-    time."""
+    """Measure an SAE on inputs x [n, d_in] and targets y [n, d_out], `tokens` rows at a time."""
     quality_sums, others_sums = QualitySums(), QualitySums()
     fidelity_sums = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
     others = torch.zeros(len(x), dtype=torch.bool) if dominant is None else dominant.others
@@ -142,7 +136,7 @@ def _measure_errors(
 
 
 def format_lines(scalars: dict[str, float], noun: str = "text") -> dict[str, str]:
-    """Format the numbers of a scorecard as lines, by label. `noun`: what the held-out data are."""
+    """Format the numbers of a scorecard as label -> line. `noun`: a word for the held-out data."""
     quality = {
         "L0": f"{scalars['l0']:.1f} active features per token",
         "explained variance": f"{scalars['explained_variance']:.4f}",
