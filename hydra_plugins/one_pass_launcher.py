@@ -30,8 +30,8 @@ class OnePassLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Train the jobs and the seeds and controls that they ask for. What each job returns is its
-        mean objective over seeds, or None if one of them failed."""
+        """Train the jobs, with the seeds and controls that they ask for. Each job returns its mean
+        objective over seeds, or None if its run with one of the seeds failed."""
         setup_globals()
         composed: list[tuple[DictConfig, JobReturn]] = []
         try:
@@ -39,13 +39,13 @@ class OnePassLauncher(Launcher):
                 for index, overrides in enumerate(job_overrides, initial_job_idx):
                     composed.append(self._compose(index, list(overrides)))
                     advance(1)
-            # Hydra's one job with resume=<sweep> is several of ours
+            # with resume=<sweep>, one of Hydra's jobs becomes several of our jobs
             entries = [
                 (config, job_return, job)
                 for config, job_return in composed
                 for job in job_return.return_value
             ]
-            groups = expand_jobs([job for *_, job in entries])  # each job with its added ones
+            groups = expand_jobs([job for *_, job in entries])  # each job with its added runs
             if line := describe_expansion(groups):
                 console.print(line)
             with phase("starting"):  # imported late, so that wrong settings are reported at once
@@ -54,14 +54,14 @@ class OnePassLauncher(Launcher):
             for config, *_ in entries:
                 self.context.callbacks.on_job_start(config=config, task_function=self.task_function)
             jobs = [job for group in groups for job in group]
-            metrics = dict(zip([job.folder for job in jobs], train_and_score(jobs), strict=True))
+            results = dict(zip([job.folder for job in jobs], train_and_score(jobs), strict=True))
         finally:
             self._remove_unused([config for config, _ in composed])
         # a search expects one value for each job that it asked for
         is_search = not self.config.hydra.sweeper._target_.endswith(".BasicSweeper")
         job_returns = []
         for (config, composed_return, _), group in zip(entries, groups, strict=True):
-            objective = average_objective(group, metrics)
+            objective = average_objective(group, results)
             for job in group[:1] if is_search else group:
                 job_return = copy(composed_return)
                 job_return.overrides, job_return.working_dir = job.overrides, str(job.folder)
@@ -76,15 +76,15 @@ class OnePassLauncher(Launcher):
             remove_unused_folder(Path(config.hydra.runtime.output_dir))
 
     def _compose(self, index: int, overrides: list[str]) -> tuple[DictConfig, JobReturn]:
-        """Compose a job as Hydra does, with the list of our jobs as its return value."""
+        """Compose a job as Hydra does; its return value is the list of our jobs."""
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = index
 
         def collect(cfg: DictConfig) -> list[Job]:
             hydra = HydraConfig.get()
-            sweep, folder = Path(hydra.sweep.dir), Path(hydra.runtime.output_dir)
-            jobs = make_jobs(cfg, folder, read_overrides(hydra), sweep)
+            sweep_folder, folder = Path(hydra.sweep.dir), Path(hydra.runtime.output_dir)
+            jobs = make_jobs(cfg, folder, read_overrides(hydra), sweep_folder)
             return [replace(job, swept=read_swept_settings(hydra)) for job in jobs]
 
         job_return = run_job(
@@ -97,5 +97,5 @@ class OnePassLauncher(Launcher):
         )
         if job_return.status is JobStatus.FAILED:
             self._remove_unused([config])
-            raise job_return._return_value
+            raise job_return._return_value  # `return_value` would also print a line
         return config, job_return

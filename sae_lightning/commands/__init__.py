@@ -1,6 +1,6 @@
 """The entry points: `train.py` and `sae-train`, `analyze.py` and `sae-analyze`, `train` in Python.
 
-This file imports nothing that takes long, so that Ctrl-C is quiet from the start.
+The slow imports are inside the functions, after Ctrl-C has been set to exit without a traceback.
 """
 
 import signal
@@ -17,7 +17,7 @@ def run_train() -> None:
 
 
 def run_analyze() -> None:
-    """Run the task of analysis that the command line describes."""
+    """Run the task that the command line of analyze.py describes."""
     _prepare()
     from sae_lightning.commands.analyze_command import analyze_from_command_line
 
@@ -25,7 +25,7 @@ def run_analyze() -> None:
 
 
 def _prepare() -> None:
-    """Handle Ctrl-C, check packages and share the cores before the imports that take seconds."""
+    """Set up Ctrl-C, packages and OpenMP before the imports that take seconds."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C exits without a traceback
     check_packages()
     from sae_lightning.runs.threads import share_cores

@@ -18,7 +18,6 @@ def analyze_from_command_line() -> None:
     """Run the task of analyze.py that the command line names. If a cluster job has started several
     processes, all but the first end with an error."""
     with report_errors():
-        # returns the arguments, with `plugins=` as Hydra reads it
         sys.argv[1:] = load_plugins(sys.argv[1:], TASKS)
         refuse_other_ranks()
         rewrite_command_line()
@@ -33,7 +32,7 @@ def analyze_composed(cfg: DictConfig) -> None:
         overrides = read_overrides(HydraConfig.get())
         given_settings = [override.lstrip("+~").partition("=")[0] for override in overrides]
         if OmegaConf.is_missing(cfg.layer, "index"):
-            # llm=hf leaves it missing, which `to_dataclass` refuses; unless `layer` is given, the
-            # task takes the layer that the SAE was trained on instead
+            # llm=hf leaves it missing, which `to_dataclass` refuses. The 0 is used only if `layer`
+            # is given; otherwise, the task takes the layer that the SAE was trained on.
             cfg.layer.index = 0
         to_dataclass(cfg).execute(given_settings)

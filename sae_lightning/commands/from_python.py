@@ -54,8 +54,8 @@ class Run:
 def train(*arguments: str, config_dir: str | os.PathLike | None = None) -> Run:
     """Train the SAE that the arguments of `train.py` describe, or go on with `resume=...`.
 
-    `config_dir`: a folder with presets of your own. UserError: the line that the command would
-    print.
+    `config_dir`: a folder with presets of your own. A UserError holds the line that the command
+    would print.
     """
     (result,) = _run_hydra(arguments, config_dir, sweep=False)
     return Run(Path(result.hydra_cfg.hydra.runtime.output_dir))
@@ -63,7 +63,7 @@ def train(*arguments: str, config_dir: str | os.PathLike | None = None) -> Run:
 
 def train_sweep(*arguments: str, config_dir: str | os.PathLike | None = None) -> list[Run]:
     """Train the SAEs of a sweep, `train.py -m` with these arguments, on as few passes of the LLM as
-    possible. In the list, each SAE is followed by the seeds and controls that `sweep` adds to it.
+    possible. In the list, the runs that `sweep.seeds` and `sweep.controls` add follow their SAE.
 
     UserError: as in `train`, or because some SAEs failed; the others are in their folders.
     """
@@ -75,26 +75,28 @@ def train_sweep(*arguments: str, config_dir: str | os.PathLike | None = None) ->
 def _run_hydra(
     arguments: Sequence[str], config_dir: str | os.PathLike | None, sweep: bool
 ) -> list[JobReturn]:
-    """Run a command line; returns Hydra's result of each of its jobs."""
+    """Run Hydra with the arguments of a command line; returns the result of each job."""
     with _raise_printed_errors(arguments):
         _refuse_unsupported(arguments)
+        # load_plugins looks for presets in this folder
         flags = [] if config_dir is None else ["--config-dir", os.fspath(config_dir)]
-        settings = load_plugins([*flags, *arguments])[len(flags) :]
-        overrides = rewrite_arguments([*(["-m"] if sweep else []), *settings])
-        with _start_hydra(config_dir) as hydra:
-            if not sweep:
-                overrides.append("hydra.mode=RUN")
+        settings = [a for a in load_plugins([*flags, *arguments]) if a not in flags]
+        if not sweep:
+            overrides = [*rewrite_arguments(settings), "hydra.mode=RUN"]
+            with _start_hydra(config_dir) as hydra:
                 result = hydra.run("config", _train_composed, overrides, False)
-                if result.return_value:
-                    raise result.return_value
-                return [result]
-            overrides = [*overrides[1:], "hydra.mode=MULTIRUN"]
+            if result.return_value:
+                raise result.return_value
+            return [result]
+        flag, *overrides = rewrite_arguments(["-m", *settings])
+        overrides.append("hydra.mode=MULTIRUN")  # instead of the flag -m
+        with _start_hydra(config_dir) as hydra:
             batches = hydra.multirun("config", _train_composed, overrides, False)
             return [result for batch in batches for result in batch]
 
 
 def _refuse_unsupported(arguments: Sequence[str]) -> None:
-    """UserError for what only the command supports: launchers, sweepers and options."""
+    """UserError for torchrun, flags, launchers and sweepers, which only the command supports."""
     if find_launched_rank():
         raise UserError(
             "train() starts the processes of trainer.devices itself: start this program once, or "
@@ -121,7 +123,7 @@ def _start_hydra(config_dir: str | os.PathLike | None) -> Iterator[Hydra]:
         folder = os.path.abspath(config_dir)
         if not os.path.isdir(folder):
             raise UserError(f"config_dir={config_dir}: no such folder")
-        schema = SearchPathQuery(provider="schema")
+        schema = SearchPathQuery(provider="schema")  # the place of --config-dir
         search_path.prepend("command-line", f"file://{folder}", anchor=schema)
     version.setbase("1.3")
     backup = get_gh_backup()
@@ -136,7 +138,7 @@ def _train_composed(cfg: DictConfig) -> Exception | None:
     """Train a job; returns an error instead of raising it, because Hydra would print it."""
     try:
         job = make_composed_job(cfg)
-        # imported late, so that a mistyped option is reported at once
+        # imported late, so that a mistyped setting is reported at once
         with phase("starting"):
             from sae_lightning.runs.passes import train_jobs
 
@@ -155,7 +157,7 @@ def _raise_printed_errors(arguments: Sequence[str]) -> Iterator[None]:
     except SystemExit as exit_:
         if exit_.code == 130:  # after Ctrl-C
             raise KeyboardInterrupt from None
-        if isinstance(exit_.code, str):
+        if isinstance(exit_.code, str):  # runs/sweep.py exits with the line of an error
             raise UserError(exit_.code.removeprefix("error: ")) from exit_
         raise
     except Exception as error:

@@ -43,7 +43,7 @@ PATH_SETTINGS = (
     "hydra.run.dir",
     "hydra.sweep.dir",
 )
-# Without -m, a comma in these is part of the path.
+# Without -m, a comma in these is part of the path; in others, -m was probably forgotten.
 SINGLE_PATHS = ("resume", "run", "control", "file")
 # Hydra's syntax: quotes, interpolations, escapes.
 HYDRA_SYNTAX = re.compile(r"""^['"]|\$\{|\\[()\[\]{}:=, ]""")
@@ -108,10 +108,10 @@ def refuse_sweep(arguments: list[str]) -> None:
 def quote_texts(arguments: list[str]) -> list[str]:
     """The arguments with the values of text settings (prompts, names, paths) quoted for Hydra.
 
-    Everything after the first `=` is taken literally: `1e3` stays text, and so do quotes and,
-    outside a sweep, commas. Only `${...}` keeps its meaning for Hydra, and `null` if the setting
-    may be null. A path may also be quoted for Hydra or begin with `~`, which shells do not expand
-    after `=`. In a sweep, commas separate values; a value that contains one must be quoted.
+    The value is text even if it is `1e3` or has quotes. Only `${...}` keeps its meaning for Hydra,
+    and `null` if the setting may be null. A path may also be quoted for Hydra or begin with `~`,
+    which shells do not expand after `=`. In a sweep, commas separate values, a value that contains
+    one must be quoted, and functions such as choice(a,b) are left to Hydra.
     """
     multirun, text_settings = is_multirun(arguments), find_text_settings()
     return [_quote_text(argument, multirun, text_settings) for argument in arguments]
@@ -144,7 +144,7 @@ def find_text_settings() -> dict[str, bool]:
 def list_tasks() -> dict[str, type]:
     """The tasks of analyze.py: name -> schema; none in train.py."""
     nodes = ConfigStore.instance().repo.get("task", {})
-    return {name.removesuffix(".yaml"): OmegaConf.get_type(x.node) for name, x in nodes.items()}
+    return {name.removesuffix(".yaml"): OmegaConf.get_type(n.node) for name, n in nodes.items()}
 
 
 def join_sweep_values(texts: Iterable[str]) -> str:
@@ -154,8 +154,8 @@ def join_sweep_values(texts: Iterable[str]) -> str:
 
 
 def sweep_settings_of_swept_groups(arguments: list[str]) -> list[str]:
-    """The arguments with `=x` written as `=choice(x)`, a sweep over one value, for each setting of
-    a group that is swept.
+    """The arguments with each `group.setting=x` of a swept group written as
+    `group.setting=choice(x)`, a sweep over one value.
 
     Hydra first composes a config without the swept arguments. In `-m model=topk,batch_topk
     model.k=32` it would refuse `model.k`, because the default model has no `k`. A sweep of `model`
@@ -169,14 +169,15 @@ def sweep_settings_of_swept_groups(arguments: list[str]) -> list[str]:
             parsed[argument] = parser.parse_override(argument)
     swept = {o.key_or_group for o in parsed.values() if o.is_sweep_override()}
     groups = swept | ({"loss"} if "model" in swept else set())
-    return [
-        argument.replace("=", "=choice(", 1) + ")"
-        if (o := parsed.get(argument))
-        and not (o.is_sweep_override() or o.is_delete())
-        and o.key_or_group.partition(".")[0] in groups - {o.key_or_group}
-        else argument
-        for argument in arguments
-    ]
+    rewritten = []
+    for argument in arguments:
+        override = parsed.get(argument)
+        if override and not (override.is_sweep_override() or override.is_delete()):
+            group, dot, _ = override.key_or_group.partition(".")
+            if dot and group in groups:
+                argument = argument.replace("=", "=choice(", 1) + ")"
+        rewritten.append(argument)
+    return rewritten
 
 
 def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
@@ -211,7 +212,7 @@ def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
 
 
 def count_values(override: Override) -> int:
-    """Number of values of an override, without generating a range; UserError if that never ends."""
+    """Number of values of an override, without generating them; UserError for an endless range."""
     if not override.is_sweep_override():
         return 1
     value = override.value()
@@ -237,9 +238,7 @@ def _quote_text(argument: str, multirun: bool, text_settings: dict[str, bool]) -
     is_path = setting in PATH_SETTINGS
     if not equals or not (is_path or setting in text_settings):
         return argument
-    may_be_null = text_settings.get(setting, True)  # True for paths of Hydra and llm.load
-    if value == "null" and may_be_null:
-        return argument
+    may_be_null = text_settings.get(setting, True)  # Hydra's paths and those in llm.load may
     # Python decodes bytes that are not UTF-8 to these code points
     if not is_path and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"{setting}: the text is not UTF-8; use a terminal with a UTF-8 locale")
@@ -248,12 +247,15 @@ def _quote_text(argument: str, multirun: bool, text_settings: dict[str, bool]) -
         return argument  # the user has written it for Hydra, such as choice(a,b)
     if is_path and "," in value and not multirun and setting not in SINGLE_PATHS:
         return argument  # Hydra will report that several values need -m
-    expand = os.path.expanduser if is_path else str
-    values = SWEEP_VALUE.findall(value) if multirun else [("", value)]
-    return f"{name}=" + ",".join(
-        quoted or (text if text == "null" and may_be_null else quote_if_needed(expand(text)))
-        for quoted, text in values
-    )
+
+    def quote(text: str) -> str:
+        if text == "null" and may_be_null:
+            return text
+        return quote_if_needed(os.path.expanduser(text) if is_path else text)
+
+    # of each pair, the text that the user has quoted or the text that is not quoted
+    pairs = SWEEP_VALUE.findall(value) if multirun else [("", value)]
+    return f"{name}=" + ",".join(quoted or quote(text) for quoted, text in pairs)
 
 
 def quote_if_needed(text: str) -> str:

@@ -15,7 +15,7 @@ from sae_lightning.training.logging import HeadLog, LoggedRun, SilentLog
 
 
 def build_heads(planned: PlannedPass, modules: dict[Site, str]) -> list[Head]:
-    """The heads that this rank trains, with their logs. `modules`: names of the LLM's modules."""
+    """The heads that this rank trains, with their logs. `modules`: site -> the LLM's module."""
     heads = []
     for index in planned.own_share:
         job, pair = planned.jobs[index], planned.sites[index]
@@ -36,7 +36,7 @@ def build_heads(planned: PlannedPass, modules: dict[Site, str]) -> list[Head]:
 
 
 def _find_resumed_at(planned: PlannedPass, job: Job) -> int | None:
-    """Training tokens at which a job of the pass goes on; None for a new run."""
+    """Tokens at which the job goes on: 0 if a multirun begins it, None for a new plain run."""
     return planned.steps_done * job.config.trainer.batch if job.resumed else None
 
 
@@ -67,7 +67,7 @@ def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) ->
 
 def open_other_loggers(planned: PlannedPass, heads: Iterable[Head]) -> None:
     """Open the loggers beside TensorBoard, each for the run of one head."""
-    notes: set[str] = set()
+    notes: set[str] = set()  # shared by all heads, see `open_loggers`
     for index, head in zip(planned.own_share, heads, strict=True):
         job = planned.jobs[index]
         if not head.writes:

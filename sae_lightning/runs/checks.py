@@ -54,7 +54,7 @@ def _pick_device_type(trainer: TrainerConfig) -> str:
 
 
 class CheckedJob(NamedTuple):
-    """A job that passed the checks, with what the checks looked up."""
+    """A job that passed the checks, with facts that the checks read."""
 
     job: Job
     sites: SitePair
@@ -68,7 +68,7 @@ class CheckedJob(NamedTuple):
 
 def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
     """Check jobs that share the stream half; UserError for the first problem. Prints a warning for
-    each start that was trained on another LLM."""
+    each `model.start` that was trained on another LLM."""
     config = jobs[0].config
     assert len({job.config.stream_key() for job in jobs}) == 1, "jobs must share the stream half"
     if config.trainer.accelerator is Accelerator.gpu and not torch.accelerator.is_available():
@@ -89,7 +89,7 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
     config.data_source.check_before_loading(llm, jobs[0].resumed)
     sites = [config.data_source.find_sites(job.config.layer, llm) for job in jobs]
     config.data_source.check_data(distinct_sites(sites), config.trainer.batch)
-    checked_streams: set = set()  # runs of one pass share a file, which is checked once
+    checked_streams: set = set()  # stream files, of which runs on one pass share one
     steps_done = [
         _read_steps_done(job, pair, llm, checked_streams) if job.resumed else 0
         for job, pair in zip(jobs, sites, strict=True)
@@ -139,7 +139,7 @@ def _check_shared(job: Job, first: Job) -> None:
 
 
 def _check_loss_tokens(job: Job) -> None:
-    """UserError if `eval.loss_tokens` is typed without an LLM; a trainer preset may set it."""
+    """UserError if `eval.loss_tokens` is typed without an LLM. (A preset may set it.)"""
     for override in job.overrides:
         is_loss_tokens = override.lstrip("+").startswith("eval.loss_tokens=")
         if is_loss_tokens and not job.config.data_source.has_llm:
@@ -165,8 +165,8 @@ def _check_kl(job: Job) -> None:
 
 
 def _check_seeds(job: Job) -> None:
-    """UserError if a seed is typed that makes the SAE's first weights the synthetic concepts
-    themselves: `data.seed` and `model.seed` are equal."""
+    """UserError if a seed is typed and `data.seed` equals `model.seed`: the SAE's first weights
+    would be the synthetic concepts."""
     seed, is_typed = job.config.model.seed, any("seed=" in override for override in job.overrides)
     if getattr(job.config.data, "seed", None) == seed and is_typed and not job.resumed:
         raise UserError(
@@ -176,8 +176,8 @@ def _check_seeds(job: Job) -> None:
 
 
 def _count_checkpoint_bytes(job: Job, sites: SitePair, llm: LLMShape) -> int:
-    """Bytes still needed for the weights, Adam's two moments and the exported weights, all of
-    which are on disk twice while they are replaced, and for the SAEs of `trainer.keep_every`."""
+    """Bytes still needed for the checkpoint (weights and Adam's two moments), the exported weights
+    and the SAEs of `trainer.keep_every`. While a file is replaced, it is on disk twice."""
     weight_bytes = 4 * count_parameters(job.config.model, *map(llm.width_at, sites))
     needed = 2 * (3 * weight_bytes + weight_bytes) + job.config.trainer.kept_saes * weight_bytes
     if job.config.model.start:  # decoder rows in half precision, in the checkpoint
@@ -202,7 +202,7 @@ def check_disk_space(jobs: list[CheckedJob]) -> None:
 def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, checked_streams: set) -> int:
     """Updates in the checkpoint of a resumed run, after checking all its parts (UserError if one is
     damaged or has other settings); 0 if the run was killed before its first checkpoint.
-    `checked_streams`: files already checked for other heads."""
+    `checked_streams` collects the stream files that have been checked."""
     path = locate_checkpoint(job.folder)
     try:
         path.lstat()  # not exists(), which hides broken symbolic links and disk errors

@@ -66,7 +66,7 @@ def report_errors(folder: Path | None = None, multirun: bool = False) -> Iterato
     run, is removed if still empty. In a `multirun` the error is only printed, with the folder's
     name: other jobs go on.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # undo train.py's SIG_DFL
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt on Ctrl-C
     # otherwise Hydra prints its own shortened traceback and exits before the error gets here
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     for stream in (sys.stdout, sys.stderr):
@@ -103,8 +103,7 @@ def rewrite_arguments(arguments: list[str]) -> list[str]:
 
 
 def refuse_other_ranks() -> None:
-    """UserError on all ranks but 0 if torchrun, srun or submitit has started several with this
-    command."""
+    """UserError on each rank but 0 if torchrun, srun or submitit has started several processes."""
     if (launched := find_launched_rank()) and launched.rank > 0:
         raise UserError(
             f"task {launched.rank} of {launched.size}: the first one does all the work, so this "
@@ -144,7 +143,7 @@ def remove_unused_folder(folder: Path) -> None:
 def explain_error(error: BaseException, overrides: list[str]) -> str | None:
     """One line about an error that the user can correct; None for a bug. `overrides`: the
     arguments that were typed, for the message."""
-    for cause in list_causes(error, contexts=False):  # a context may be an unrelated error
+    for cause in list_causes(error, contexts=False):  # `__context__` may be unrelated
         if line := describe_system_error(cause):
             return line
         if isinstance(cause, UserError):
@@ -186,7 +185,7 @@ def explain_error(error: BaseException, overrides: list[str]) -> str | None:
 
 
 def _suggest(word: str, options: list[str]) -> str:
-    """A question after the option that is most like `word`; empty if none is like it."""
+    """`did you mean x? ` with the option x most similar to `word`; empty if none is similar."""
     close = get_close_matches(word, options, n=1)
     return f"did you mean {close[0]}? " if close else ""
 
@@ -226,6 +225,7 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
     parent, _, key = name.rpartition(".")
     schema = error.object_type
     tasks = list_tasks()
+    # this preset also sets settings of training
     if schema in tasks.values() and "data=synthetic" in overrides:
         return (
             "data=synthetic has no meaning here: the run folder says what it was trained on; leave "
@@ -238,7 +238,7 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
         "": tasks if schema in tasks.values() else {},
     }
     table = tables.get(parent, {})
-    owners = [option for option, fields in table.items() if key in fields.__dataclass_fields__]
+    owners = [option for option, cls in table.items() if key in cls.__dataclass_fields__]
     if owners:
         group = {"data": "data", "": "task"}.get(parent, "model")
         add = f", or add data={owners[0]}" if group == "data" and len(owners) == 1 else ""
@@ -296,4 +296,5 @@ def _describe_hydra_error(text: str) -> str:
         return f"no setting {match[1]}: --help lists all settings"
     if match := re.search(r"Either remove \+ prefix: '(.+)'", text):
         return f"+{match[1]}: this setting exists; leave out the +"
-    return " ".join(text.strip().splitlines()[: 2 if "Error in call to target" in text else 1])
+    count = 2 if "Error in call to target" in text else 1  # the second line holds the reason
+    return " ".join(text.strip().splitlines()[:count])

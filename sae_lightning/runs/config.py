@@ -47,7 +47,7 @@ DATA_PRESETS = {
 STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
 # Settings of the trainer that do not change what is trained (but for a split SAE's rounding).
 DEVICE_SETTINGS = ("devices", "nodes", "split", "patience")
-# Prefixes of the overrides that may be given with `resume`.
+# Prefixes of the overrides with which `resume` may change `sweep` and `trainer`.
 RESUME_OVERRIDES = (
     *(f"sweep.{name}=" for name in ("objective", "l0", "max_heads")),
     *(f"trainer.{name}=" for name in (*DEVICE_SETTINGS, "threads", "keep_every")),
@@ -151,9 +151,9 @@ class Config:
                 f"loss.target_l0={target_l0}: there are only model.features={self.model.features}; "
                 "give fewer active features, or null"
             )
-        self._check_control()
+        self._check_control(is_autoencoder)
 
-    def _check_control(self) -> None:
+    def _check_control(self, is_autoencoder: bool) -> None:
         """UserError for settings that have no meaning with `model.control`."""
         control, resampling = self.model.control, self.callbacks.resample.every
         if control is None:
@@ -173,8 +173,7 @@ class Config:
                 f"loss.kl={self.loss.kl}: the LLM's own activations are what "
                 f"model.control={control.name} must not learn from; leave one of them out"
             )
-        # the target is null in an autoencoder, or the same as the source
-        if control in NOT_FOR_TRANSCODERS and self.layer.target not in (None, self.layer.source):
+        if control in NOT_FOR_TRANSCODERS and not is_autoencoder:
             raise UserError(
                 f"model.control={control.name} has no meaning for a transcoder; use "
                 "frozen_decoder, soft_frozen_decoder or frozen_encoder"
@@ -187,7 +186,7 @@ class Config:
 
     @property
     def tuned_from(self) -> int | None:
-        """The update (counted from 0) at which fine-tuning with `loss.kl` begins; None without."""
+        """The update (counted from 0) at which `loss.kl` sets in; None without it."""
         if not self.loss.kl:
             return None
         return find_tuning_start(self.trainer.steps, self.loss.kl_from)
@@ -258,9 +257,9 @@ def to_dataclass(cfg: DictConfig) -> Any:
         meaning = f" ({docs[error.key].removesuffix('.')})" if error.key in docs else ""
         raise UserError(f"{name} is not set: give {name}=...{meaning}") from error
     except AttributeError as error:  # `+model.featurs=3`: with +, Hydra adds any key
-        translation = translate_setting(str(error).split("'")[-2])  # has no attribute 'featurs'
+        name = str(error).split("'")[-2]  # the message ends with: has no attribute 'featurs'
         hint = f"{error}: leave out the +, or correct the setting's name"
-        raise UserError(translation or hint) from error
+        raise UserError(translate_setting(name) or hint) from error
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

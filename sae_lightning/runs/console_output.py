@@ -28,7 +28,7 @@ def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
     )
     models = [job.config.model for job in jobs]
     sizes = dict.fromkeys(f"{model.name}, {model.features:,} features" for model in models)
-    rows = {
+    lines = {
         **inputs,
         **jobs[0].config.data_source.describe_sites(planned.sites, llm),
         "SAE": (f"{len(jobs)} of " if len(jobs) > 1 else "")
@@ -41,12 +41,12 @@ def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
         split_count, whole_count = len(planned.split), len(jobs) - len(planned.split)
         parts = [f"{split_count} of the SAEs split by features"] * bool(split_count)
         parts += [f"{whole_count} of them whole, each on one device"] * bool(whole_count)
-        rows["devices"] = f"{len(planned.shares)}, {', '.join(parts)}"
+        lines["devices"] = f"{len(planned.shares)}, {', '.join(parts)}"
     if starts := dict.fromkeys(model.start for model in models if model.start):
-        rows["starting from"] = ", ".join(str(shorten_path(Path(start))) for start in starts)
+        lines["starting from"] = ", ".join(str(shorten_path(Path(start))) for start in starts)
     if steps_done:
-        rows["resuming"] = f"after {steps_done * trainer.batch:,} tokens"
-    console.print(make_grid(rows))
+        lines["resuming"] = f"after {steps_done * trainer.batch:,} tokens"
+    console.print(make_grid(lines))
 
 
 def print_results(job: Job, metrics: dict) -> None:

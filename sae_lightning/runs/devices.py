@@ -43,7 +43,7 @@ def count_ranks(config: Config) -> int:
     ranks that a launcher has started."""
     trainer, llm = config.trainer, config.llm
     count = None if trainer.devices == "auto" else trainer.devices
-    # the settings name the device of the LLM, such as cuda:1, or spread it over several
+    # llm.device names one GPU, such as cuda:1, or llm.load spreads the LLM over several
     llm_is_placed = ":" in llm.device or is_spread(llm.load)
     gpus = torch.cuda.device_count() if _uses_gpus(config) else 0
     if launched := find_launched_rank():
@@ -84,13 +84,14 @@ def _uses_gpus(config: Config) -> bool:
 
 
 def count_local_ranks(config: Config, ranks: int | None = None) -> int:
-    """Number of ranks on this machine, of `ranks` in all (None: of those of `config`)."""
+    """Number of ranks on this machine. `ranks`: their number in all; None: as `config` says."""
     return find_local_size() or (ranks or count_ranks(config)) // config.trainer.nodes
 
 
 def count_threads(config: Config) -> int:
-    """CPU threads of each rank: as many as torch would use, divided by the number of ranks."""
-    if find_launched_rank() or "OMP_NUM_THREADS" in os.environ:  # the launcher or the user chose
+    """CPU threads of each rank: torch's default, shared by the ranks unless the launcher or the
+    user has set it."""
+    if find_launched_rank() or "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
     return max(1, torch.get_num_threads() // count_ranks(config))
 
@@ -112,7 +113,7 @@ class Followers:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        # torchrun may have started this command alone: its settings do not hold for these ranks
+        # if torchrun has started this process alone, its settings do not hold for these ranks
         env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
         # torch logs a lost connection with its C++ stack; our own line is enough
@@ -139,8 +140,8 @@ class Followers:
         world().store_message(f"pass/{self.passes_sent}", pickle.dumps(message))
 
     def end(self) -> None:
-        """End all ranks but this one once they have trained what they were sent; kill those that
-        this process has started after END_SECONDS."""
+        """Have all other ranks end after the passes that they were sent. Those that this process
+        has started are killed if they take longer than END_SECONDS."""
         if world().size > 1:
             with suppress(RuntimeError):  # some ranks may be lost
                 self.send_pass(None)
@@ -188,10 +189,10 @@ def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
 
 
 def release_followers() -> None:
-    """End the ranks that a launcher has started, if they still wait for a first pass: there was
-    nothing to train, or an error has come first. Only where a launcher has started this one."""
+    """End the other ranks that a launcher has started if they still wait for a first pass, because
+    there was nothing to train or an error came first. Only if a launcher has started this rank."""
     if not followers.connected:
-        followers.connected = True  # whether or not it succeeds: tried only once
+        followers.connected = True  # set even if it fails, so that it is tried once
         with suppress(RankLost, RuntimeError):
             ranks.connect(*find_launched_rank(), patience=END_SECONDS * 6)
             followers.end()
@@ -214,7 +215,7 @@ def follow() -> None:
             run_pass(pickle.loads(planned))
         world().store.add("ended", 1)
         ranks.disconnect()
-    except SystemExit:
+    except SystemExit:  # from `run_pass`: rank 0 was stopped by Ctrl-C or SIGTERM
         os._exit(0)
     except BaseException as error:
         message = OUT_OF_MEMORY if is_out_of_memory(error) else explain_error(error, [])

@@ -24,11 +24,12 @@ from sae_lightning.sae.controls import Control
 def expand_jobs(jobs: Sequence[Job]) -> list[list[Job]]:
     """For each job, a group: the job and the runs that `sweep.seeds` and `sweep.controls` add to
     it. If two jobs add the same run, both groups hold the same object."""
-    unique = {_make_key(job.config): job for job in jobs}
-    return [
-        [job, *(unique.setdefault(_make_key(run.config), run) for run in _make_added_runs(job))]
-        for job in jobs
-    ]
+    runs = {_make_key(job.config): job for job in jobs}
+    groups = []
+    for job in jobs:
+        added = [runs.setdefault(_make_key(run.config), run) for run in _make_added_runs(job)]
+        groups.append([job, *added])
+    return groups
 
 
 def list_controls(config: Config) -> list[Control]:
@@ -51,18 +52,18 @@ def describe_expansion(groups: Sequence[Sequence[Job]]) -> str:
     runs = {run.folder: run for group in groups for run in group}
     if len(runs) == len(job_folders):
         return ""
-    controls = sum(run.config.model.control is not None for run in runs.values())
-    saes = f"{len(runs) - controls} SAEs with all seeds"
-    return f"{len(job_folders)} jobs become {len(runs)} runs: {saes}, {controls} controls"
+    count = sum(run.config.model.control is not None for run in runs.values())
+    saes = f"{len(runs) - count} SAEs with all seeds"
+    return f"{len(job_folders)} jobs become {len(runs)} runs: {saes}, {count} controls"
 
 
 def average_objective(
     group: Sequence[Job], results: Mapping[Path, dict[str, float] | None]
 ) -> float | None:
-    """Mean objective of a job over its seeds; None if the run of one of them has failed.
+    """Mean objective of a job over its seeds; None if the run with one of the seeds has failed.
 
-    `group`: the job and its added runs, of which its controls do not count; `results`: run folder
-    -> held-out metrics.
+    `group`: the job and its added runs (controls do not count); `results`: run folder -> held-out
+    metrics.
     """
     config = group[0].config
     seed_runs = [run for run in group if run.config.model.control is config.model.control]

@@ -12,7 +12,7 @@ from sae_lightning.sae.controls import Control
 def find_controls(folder: Path) -> dict[Control, Path]:
     """For the SAE of the run in `folder`, control -> run folder: a finished run of each control
     among the runs beside it (those of its sweep), preferably one with the same seeds."""
-    # trusted, because only configs are read: no LLM is loaded, whose code could run
+    # trusted, because only configs are read: no code that comes with an LLM can run
     config = read_job(folder, trusted=True).config
     settings, folders = config.to_flat_dict(), {}
     experiment = identify_experiment(settings)

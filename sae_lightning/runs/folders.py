@@ -90,7 +90,7 @@ def begin_run(job: Job) -> None:
 
 
 def forget_empty_run(job: Job) -> bool:
-    """Delete the settings of a new plain run if it wrote nothing else; returns whether it did."""
+    """If a new plain run has written nothing but its settings, delete them and return True."""
     is_empty = {file.name for file in job.folder.glob("*")} <= {CONFIG_FILE, LOCK_FILE}
     if not is_empty or job.resumed or job.multirun:
         return False
@@ -130,7 +130,8 @@ def _read_sweep_run(folder: Path) -> SweepRun:
         job = read_job(folder, trusted=True)  # no LLM is loaded
     except UserError as error:
         return SweepRun(folder, overrides=[], metrics=None, failure=str(error), damaged=True)
-    run = SweepRun(folder, job.overrides, None, None, job.config.to_flat_dict())
+    settings = job.config.to_flat_dict()
+    run = SweepRun(folder, job.overrides, metrics=None, failure=None, settings=settings)
     try:
         failure = _read_failure(folder)
         return run._replace(
@@ -208,8 +209,8 @@ def claim_folders(folders: list[Path]) -> Iterator[None]:
                 ) from None
             saes = [folder / "sae", *folder.glob("sae-*")]
             subfolders = [*saes, locate_checkpoint(folder).parent]
-            # a folder that the user names may be a link, but no folder inside it
-            for path in [*subfolders, *([folder] if folder.parent in folders else [])]:
+            # the folder that the user gives may be a link, but no folder inside it
+            for path in [folder, *subfolders] if folder.parent in folders else subfolders:
                 refuse_link(path)
             for path in (folder, *subfolders):
                 remove_leftovers(path)

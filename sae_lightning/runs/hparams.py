@@ -19,8 +19,8 @@ HPARAM_SETTINGS = (
 
 
 def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
-    """The content of the tab for each job; first the swept settings or, for a single run, its
-    overrides."""
+    """The content of the tab for each job. The first columns are the swept settings or, for a
+    single run, the typed ones."""
     overrides = [split_overrides(job.overrides) for job in jobs]
     # `job.swept` is empty in resumed jobs and lacks added seeds and controls: compare the jobs, too
     varying_names = find_swept(overrides)
@@ -28,8 +28,8 @@ def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
     for job, values in zip(jobs, overrides, strict=True):
         names = [*dict.fromkeys([*(name for name in job.swept if name in values), *varying_names])]
         # if a job of a sweep is resumed alone, its folder is named after the swept settings
-        folder_names = [part.partition("=")[0] for part in job.folder.name.split(",")]
-        swept.append(names or [name for name in values if name in folder_names] or [*values])
+        in_folder_name = [part.partition("=")[0] for part in job.folder.name.split(",")]
+        swept.append(names or [name for name in values if name in in_folder_name] or [*values])
     settings = [_select_settings(*row) for row in zip(jobs, overrides, swept, strict=True)]
     columns: dict = {}
     for values in settings:

@@ -45,7 +45,7 @@ class Job:
     multirun: bool = False
     """Whether the job is one of several: if it fails, the others go on."""
     sweep_folder: Path | None = None
-    """Folder of the sweep that the job belongs to; None if it is started or resumed alone."""
+    """Folder of the sweep, if its jobs are trained together; None for a job trained alone."""
     swept: Sequence[str] = ()
     """Names of the settings that vary in its multirun (see `read_swept_settings`)."""
     hparams: "HParams | None" = None
@@ -74,8 +74,8 @@ def read_overrides(hydra: DictConfig) -> list[str]:
 
 def read_swept_settings(hydra: DictConfig) -> list[str]:
     """Names of the typed settings that vary in a multirun, after which its folders are named; in a
-    plain run, of all typed settings."""
-    constant = hydra.job.config.override_dirname.exclude_keys
+    plain run, the names of all typed settings."""
+    constant = hydra.job.config.override_dirname.exclude_keys  # set by `Sweep`
     return [name for name in split_overrides(read_overrides(hydra)) if name not in constant]
 
 
@@ -143,11 +143,12 @@ def make_composed_job(cfg: DictConfig) -> Job:
     return job
 
 
-def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep: Path) -> list[Job]:
-    """The jobs of one composed config of the multirun in folder `sweep`: one job or, if `resume`
-    names a sweep, all jobs of that sweep."""
+def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep_folder: Path) -> list[Job]:
+    """The jobs of one composed config of a multirun: one job or, if `resume` names a sweep, all
+    jobs of that sweep. `sweep_folder`: the folder of the multirun."""
     if cfg.resume is None:
-        return [replace(make_job(cfg, folder, overrides, multirun=True), sweep_folder=sweep)]
+        job = make_job(cfg, folder, overrides, multirun=True)
+        return [replace(job, sweep_folder=sweep_folder)]
     if is_sweep(Path(cfg.resume)):
         _refuse_other_overrides(overrides)
         jobs = read_sweep(Path(cfg.resume), trusted=cfg.llm.trust_remote_code)

@@ -44,7 +44,7 @@ def find_launched_rank() -> LaunchedRank | None:
 
 
 def find_local_size() -> int | None:
-    """Number of ranks that the launcher has started on this machine; None if it does not say."""
+    """Number of ranks that the launcher has started on rank 0's machine; None if unknown."""
     ranks_per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 8(x2),4
     size = os.environ.get("LOCAL_WORLD_SIZE") or re.match(r"\d*", ranks_per_node)[0]
     return int(size) if size and find_launched_rank() else None

@@ -15,7 +15,7 @@ DESTINATIONS = (("wandb", "entity"), ("mlflow", "tracking_uri"))
 
 
 def refuse_unused_options(config: LoggerConfig, overrides: Sequence[str]) -> None:
-    """UserError for a typed option of a logger that is not used."""
+    """UserError for a typed option, other than a default, of a logger that is not used."""
     for override in overrides:
         if option := re.match(r"\+*logger\.(\w+)\.", override):
             logger = getattr(config, option[1])

@@ -24,7 +24,7 @@ from sae_lightning.training.settings import Accelerator
 # in SmolLM2 with eager attention, at a context of 128, without gradients of weights.
 KEPT_WIDTHS = 30
 PROCESS_BYTES = 800_000_000  # Python with torch, transformers and lightning
-EVALUATION_SHARE = 5 / 8  # memory per token in evaluation / in training, at most
+EVALUATION_SHARE = 5 / 8  # most memory per token in evaluation, relative to training
 
 
 class PassMemory(NamedTuple):
@@ -38,14 +38,14 @@ class PassMemory(NamedTuple):
     """Of each SAE: weights, gradients, Adam's state, and decoder rows of its start."""
 
     hidden_bytes: int
-    """Of any SAE, in evaluation: the LLM's last hidden states with the reconstruction in place."""
+    """The same for every SAE: the LLM's last hidden states in evaluation, with the SAE in place."""
 
     def count_bytes(
         self, indices: Sequence[int], split: Collection[int] = (), ranks: int = 1
     ) -> int:
         """Memory of a rank that trains the SAEs with these indices; those in `split` are split over
         all `ranks`."""
-        heads = (self.head_bytes[n] // (ranks if n in split else 1) for n in indices)
+        heads = (self.head_bytes[i] // (ranks if i in split else 1) for i in indices)
         return self.shared_bytes + sum(heads) + len(indices) * self.hidden_bytes
 
     @property
@@ -115,14 +115,14 @@ def estimate_memory(
         llm_sites, llm, config.eval.tokens, config.eval.loss_tokens
     )
     row_bytes = sum(map(llm.width_at, llm_sites)) * element_bytes
-    # of which activations are in memory at a time, in training or in evaluation
+    # tokens whose strengths are in memory at a time, in training or in evaluation
     tokens = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
     activation_bytes = [
         tokens * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
         for c in configs
     ]
     export_bytes = (16 * n for n in parameter_counts)  # float64 weights, original and folded
-    # both numbers of one SAE, the one with the largest sum
+    # of the SAE with the largest sum
     activations, export = max(zip(activation_bytes, export_bytes, strict=True), key=sum)
     warm_counts = [n for n, c in zip(parameter_counts, configs, strict=True) if c.model.start]
     shared_parts = {
@@ -146,8 +146,8 @@ def estimate_memory(
 
 
 def _count_head_bytes(config: Config, sites: SitePair, llm: LLMShape) -> int:
-    """Weights, gradients and Adam's two moments in fp32, a copy in bf16, and the decoder rows of
-    the start that are kept: in half precision of a warm start, in fp32 of a soft-frozen decoder."""
+    """Weights, gradients and Adam's two moments in fp32, and the weights in bf16. A warm start also
+    keeps its first decoder rows in half precision, a soft-frozen decoder in fp32."""
     parameters = count_parameters(config.model, *map(llm.width_at, sites))
     row_elements = config.model.features * llm.width_at(sites.target)
     is_soft = config.model.control is Control.soft_frozen_decoder
@@ -164,7 +164,7 @@ def check_memory(
     ranks: int = 1,
 ) -> None:
     """UserError if an SAE does not fit in the free memory even on a pass of its own, split over
-    `ranks`. `needed`: the memory of one pass with all of them; `free`: bytes for each rank."""
+    `ranks`. `needed`: the memory of one pass with all SAEs; `free`: bytes for each rank."""
     if free < PROCESS_BYTES:
         raise UserError(
             f"{max(free, 0) / 1e9:.1f} GB of memory are free, and the libraries alone take "
@@ -179,8 +179,8 @@ def check_memory(
         if total <= free:
             continue
         parts = Counter(alone.shared_parts)
-        parts["model.features",] += alone.head_bytes[0] // ranks
-        parts["llm.batch",] += alone.hidden_bytes
+        parts[("model.features",)] += alone.head_bytes[0] // ranks
+        parts[("llm.batch",)] += alone.hidden_bytes
         ((names, largest),) = parts.most_common(1)
         settings = ", ".join(f"{name}={config.to_flat_dict()[name]}" for name in names)
         raise UserError(

@@ -11,7 +11,7 @@ import gc
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 from math import ceil
 from pathlib import Path
 
@@ -72,9 +72,9 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
         for number, planned in enumerate(passes, 1):
             if len(passes) > 1:
                 console.print(f"\npass {number} of {len(passes)}")
-            if planned.jobs[0].multirun:  # begun: if the pass fails, finished jobs have results
-                begun_jobs = [replace(job, resumed=True) for job in planned.jobs]
-                planned = planned._replace(jobs=begun_jobs)
+            if planned.jobs[0].multirun:
+                # so that, if the pass fails, the metrics of jobs that finished before are read
+                planned = planned._replace(jobs=[replace(j, resumed=True) for j in planned.jobs])
             for job, metrics in zip(planned.jobs, _train_pass(planned), strict=True):
                 results[job.folder] = metrics
     return [results[job.folder] for job in jobs]
@@ -84,9 +84,9 @@ def _check_folders(jobs: list[Job]) -> None:
     """UserError if different jobs share a folder. (The same job twice is trained once.)"""
     by_folder: dict[Path, Job] = {}
     for job in jobs:
-        first = by_folder.setdefault(job.folder, job).config.to_flat_dict()
         settings = job.config.to_flat_dict()
-        if names := [k for k in first | settings if first.get(k) != settings.get(k)]:
+        others = by_folder.setdefault(job.folder, job).config.to_flat_dict()
+        if names := [k for k in others | settings if others.get(k) != settings.get(k)]:
             raise UserError(
                 f"hydra.sweep.subdir: jobs that differ in {names[0]} would share the folder "
                 f"{job.folder}; number them: hydra.sweep.subdir='${{hydra:job.num}}'"
@@ -124,7 +124,7 @@ def _read_earlier_results(jobs: Iterable[Job]) -> dict[Path, dict[str, float] | 
 
 
 def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
-    """The passes that train `jobs`; UserError, one line per stream, if any are invalid."""
+    """The passes that train `jobs`; UserError, with one line per stream key, for invalid jobs."""
     by_stream: dict[str, list[Job]] = {}
     for job in jobs:
         by_stream.setdefault(job.config.stream_key(), []).append(job)
@@ -146,7 +146,7 @@ def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
         raise UserError(SEVERAL_ERRORS * (len(errors) > 1) + lines)
     if groups:
         checks.check_disk_space([checked for group in groups.values() for checked in group])
-    forget_starts()  # opened once for all checks; training may change their files
+    forget_starts()
     if controls_lost_leader:
         console.print(
             "some controls were saved at another update than their SAEs and train on another pass: "
@@ -173,10 +173,11 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
         left = 0.9 * free - needed.shared_bytes  # a tenth in reserve: these are estimates
         per_rank = max(1, int(left // (largest_bytes + needed.hidden_bytes)))
         rank_groups = cut_groups(leader_groups, per_rank)
-        largest_group = max(map(len, rank_groups))
-        whole_groups = per_rank // largest_group  # number that fits on a rank
-        # with split=all, each rank has a part of every SAE
-        max_heads = per_rank if splitting is Splitting.all else ranks * whole_groups * largest_group
+        if splitting is Splitting.all:  # each rank has a part of every SAE
+            max_heads = per_rank
+        else:
+            largest_group = max(map(len, rank_groups))
+            max_heads = ranks * (per_rank // largest_group) * largest_group
     else:
         rank_groups = cut_groups(leader_groups, max_heads)
     if len(rank_groups) > len(leader_groups):
@@ -190,8 +191,8 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
 def _plan_pass(
     group: list[CheckedJob], rank_groups: list[list[int]], needed: memory.PassMemory, free: float
 ) -> PlannedPass:
-    """Plan a pass of some jobs of `group`. `rank_groups`: their indices in `group`, in groups that
-    share a rank; `needed`: the memory of all jobs of `group`."""
+    """Plan a pass of some jobs of `group`. `rank_groups`: their indices in `group`, a list for all
+    that share a rank; `needed`: the memory of all jobs of `group`."""
     indices = [*chain(*rank_groups)]
     checked_jobs = [group[index] for index in indices]
     jobs, sites, done, shapes, _ = (list(column) for column in zip(*checked_jobs, strict=True))
@@ -203,8 +204,8 @@ def _plan_pass(
         if 1 < ranks <= job.config.model.features  # each rank needs a feature
         and _is_split(config.trainer.split, len(jobs), needed.count_bytes([index]), free)
     )
-    new_indices = iter(range(len(jobs)))  # the jobs' indices in the pass
-    pass_groups = [[*islice(new_indices, len(indices))] for indices in rank_groups]
+    index_in_pass = {index: position for position, index in enumerate(indices)}
+    pass_groups = [[index_in_pass[index] for index in rank_group] for rank_group in rank_groups]
     shares = assign_jobs(needed.head_bytes, split, ranks, pass_groups)
     largest = max(needed.count_bytes(share, split, ranks) for share in shares)
     return PlannedPass(jobs, sites, done[0], shapes[0], largest, shares, split)
@@ -235,12 +236,12 @@ def _announce_passes(jobs: list[Job], passes: list[PlannedPass]) -> None:
     memory_line = f"{free / 1e9:.1f} GB of memory are free{per_device}"
     console.print(f"{job_count} on {pass_count}{of_llm} ({memory_line})")
     for number, planned in enumerate(passes, 1):
-        names = ", ".join(sorted({str(site) for site in planned.sites}))
+        sites = ", ".join(sorted({str(site) for site in planned.sites}))
         controls = sum(job.config.model.control is not None for job in planned.jobs)
         saes, size = _format_count(len(planned.jobs) - controls, "SAE"), planned.memory / 1e9
         saes += f" and {_format_count(controls, 'control')}" * bool(controls)
         more = ", more than is free" if planned.memory > free else ""
-        console.print(f"  pass {number}: {saes} on {names}, about {size:.1f} GB{more}")
+        console.print(f"  pass {number}: {saes} on {sites}, about {size:.1f} GB{more}")
 
 
 def _format_count(n: int, noun: str) -> str:
@@ -250,8 +251,8 @@ def _format_count(n: int, noun: str) -> str:
 
 
 def _train_pass(planned: PlannedPass) -> HeldOutResults:
-    """Train the jobs of a pass. If it fails, record why; in a multirun, print the reason and return
-    the metrics of jobs that had finished all the same, and None for the others."""
+    """Train the jobs of a pass. If it fails, record the reason; in a multirun, print it and return
+    the metrics of the jobs that finished before, and None for the others."""
     jobs = planned.jobs
     try:
         return run_on_ranks(planned)
@@ -291,6 +292,7 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
 
 
 def _describe_out_of_memory(jobs: list[Job]) -> str:
+    """One line with the settings to lower or, for several jobs, the command with a smaller pass."""
     reason = f"out of memory with {_format_count(len(jobs), 'SAE')} on one pass"
     if len(jobs) == 1:
         return f"{reason}; lower model.features, trainer.batch, data.pool or llm.batch"

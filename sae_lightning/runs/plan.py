@@ -14,7 +14,7 @@ from sae_lightning.runs.jobs import Job
 
 
 class PlannedPass(NamedTuple):
-    """Jobs that train on one pass of the LLM, with what the checks looked up."""
+    """Jobs that train on one pass of the LLM, and on which ranks."""
 
     jobs: list[Job]
     sites: list[SitePair]
@@ -64,7 +64,7 @@ def group_by_leader(jobs: Sequence[Job]) -> list[list[int]]:
 
 
 def cut_groups(groups: Iterable[list[int]], most: int) -> list[list[int]]:
-    """The groups, those of more than `most` jobs cut into several."""
+    """The groups; a group of more than `most` jobs is cut into several."""
     return [group[n : n + most] for group in groups for n in range(0, len(group), most)]
 
 

@@ -28,12 +28,13 @@ SETTING = "plugins"
 def load_plugins(arguments: list[str], tasks: dict[str, type] | None = None) -> list[str]:
     """Import the plugins that are typed or installed, and register all schemas with Hydra; returns
     the arguments with `plugins=[...]` in Hydra's syntax. `tasks`: TASKS, for analyze.py."""
-    names = {a: _read_names(a) for a in arguments if a.lstrip("+").startswith(f"{SETTING}=")}
-    import_plugins([name for typed_names in names.values() for name in typed_names], tasks)
+    # argument -> the plugins that it names
+    typed = {a: _read_names(a) for a in arguments if a.lstrip("+").startswith(f"{SETTING}=")}
+    import_plugins([name for names in typed.values() for name in names], tasks)
     parsed, _ = get_args_parser().parse_known_intermixed_args(arguments)
     register_schemas(tasks, parsed.config_dir)
     return [
-        f"{SETTING}=[{','.join(map(quote_if_needed, names[a]))}]" if a in names else a
+        f"{SETTING}=[{','.join(map(quote_if_needed, typed[a]))}]" if a in typed else a
         for a in arguments
     ]
 
@@ -66,7 +67,7 @@ def _read_names(argument: str) -> list[str]:
 
 
 def _make_importable(folder: str) -> None:
-    """Let Python find modules in `folder`, after all others, now and in later processes."""
+    """Add `folder` to the end of Python's search path, here and in processes started later."""
     if folder not in sys.path:
         sys.path.append(folder)
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -83,8 +84,8 @@ def _import_one(label: str, module: str, tables: Mapping[str, dict[str, Any]]) -
     except UserError:
         raise
     except Exception as error:
-        # the plugin itself is missing, not a module that it imports
-        if isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "\0"):
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and module.startswith(missing):  # the plugin, not a module that it imports
             raise UserError(
                 f"{label}: no module of this name; give one that Python finds from this folder, or "
                 "the path of a .py file"

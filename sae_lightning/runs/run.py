@@ -75,7 +75,7 @@ def run_pass(planned: PlannedPass) -> HeldOutResults:
 
 
 def _run_pass(planned: PlannedPass) -> HeldOutResults:
-    """`run_pass`, once threads, warnings and memory are set up: opens data, trains, closes logs."""
+    """Open the data, train and close the logs, with threads, warnings and memory already set."""
     jobs = planned.jobs
     config = jobs[0].config
     needs = Needs(
@@ -102,7 +102,8 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
             with suppress(WriteError):  # an earlier write error has been reported
                 head.log.close()
             is_scored = (head.folder / METRICS_FILE).is_file()
-            head_outcome = "failed" if head.failure else "success" if is_scored else outcome
+            scored_outcome = "success" if is_scored else outcome
+            head_outcome = "failed" if head.failure else scored_outcome
             outcomes += [(logger, head_outcome) for logger in head.log.others]
         finish_loggers(outcomes)
 
@@ -174,7 +175,7 @@ def _list_own_sites(planned: PlannedPass) -> list[Site]:
 
 
 def _build_trainer(config: Config, heads: list[Head]) -> L.Trainer:
-    """Lightning's trainer of a pass on this rank, without its own loggers, bars and checks."""
+    """Lightning's trainer for this rank, without Lightning's loggers, bars and sanity checks."""
     trainer = config.trainer
     on_cuda = trainer.accelerator is not Accelerator.cpu and torch.cuda.is_available()
     return L.Trainer(

@@ -32,7 +32,7 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
     each pair of SAEs.
     """
     table = SweepTable([*runs])
-    finished = [  # run folders, in groups that differ only in seeds
+    finished = [  # run folders, in a group those that differ only in seeds
         [table.runs[i].folder for i in group if table.is_finished[i]]
         for group in MeansTable(table).members
     ]
@@ -82,7 +82,7 @@ def _measure_shares(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def _read_shares(path: Path) -> dict[str, tuple[float, float]]:
-    """Hashes of a pair -> its shares; empty if there is no readable file."""
+    """Hashes of the two SAEs of a pair -> their shares; empty if there is no readable file."""
     try:
         return {key: (float(a), float(b)) for key, (a, b) in (read_json(path) or {}).items()}
     except (UserError, AttributeError, TypeError, ValueError):

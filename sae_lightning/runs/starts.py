@@ -39,7 +39,7 @@ MAX_NORM_RATIO = 1.01
 
 
 class Start(NamedTuple):
-    """A saved SAE to start from: what the run's settings depend on."""
+    """Facts about a saved SAE to start from, on which the run's settings depend."""
 
     address: str
     config: SAEConfig
@@ -69,8 +69,8 @@ def _open_start(address: str) -> Start:
     try:
         sae = load_sae(address)
     except UserError as error:
-        has_address = str(error).startswith(address)
-        raise UserError(f"model.start={'' if has_address else f'{address}: '}{error}") from error
+        prefix = "" if str(error).startswith(address) else f"{address}: "
+        raise UserError(f"model.start={prefix}{error}") from error
     norms = sae.W_dec.norm(dim=1)
     norms = norms[norms > SMALLEST_NORM]
     return Start(
@@ -144,8 +144,8 @@ def apply_start(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
 def _choose_layer(
     start: Start, layer: DictConfig, typed_names: Collection[str]
 ) -> LayerConfig | DictConfig:
-    """The `layer` settings of the start; those of the config if the start's are unknown. UserError
-    if a typed one is not the start's, or both are unknown."""
+    """The `layer` settings with which the start was trained or, if they are unknown, those of the
+    config. UserError if typed settings contradict the start, or neither is known."""
     try:
         start_layer = read_layer(start.metadata, start.address)
     except UserError:
@@ -157,10 +157,9 @@ def _choose_layer(
     names = [name for name in ("source", "target") if {"layer", f"layer.{name}"} & {*typed_names}]
     names += ["index"] * ("layer.index" in typed_names)
     for name in names:
-        typed_value, value = (
-            config.target or config.source if name == "target" else getattr(config, name)
-            for config in (layer, start_layer)
-        )
+        typed_value, value = getattr(layer, name), getattr(start_layer, name)
+        if name == "target":  # null is the source
+            typed_value, value = typed_value or layer.source, value or start_layer.source
         if typed_value != value:
             typed_value, value = (getattr(v, "value", v) for v in (typed_value, value))
             raise UserError(

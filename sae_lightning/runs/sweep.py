@@ -67,7 +67,7 @@ class Sweep(Callback):
         typed_overrides = parse(read_overrides(config.hydra))
         check_sweep(typed_overrides, config.hydra.sweeper)
         params = [f"{k}={v}" for k, v in (config.hydra.sweeper.get("params") or {}).items()]
-        # typed overrides beat those of a preset, and the last one wins if a setting is repeated
+        # typed overrides beat those that a preset has in hydra.sweeper.params
         overrides = list({o.key_or_group: o for o in parse(params) + typed_overrides}.values())
         _refuse_several_seeds(config, overrides)
         constant = ",".join(f"'{o.key_or_group}'" for o in overrides if not _has_several_values(o))
@@ -95,7 +95,7 @@ class Sweep(Callback):
 
     def _remember_record(self, folder: Path) -> None:
         """Keep an earlier sweep's record in memory: Hydra is about to overwrite it in `folder`.
-        UserError if that holds a run."""
+        UserError if `folder` holds a run."""
         if (folder / CONFIG_FILE).exists():
             raise UserError(
                 f"hydra.sweep.dir={folder}: holds a run; a sweep needs a folder of its own"
@@ -128,7 +128,7 @@ class Sweep(Callback):
             parsed = OverridesParser.create(loader).parse_overrides(overrides)
             jobs = math.prod(count_values(override) for override in parsed)
             missing = jobs - len(self.config_files)
-            missing_jobs = f"{missing} of the {jobs} jobs"  # a ValueError for too many digits
+            missing_jobs = f"{missing} of the {jobs} jobs"  # ValueError: too many digits
         except UserError:
             raise
         except (ValueError, ArithmeticError, RecursionError, YAMLError, HydraException):
@@ -184,7 +184,7 @@ def _refuse_expansion(config: DictConfig, reason: str) -> None:
 
 
 def _refuse_several_seeds(config: DictConfig, overrides: Iterable[Override]) -> None:
-    """UserError if seeds are swept and `sweep.seeds` would add others to each of them."""
+    """UserError if seeds are swept and `sweep.seeds` also adds seeds."""
     swept = [o for o in overrides if _has_several_values(o)]
     lines = [o.input_line for o in swept if o.key_or_group in ("seed", "model.seed")]
     if lines and config.sweep.seeds > 1:
@@ -206,7 +206,7 @@ def _make_new_folder(config: DictConfig, kind: str) -> None:
     folder = make_unique_folder(Path(hydra_output.dir))
     with read_write(config):
         hydra_output.dir = str(folder)
-        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir={folder}")  # in all jobs
+        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir={folder}")  # for every job
 
 
 def _refuse_special_files(sweep: Path) -> None:

@@ -2,7 +2,7 @@
 
 from hydra.core.config_store import ConfigStore
 
-# Names in other tools -> what to write here.
+# Names in other tools, separated by spaces -> what to write here.
 SETTINGS_ELSEWHERE = {
     "max_steps num_steps n_steps train_steps training_steps total_steps total_training_steps": (
         "trainer.tokens=..., which is updates times trainer.batch"
