@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,17 +38,17 @@ FLOATS |= {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()
 Reader = Callable[[int, int], Tensor]  # start, stop -> rows [stop - start, width]
 
 
-class MatrixFile(NamedTuple):
-    """A tensor or column of a file: a matrix [rows, width], unless `refusal` says why it is not."""
+class MatrixShard(NamedTuple):
+    """A tensor or column of a file: rows of a matrix [rows, width], unless it has a `refusal`."""
 
     file: str
     name: str | None
-    """Its name in the file; None in an .npy file and in a parquet file of plain columns."""
+    """Name of the tensor or column; None in an .npy file and in a parquet file of plain columns."""
     shape: tuple[int, ...]
     dtype: torch.dtype | str
-    """A str if the numbers are not floating-point."""
+    """A str if it is not a float's."""
     names: tuple[str, ...]
-    """Names that `data.sites` can give for it: `name`, and those of the file and its folders."""
+    """What `data.sites` may call it: `name`, and the names of the file and its folders."""
 
     def __str__(self) -> str:
         return f"{self.name} in {self.file}" if self.name else self.file
@@ -79,13 +79,12 @@ class MatrixFile(NamedTuple):
 
 
 class SavedMatrix:
-    """The activations [rows, width] at one site: the shards, which are its `MatrixFile`s, one after
-    another."""
+    """The activations [rows, width] at one site: its shards, one after another."""
 
     def __init__(
-        self, site: Site, shards: Sequence[MatrixFile], open_shard: Callable[[MatrixFile], Reader]
+        self, site: Site, shards: Sequence[MatrixShard], open_shard: Callable[[MatrixShard], Reader]
     ) -> None:
-        """`open_shard` is `MatrixFile.make_reader`, with a cache that the sites share."""
+        """`open_shard`: `MatrixShard.make_reader` with a cache, which all sites share."""
         self.site, self.shards, self._open_shard = site, shards, open_shard
         self.row_count, self.width = sum(shard.shape[0] for shard in shards), shards[0].shape[1]
         dtypes = {shard.dtype for shard in shards}
@@ -101,8 +100,8 @@ class SavedMatrix:
         x = torch.cat(pieces)
         if not x.isfinite().all():
             first = int((~x.isfinite()).any(dim=1).nonzero()[0])
-            row = np.concatenate([np.arange(*limits) for limits in ranges])[first]
-            shard, index = self._locate_row(row)
+            rows = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+            shard, index = self._locate_row(rows[first])
             raise UserError(
                 f"data.path: row {index} (from 0) of {self.shards[shard]} holds NaN or infinity; "
                 "leave such rows out"
@@ -124,7 +123,7 @@ class SavedMatrix:
         return f"{self.row_count} rows of {self.width}, crc32 {checksum:08x}"
 
     def _locate_row(self, row: int) -> tuple[int, int]:
-        """Index of the shard that holds a row, and of the row in that shard."""
+        """Index of the shard that holds a row of the matrix, and of the row in that shard."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
         return shard, int(row - self._ends[shard] + self.shards[shard].shape[0])
 
@@ -137,6 +136,7 @@ class SavedMatrix:
             start += count
 
     def _get_reader(self, shard: int) -> Reader:
+        """Open the shard of this index, or reuse the open one. UserError: it cannot be read."""
         with _explain_errors(self.shards[shard].file):
             return self._open_shard(self.shards[shard])
 
@@ -164,10 +164,10 @@ def parse_site(name: str) -> Site | None:
 def find_matrices(path: Path, names: Mapping[str, str], where: str) -> dict[Site, SavedMatrix]:
     """Find the matrices below `path`, reading only headers -> {site: matrix}.
 
-    names: {site: name of a tensor, column, file or folder}; empty if these are named by sites. If
-    no name is that of a site, the only matrix is at `UNNAMED`. `where` names the data in messages.
-    UserError: there is no file; there is no matrix, or several without a site; the shards of a site
-    differ in width.
+    names: {site: name of a tensor, column, file or folder}; empty if these have names such as
+    `resid.9`. If no name is that of a site, there must be one matrix: it is at `UNNAMED`. `where`
+    names the data in messages. UserError: no file; no matrix, or several without a site; the shards
+    of a site differ in width.
     """
     files = [file for file in list_files(path) if file.lower().endswith(SUFFIXES)]
     if not files:
@@ -175,10 +175,11 @@ def find_matrices(path: Path, names: Mapping[str, str], where: str) -> dict[Site
     shards = [shard for file in files for shard in _list_shards(file, path)]
     site_by_name = {name: parse_site(site) for site, name in names.items()}
     find_site = site_by_name.get if names else parse_site
-    by_site: dict[Site, list[MatrixFile]] = {}
+    by_site: dict[Site, list[MatrixShard]] = {}
     for shard in shards:
-        if site := next(filter(None, map(find_site, shard.names)), None):
-            by_site.setdefault(site, []).append(shard)
+        sites = [site for site in map(find_site, shard.names) if site]
+        if sites:
+            by_site.setdefault(sites[0], []).append(shard)
     if missing := [name for name, site in site_by_name.items() if site not in by_site]:
         names_there = dict.fromkeys(name for shard in shards for name in shard.names)
         raise UserError(
@@ -186,21 +187,21 @@ def find_matrices(path: Path, names: Mapping[str, str], where: str) -> dict[Site
             f"there are {', '.join(names_there)}"
         )
     by_site = by_site or {UNNAMED: _pick_unnamed(shards, where)}
-    open_shard = lru_cache(OPEN_SHARDS)(MatrixFile.make_reader)
+    open_shard = lru_cache(OPEN_SHARDS)(MatrixShard.make_reader)
     return {
         site: SavedMatrix(site, _check_shards(site, by_site[site], where), open_shard)
         for site in sorted(by_site)
     }
 
 
-def _pick_unnamed(shards: Sequence[MatrixFile], where: str) -> list[MatrixFile]:
+def _pick_unnamed(shards: Sequence[MatrixShard], where: str) -> list[MatrixShard]:
     """Pick the shards that can be one matrix. UserError: there is no matrix, or several."""
     usable = [shard for shard in shards if not shard.refusal]
     if not usable:
         refusal = f"{shards[0]} {shards[0].refusal}" if shards else "its files hold nothing"
         raise UserError(f"{where}: {refusal}")
     names = list(dict.fromkeys(shard.name for shard in usable))
-    if len(names) > 1:  # at most one of them is None, that of .npy files
+    if len(names) > 1:  # at most one of these names is None
         raise UserError(
             f"{where}: holds several matrices ({', '.join(map(str, names))}); choose one as "
             f"'data.sites={{resid.0:{names[0] or names[1]}}}'"
@@ -208,8 +209,8 @@ def _pick_unnamed(shards: Sequence[MatrixFile], where: str) -> list[MatrixFile]:
     return usable
 
 
-def _check_shards(site: Site, shards: list[MatrixFile], where: str) -> list[MatrixFile]:
-    """The shards; UserError unless they can be one matrix."""
+def _check_shards(site: Site, shards: list[MatrixShard], where: str) -> list[MatrixShard]:
+    """Return the shards. UserError: they are no matrices of one width."""
     first = shards[0]
     for shard in shards:
         if shard.refusal:
@@ -222,23 +223,23 @@ def _check_shards(site: Site, shards: list[MatrixFile], where: str) -> list[Matr
     return shards
 
 
-def _list_shards(file: str, path: Path) -> list[MatrixFile]:
-    """List what a file below `path` holds, with the names that it can be called by."""
-    # where path names begin: for a file or glob, at the deepest folder that exists
+def _list_shards(file: str, path: Path) -> list[MatrixShard]:
+    """List the tensors or columns of a file below `path`."""
+    # folders below `base` are names; for a file or glob, it is the deepest folder that exists
     base = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
     relative = Path(os.path.relpath(file, base))
     path_names = (relative.stem, *reversed(relative.parts[:-1]))
     with _explain_errors(file):
         entries = _read_headers(file)
     return [
-        MatrixFile(file, name, tuple(shape), dtype, (name, *path_names) if name else path_names)
+        MatrixShard(file, name, tuple(shape), dtype, (name, *path_names) if name else path_names)
         for name, (shape, dtype) in entries.items()
     ]
 
 
-def _read_headers(file: str) -> dict[str | None, tuple[Sequence[int], Any]]:
-    """List what a file holds -> {name: (shape, dtype)}: a name is None as in `MatrixFile`, and a
-    dtype is a str if it is not a float's."""
+def _read_headers(file: str) -> dict[str | None, tuple[Sequence[int], torch.dtype | str]]:
+    """List what a file holds -> {name: (shape, dtype)}, with names and dtypes as in
+    `MatrixShard`."""
     if file.lower().endswith(".safetensors"):
         with safe_open(file, "pt") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
@@ -254,6 +255,6 @@ def _read_headers(file: str) -> dict[str | None, tuple[Sequence[int], Any]]:
 
 def _parse_dtypes(
     entries: dict[str | None, tuple[Sequence[int], str]],
-) -> dict[str | None, tuple[Sequence[int], Any]]:
-    # names of other dtypes than floats stay as they are
+) -> dict[str | None, tuple[Sequence[int], torch.dtype | str]]:
+    """Replace the names of dtypes of floats by dtypes; other names stay as they are."""
     return {name: (shape, FLOATS.get(dtype, dtype)) for name, (shape, dtype) in entries.items()}

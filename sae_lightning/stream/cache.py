@@ -41,7 +41,7 @@ RESERVED_BYTES = 4 << 30  # disk space left for checkpoints
 
 
 class CachedRows(RowStream):
-    """A `RowStream` that reads the rows of `live` from shards, or runs the LLM if one is missing.
+    """A `RowStream` that reads the rows of `live` from shards, or has `live` compute missing ones.
 
     The LLM batches are divided into stretches: each is either read from one shard, or computed by
     the LLM and, if possible, written as a new shard. Opening a shard verifies its checksum.
@@ -51,29 +51,30 @@ class CachedRows(RowStream):
         self,
         live: LLMRows,
         folder: Path,
-        settings: dict[str, Any],
+        identity: dict[str, Any],
         width: int,
         resumed: bool,
         own_sites: Sequence[Site] | None = None,
     ) -> None:
-        """`folder` holds the shards of one key, the hash of `settings`; `width`: d of the
+        """`folder` holds the shards for one `identity` (see `identify_rows`); `width`: d of the
         activations; a `resumed` run goes on without writing where a new one would stop with an
         error; `own_sites`: the sites at which rows are read (None: at all)."""
         self.live = live
         self.sites, self.device, self.max_rows = live.sites, live.device, live.max_rows
-        self.folder, self.settings, self.resumed = folder, settings, resumed
+        self.folder, self.identity, self.resumed = folder, identity, resumed
         self.width, self.own_sites = width, own_sites or live.sites
         itemsize = next(live.llm.model.parameters()).dtype.itemsize
         self.row_bytes = len(self.sites) * width * itemsize + 8  # 8: the sequence id, int64
-        self.shards: list[Shard] = []  # by their first LLM batch
+        self.shards: list[Shard] = []  # in the order of their first LLM batches
         self.epoch = live.epoch
         self._position = 0  # LLM batches served
         self._stop: int | None = 0  # this stretch's end, exclusive; None: not known yet
         self._shard: Shard | None = None  # the one being read
-        self._buffer: list[tuple[Rows, int, int]] | None = None  # rows, epoch, crc32
+        self._buffer: list[tuple[Rows, int, int]] | None = None  # rows, epoch, crc32 to be written
         self._earlier_state = live.state_dict()  # state of `live` at `_position` or before
-        self._is_checked = False  # whether shards and disk space were looked at
-        self._lock, self._writes = ExitStack(), None  # bool once `_may_write` has decided
+        self._is_checked = False  # whether `_check_space` has run
+        self._lock = ExitStack()
+        self._writes: bool | None = None  # None until `_may_write` has decided
 
     @property
     def llm_seconds(self) -> float:
@@ -82,7 +83,7 @@ class CachedRows(RowStream):
     def next(self, remaining: int) -> Rows:
         """Return the rows of the next LLM batch; closes the cache after the last one needed.
 
-        UserError: the disk has no space for what a new run will write (checked at its first call).
+        UserError: the disk has no space for the rows of a new run (checked at the first call).
         """
         if not self._is_checked:
             self._check_space(remaining)
@@ -95,6 +96,7 @@ class CachedRows(RowStream):
         return rows
 
     def _read(self, shard: Shard) -> Rows:
+        """Read the next LLM batch from its shard."""
         rows = shard.read_batch(self._position, self.own_sites)
         epoch = shard.epochs[self._position - shard.first]
         if epoch > self.epoch:  # the token stream, which usually prints this, is not read
@@ -105,7 +107,8 @@ class CachedRows(RowStream):
         return Rows(on_device, rows.sequence_ids)
 
     def _compute(self, remaining: int) -> Rows:
-        if self._stop is not None:  # from there on, a shard has the rows
+        """Run the LLM on the next LLM batch, and buffer its rows if they are to be written."""
+        if self._stop is not None:  # a shard has the rows from there on
             remaining = min(remaining, (self._stop - self._position) * self.max_rows)
         rows = self.live.next(remaining)
         self.epoch = self.live.epoch
@@ -127,7 +130,7 @@ class CachedRows(RowStream):
             return
         if shard is not None:
             console.print(f"{shard.path} is damaged: the LLM computes it again")
-            self._may_write()  # which may list the shards anew
+            self._may_write()  # may list the shards again
             self.shards = [other for other in self.shards if other.path != shard.path]
         self._stop = next((s.first for s in self.shards if s.first > self._position), None)
         if self.live.llm_batches != self._position:
@@ -140,6 +143,7 @@ class CachedRows(RowStream):
                 self._buffer = []
 
     def _map_shard(self, shard: Shard) -> bool:
+        """Mmap a shard; returns False if it is damaged."""
         vocabulary = self.live.llm.model.config.get_text_config().vocab_size
         packing = {"batch": self.live.batch, "context": self.live.token_stream.packing.context}
         return shard.map_tensors(self.sites, self.width, **packing, vocabulary=vocabulary)
@@ -148,12 +152,10 @@ class CachedRows(RowStream):
         return next((s for s in self.shards if s.first <= llm_batch < s.stop), None)
 
     def _seek(self) -> None:
-        """Have `live` skip the text up to LLM batch `_position`.
-
-        UserError: the skipped text is not the one that the shards were made from.
-        """
+        """Have `live` skip the text up to LLM batch `_position`; UserError if that text is not the
+        one that the shards were made from."""
         state = self._earlier_state
-        try:  # skips nothing yet: the loop below does, and compares the text with the shards'
+        try:  # skips nothing yet: the loop below does, and checks the skipped text
             self.live.load_state_dict(state | {"llm_batches": state["read"]})
         except TextChanged:
             if self.resumed:
@@ -175,8 +177,7 @@ class CachedRows(RowStream):
         """End the stretch here, and write the buffered rows."""
         if self._buffer:
             with self._stop_writing_on_error():
-                # The medians of the run's first LLM batch, which a run that resumes inside the
-                # first shard does not compute.
+                # the first shard's state lacks the medians, which a run resumed inside it needs
                 state = self._earlier_state | {"medians": self.live.state_dict()["medians"]}
                 shard = write_shard(self.folder, state, *map(list, zip(*self._buffer, strict=True)))
                 self.shards = sorted([*self.shards, shard], key=lambda shard: shard.first)
@@ -195,10 +196,9 @@ class CachedRows(RowStream):
         """Print how much is cached and what the rest takes; UserError if the disk is too full."""
         self._is_checked = True
         self._list_shards()
-        needed_rows = self._position, self.max_rows, remaining
-        cached = count_cached(self.shards, *needed_rows)
-        if cached < remaining and self._may_write():  # which may list the shards anew
-            cached = count_cached(self.shards, *needed_rows)
+        cached = count_cached(self.shards, self._position, self.max_rows, remaining)
+        if cached < remaining and self._may_write():  # may list the shards again
+            cached = count_cached(self.shards, self._position, self.max_rows, remaining)
             needed = (remaining - cached) * self.row_bytes
             free = read_free_space(self.folder)
             console.print(
@@ -212,7 +212,7 @@ class CachedRows(RowStream):
                 )
             elif not (self.folder / MANIFEST).is_file():
                 with self._stop_writing_on_error():
-                    write_json(self.folder / MANIFEST, self.settings)
+                    write_json(self.folder / MANIFEST, self.identity)
         if cached:
             tokens = f"{cached:,} of {remaining:,} tokens"
             console.print(f"{tokens} are read from the activation cache in {self.folder}")
@@ -225,12 +225,12 @@ class CachedRows(RowStream):
             try:
                 self.shards.append(Shard(path))
             except DAMAGE_ERRORS:
-                if self._writes:  # only then will this process replace it
+                if self._writes:  # a process that writes replaces the damaged shard
                     console.print(f"{path} is damaged: the LLM computes it again")
 
     def _may_write(self) -> bool:
-        """Whether this process may write: of several ranks, only rank 0. The first call, which all
-        ranks make, locks the folder and removes leftovers."""
+        """Whether this process may write: of several ranks, only rank 0. All ranks make the first
+        call, which locks the folder, removes leftovers and lists the shards again."""
         if self._writes is None:
             writes = world().broadcast_value(world().is_rank_zero and self._try_lock())
             self._writes = writes and world().is_rank_zero
@@ -248,8 +248,8 @@ class CachedRows(RowStream):
             return False
 
     def _refuse(self, reason: str, fatal: bool = True) -> None:
-        """UserError in a new run if `fatal`; a resumed one, whose settings are fixed, goes on
-        without writing."""
+        """Stop writing for this `reason`. UserError if it is `fatal`, except in a resumed run, as
+        the settings of that are fixed."""
         self._release()
         if fatal and not self.resumed:
             raise UserError(
@@ -285,7 +285,7 @@ class CachedRows(RowStream):
         return state | {"text": self.live.token_stream.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after `llm_batches` LLM batches; their text is skipped only if the LLM must run.
+        """Continue after `llm_batches` LLM batches; `live` skips their text only if it must run.
 
         UserError: the text is not the one that the state was saved with.
         """

@@ -30,8 +30,8 @@ class HeldOut(HeldOutData):
 
     Tokens that training drops are neither scored nor replaced: position 0, special tokens, those of
     a chat that the assistant has not written (`data.assistant_only`), and those with a norm above
-    `max_norm` x median (of this text) at any site. What does not depend on the SAE is computed
-    once, by all ranks together.
+    `max_norm` x median (of this text) at any site. All ranks together compute once all that does
+    not depend on the SAE.
     """
 
     noun = "text"
@@ -50,15 +50,16 @@ class HeldOut(HeldOutData):
         own_sites: Sequence[Site] | None = None,
     ):
         """Holds `tokens` tokens, rounded up to whole sequences, or fewer if the text is short. The
-        LLM's loss is measured on `loss_tokens` of them, spread evenly (0: not measured). A forward
-        pass takes `batch` sequences. `own_sites`: those whose activations this rank keeps (None:
-        all `sites`)."""
+        LLM's loss is measured on `loss_tokens` of these, spread evenly (0: not measured). A forward
+        pass takes `batch` sequences. `own_sites`: the sites whose activations this rank keeps
+        (None: all `sites`)."""
         self.own_sites = set(sites if own_sites is None else own_sites)
         self.llm, self.sites, self.batch, self.max_norm = llm, sites, batch, max_norm
         sequences = text.pick_sequences(-(-tokens // text.packing.window_size))
         self.tokens = read_ids(sequences)  # [sequences, context]
         dropped_ids = torch.tensor([] if keep_special else find_special_ids(llm.tokenizer))
-        self._keep = ~torch.isin(self.tokens, dropped_ids) & (sequences >= 0)  # see `read_ids`
+        # tokens that are not trained on are negative in `sequences` (see `read_ids`)
+        self._keep = ~torch.isin(self.tokens, dropped_ids) & (sequences >= 0)
         self._keep[:, 0] = False  # BOS
         count = min(len(self.tokens), -(-loss_tokens // text.packing.window_size))
         # indices of sequences
@@ -85,13 +86,13 @@ class HeldOut(HeldOutData):
                 self.measure_baseline(target)
 
     def _read(self) -> None:
-        """Capture the activations, once, and drop rows of large norm, also from `keep`."""
+        """Capture the activations once, and drop tokens of large norm from rows and `keep`."""
         if self._rows is not None:
             return
         rows = self._capture()
         if self.max_norm is not None:
             is_usual = torch.ones(int(self._keep.sum()), dtype=torch.bool)  # [n]
-            if rows:
+            if rows:  # a rank without sites has none
                 is_usual = mark_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
             is_usual = torch.stack(world().gather_values(is_usual)).all(dim=0)
             self._keep = self._keep.masked_scatter(self._keep, is_usual)
@@ -99,8 +100,8 @@ class HeldOut(HeldOutData):
         self._rows = rows
 
     def _capture(self) -> dict[Site, Tensor]:
-        """Capture the activations at the sites of this rank. Rank b % size runs LLM batch b, and
-        sends the others their rows."""
+        """Capture the activations {site: [n, d]} at the sites of this rank. Rank b % size runs LLM
+        batch b, and sends the rows to the ranks that need them."""
         ranks, model = world(), self.llm.model
         batches = list(
             zip(self.tokens.split(self.batch), self._keep.split(self.batch), strict=True)
@@ -128,8 +129,8 @@ class HeldOut(HeldOutData):
         return self.tokens[self._loss_sequences], self.keep[self._loss_sequences]
 
     def measure_baseline(self, target: Site) -> SpliceBaseline:
-        """Measure the LLM's clean loss and its loss with `target` zero- and mean-ablated: once, by
-        all ranks together (see `prepare`)."""
+        """Measure the LLM's clean loss and its loss with `target` zero- and mean-ablated. The first
+        call must come from all ranks (see `prepare`)."""
         if target not in self._baselines:
             tokens, keep = self._select_loss_text()
             mean = self._compute_mean(target)
@@ -161,7 +162,7 @@ class HeldOut(HeldOutData):
     ) -> list[SpliceScores | None]:
         """Measure the LLM's loss with each SAE's reconstruction in place of `target`, or None for
         each SAE if no loss is measured; `weights` are not used. If the SAEs are split over ranks,
-        the LLM's batches are shared out over these ranks."""
+        each of these ranks runs the LLM on a part of the batches."""
         if not len(self._loss_sequences):
             return [None] * len(saes)
         ranks = splits[0].ranks if splits else ALONE

@@ -24,9 +24,9 @@ ARROW_FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}
 
 
 def find_columns(file: str) -> dict[str | None, tuple[list[int], str]]:
-    """List the matrices of a parquet file -> {name: (shape, dtype)}: each column of lists, or else
-    all columns of floats together, as one without a name. If there are neither, list the columns,
-    for messages that say why they are no matrices."""
+    """List the matrices of a parquet file -> {name: (shape, dtype)}: each column of lists or, if
+    there are none, all columns of floats together, under the name None. If there are neither, list
+    all columns, so that messages can say why they are no matrices."""
     import pyarrow.parquet as pq
 
     content = pq.ParquetFile(file)
@@ -48,8 +48,8 @@ def find_columns(file: str) -> dict[str | None, tuple[list[int], str]]:
 
 
 def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
-    """Copy the matrix `name` (which may be None) of `find_columns` to the cache, or reuse the copy
-    if the file's size and time are the same.
+    """Copy the matrix that `find_columns` calls `name` to the cache, or reuse the copy if the
+    file's path, size and time are the same; returns the path of the copy.
 
     UserError: a row is missing, or has another length than the first one.
     """
@@ -71,28 +71,28 @@ def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
         open(temporary, "wb") as copy,
     ):
         np.lib.format.write_array_header_1_0(copy, header)
-        first = 0
+        first_row = 0
         for batch in content.iter_batches(READ_ROWS, columns=names if name is None else [name]):
-            array = _convert(batch, name, width, f"{file}: row", first)
+            array = _convert(batch, name, width, file, first_row)
             copy.write(np.ascontiguousarray(array, dtype).tobytes())
-            first += len(batch)
+            first_row += len(batch)
             advance(len(batch))
     return copied
 
 
 def _convert(
-    batch: "RecordBatch", name: str | None, width: int, where: str, first: int
+    batch: "RecordBatch", name: str | None, width: int, file: str, first_row: int
 ) -> np.ndarray:
-    """Convert a batch to an array [rows, width]. UserError, which begins with `where`, if a row is
-    missing or has another width; `first` is the index of the batch's first row."""
+    """Convert a batch of rows, from row `first_row` of the file, to an array [rows, width].
+    UserError: a number is missing, or a row has another width."""
     import pyarrow.compute as pc
 
     columns = batch.columns
     if name is None:
         for column, field in zip(columns, batch.schema, strict=True):
             if column.null_count:
-                row = first + column.is_null().index(True).as_py()
-                raise UserError(f"data.path: {where} {row} (from 0) lacks {field.name}")
+                row = first_row + column.is_null().index(True).as_py()
+                raise UserError(f"data.path: {file}: row {row} (from 0) lacks {field.name}")
         return np.stack([column.to_numpy() for column in columns], axis=1)
     # a missing list gets the length -1, which never equals `width`
     lengths = pc.fill_null(pc.list_value_length(columns[0]), -1).to_numpy()
@@ -101,7 +101,7 @@ def _convert(
         wrong = np.flatnonzero(lengths != width)
         row = int(wrong[0]) if len(wrong) else values.is_null().index(True).as_py() // width
         raise UserError(
-            f"data.path: {where} {first + row} (from 0) of {name} is not a list of {width} "
+            f"data.path: {file}: row {first_row + row} (from 0) of {name} is not a list of {width} "
             "numbers, as the first one is; leave it out"
         )
     return values.to_numpy().reshape(-1, width)

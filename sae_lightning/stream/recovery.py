@@ -32,7 +32,7 @@ class Recovery(NamedTuple):
     recall: float
     """Of the samples on which the concept is active, the share on which its feature fires."""
     feature_readout: float
-    """Squared correlation of the concept's strength with its feature."""
+    """Squared correlation of the strengths of the concept and its feature."""
     projection_readout: float
     """Squared correlation of the concept's strength with the activation's projection on its
     direction: a baseline, without the encoder and bias that reduce interference."""
@@ -53,7 +53,7 @@ class Matching(NamedTuple):
     """Which feature is matched to which concept."""
 
     concepts: Tensor
-    """[matched], ascending; all of them unless there are fewer features"""
+    """[matched], ascending; all concepts unless there are fewer features"""
     features: Tensor
     """[matched], the feature of each of these concepts"""
     cosine: Tensor
@@ -69,7 +69,7 @@ def compute_cosines(directions: Tensor, W_dec: Tensor) -> Tensor:
 def match_features(cosines: Tensor) -> Matching:
     """Find the one-to-one matching with the largest sum of `cosines` [concepts, features]; NaN
     counts as -1."""
-    from scipy.optimize import linear_sum_assignment  # takes half a second, needed only here
+    from scipy.optimize import linear_sum_assignment  # this import takes half a second
 
     cosines = cosines.nan_to_num(nan=-1.0)
     matches = linear_sum_assignment(cosines.numpy(), maximize=True)
@@ -101,7 +101,8 @@ class Detection:
         self.n = 0  # samples added so far
         # numbers of samples, by concept: where it is active, where its feature fires, and both
         self.active, self.fires, self.both = torch.zeros(3, concepts, dtype=torch.float64)
-        # sums for strength, feature and projection: of values, squares, products with strength
+        # sums of values, of squares and of products with the concept's strength; the first
+        # dimension: strength of the concept, of its feature, projection on its direction
         self.sums, self.squares, self.products = torch.zeros(3, 3, concepts, dtype=torch.float64)
 
     def add(self, x: Tensor, strengths: Tensor, features: Tensor) -> None:
@@ -114,14 +115,14 @@ class Detection:
         self.active += active.sum(dim=0)
         self.fires += fires.sum(dim=0)
         self.both += (active * fires).sum(dim=0)
-        for k, values in enumerate((strengths, matched, x @ self.directions.T)):
-            self.sums[k] += values.sum(dim=0)
-            self.squares[k] += values.square().sum(dim=0)
-            self.products[k] += (values * strengths).sum(dim=0)
+        for i, values in enumerate((strengths, matched, x @ self.directions.T)):
+            self.sums[i] += values.sum(dim=0)
+            self.squares[i] += values.square().sum(dim=0)
+            self.products[i] += (values * strengths).sum(dim=0)
 
     def result(self) -> dict[str, float]:
         """Compute the fields of `Recovery` that depend on samples."""
-        seen = self.active > 0
+        occurs = self.active > 0  # on at least one sample
         variance = self.squares - self.sums.square() / self.n  # [3, concepts], times n
         covariance = self.products - self.sums * self.sums[0] / self.n
         squared_correlation = _divide(covariance.square(), variance * variance[0])
@@ -131,11 +132,11 @@ class Detection:
             "feature_readout": squared_correlation[1],
             "projection_readout": squared_correlation[2],
         }
-        return {name: values[seen].mean().item() for name, values in by_concept.items()}
+        return {name: values[occurs].mean().item() for name, values in by_concept.items()}
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b; 0 where b is 0, up to rounding."""
+    """a / b, but 0 where b is 0 up to rounding."""
     return torch.where(b > 1e-12, a / b, 0.0)
 
 
@@ -144,9 +145,9 @@ def measure_recovery(
     weights: dict[str, Tensor],
     samples: Iterable[tuple[Tensor, Tensor, Tensor]],
 ) -> Recovery:
-    """Compare an SAE with the concepts' directions [concepts, dim]; its `weights` take raw
-    activations (see `SAE.fold`); `samples` yields (activations, strengths, features), [n, ...]
-    each, on the CPU."""
+    """Compare an SAE with the concepts' directions [concepts, dim]. `weights`: the SAE's, for raw
+    activations (see `SAE.fold`). `samples` yields activations [n, dim], and strengths [n, concepts]
+    of the concepts and [n, features] of the features, on the CPU."""
     W_dec = weights["W_dec"]
     cosines = compute_cosines(directions, W_dec)
     matching = match_features(cosines)

@@ -1,4 +1,4 @@
-"""Rows of saved activations: an order for each epoch, and blocks that only evaluation reads.
+"""Rows of saved activations, in a new order each epoch, and blocks that only evaluation reads.
 
 Shapes: n = rows, d = width of a site.
 """
@@ -19,8 +19,8 @@ from sae_lightning.stream.source import HeldOutData, Rows, RowStream
 from sae_lightning.stream.states import TextChanged
 
 SERVED_ROWS = 2048  # rows served at a time
-ROWS_PER_BLOCK = 64  # which lie together in the files and are read together
-MIN_BLOCKS = 200  # if there are few rows, blocks are smaller, so that there are as many
+ROWS_PER_BLOCK = 64  # neighbours in the files, which are read together
+MIN_BLOCKS = 200  # blocks are smaller if there would be fewer of them
 
 
 class RowBlocks(NamedTuple):
@@ -31,8 +31,8 @@ class RowBlocks(NamedTuple):
         block        0         1          2            3
                    train     train     held out      train
 
-    Neighbours (tokens of a text, patches of an image) are alike: if single rows were held out,
-    training would see their neighbours.
+    Neighbours (tokens of a text, patches of an image) are similar: if single rows were held out,
+    training would see rows very like them.
     """
 
     row_count: int
@@ -49,12 +49,13 @@ class RowBlocks(NamedTuple):
 
 
 def split_rows(n: int, share: float) -> RowBlocks:
-    """Hold out about `share` of n rows: the same rows for every seed of a run."""
+    """Hold out about `share` of n rows, in blocks; the same rows for every seed of a run."""
     size = max(1, min(ROWS_PER_BLOCK, n // MIN_BLOCKS))
-    blocks = -(-n // size)
-    order = np.random.default_rng(HOLD_OUT_SEED).permutation(blocks)
-    count = max(1, round(share * blocks))
-    return RowBlocks(n, size, np.sort(order[count:]), np.sort(order[:count]))
+    block_count = -(-n // size)
+    order = np.random.default_rng(HOLD_OUT_SEED).permutation(block_count)
+    held_out_count = max(1, round(share * block_count))
+    train, held_out = np.sort(order[held_out_count:]), np.sort(order[:held_out_count])
+    return RowBlocks(n, size, train, held_out)
 
 
 class SavedRows(RowStream):
@@ -63,9 +64,9 @@ class SavedRows(RowStream):
         blocks       0  1  3  4  5  7            those that are not held out
         epoch 1      4  0  7  3  1  5            order = PCG64(seed, 1)
         epoch 2      1  5  3  0  7  4            order = PCG64(seed, 2)
-                             ^ position in rows  state = rows served
+                             ^ position          state = number of rows served
 
-    Every rank reads the rows at its own sites from the files.
+    Each rank reads only the rows at its own sites.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class SavedRows(RowStream):
         self.max_rows, self.llm_seconds = SERVED_ROWS, 0.0
         self.rows_per_epoch = int(blocks.count_rows(blocks.train).sum())
         self._served = 0  # rows served so far
-        self._fingerprints: dict[str, str] = {}  # by site, computed when they are needed
+        self._fingerprints: dict[str, str] = {}  # by site; empty until they are needed
         self._begin_epoch(1)
 
     def _begin_epoch(self, epoch: int) -> None:
@@ -92,12 +93,12 @@ class SavedRows(RowStream):
         self._ends = np.cumsum(self.blocks.count_rows(self._order))
 
     def next(self, remaining: int) -> Rows:
-        """Read the next rows, whatever `remaining` is, but none of the next epoch; each counts as a
-        sequence of its own."""
-        epoch, position = divmod(self._served, self.rows_per_epoch)
-        if epoch + 1 != self.epoch:  # `divmod` counts epochs from 0, `self.epoch` from 1
-            report_epoch(f"the activations ran out after {self.rows_per_epoch:,} rows", epoch + 1)
-            self._begin_epoch(epoch + 1)
+        """Read the next rows, at most to the end of an epoch; each row counts as a sequence."""
+        past_epochs, position = divmod(self._served, self.rows_per_epoch)
+        if past_epochs == self.epoch:
+            next_epoch = self.epoch + 1
+            report_epoch(f"the activations ran out after {self.rows_per_epoch:,} rows", next_epoch)
+            self._begin_epoch(next_epoch)
         stop = min(position + SERVED_ROWS, self.rows_per_epoch)
         ranges = self._find_ranges(position, stop)
         activations = {
@@ -112,27 +113,27 @@ class SavedRows(RowStream):
         """Find the ranges (begin, end) of the files' rows that are at the positions `start` to
         `stop` - 1 of this epoch."""
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
-        indices = self._order[first : last + 1]  # indices of blocks
+        indices = self._order[first : last + 1]  # of the blocks that hold these rows
         begins = indices * self.blocks.size
         ends = begins + self.blocks.count_rows(indices)
-        ends[-1] -= self._ends[last] - stop
-        begins[0] += start - (self._ends[first - 1] if first else 0)
+        ends[-1] -= self._ends[last] - stop  # the rows may end within the last block
+        begins[0] += start - (self._ends[first - 1] if first else 0)  # and begin within the first
         return list(zip(begins.tolist(), ends.tolist(), strict=True))
 
     def summarise_files(self) -> dict[str, str]:
-        """What identifies the rows, by site."""
+        """Describe the content of the files at each site, to recognise it after a resume."""
         self._fingerprints = self._fingerprints or {
             str(site): matrix.summarise_content() for site, matrix in self.matrices.items()
         }
         return self._fingerprints
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows served, and what identifies the files."""
+        """The number of rows served, and what `summarise_files` returns."""
         files = self.summarise_files()
         return {"served": self._served, "rows": self.rows_per_epoch, "files": files}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the last row served; TextChanged if the files are different ones."""
+        """Continue after the last row served; TextChanged if the files have another content."""
         for site, current in self.summarise_files().items():
             saved = state["files"].get(site)
             if saved != current:
@@ -141,7 +142,7 @@ class SavedRows(RowStream):
                     f"resumed read ({current}, not {saved}); resume with the same files"
                 )
         self._served = state["served"]
-        # at the end of an epoch, the next one has not begun
+        # a state saved at the end of an epoch belongs to that epoch
         self._begin_epoch(1 + max(0, self._served - 1) // self.rows_per_epoch)
 
 
@@ -158,8 +159,8 @@ class HeldOutRows(HeldOutData):
         tokens: int,
         device: torch.device | str,
     ) -> None:
-        """Holds `tokens` rows, or all if there are fewer, from held-out blocks that are spread
-        evenly."""
+        """Holds `tokens` rows, or all held-out rows if there are fewer, of blocks that are spread
+        evenly over the files."""
         self.matrices, self.device = matrices, torch.device(device)
         held_out = blocks.held_out
         count = min(len(held_out), -(-tokens // blocks.size))

@@ -15,8 +15,8 @@ In a shard:
                 crc32 of its tokens; the row stream's state before the shard
                 crc32: of `about` and all tensors
 
-A shard is renamed into place when all of it is on disk. There is no index that a crash could leave
-out of date, and no shard depends on another: only damaged or unfinished ones are computed again.
+A shard is renamed into place once it is complete. There is no index that a crash could leave out of
+date, and no shard depends on another: only damaged or unfinished ones are computed again.
 """
 
 import json
@@ -58,24 +58,21 @@ class Shard:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         self.path, self.first = path, int(path.stem)
-        self._about, self._crc32 = metadata["about"], metadata["crc32"]
-        about = json.loads(self._about)
+        self._header, self._crc32 = metadata["about"], metadata["crc32"]
+        about = json.loads(self._header)
         state = {"tokens": dict, "llm_batches": self.first}
         expect(about, {"rows": list, "epochs": list, "texts": list, "state": state}, "about")
-        for name, allowed in (
-            ("rows", range(2**31)),
-            ("epochs", ANY_COUNT),
-            ("texts", range(2**32)),
-        ):
+        allowed = {"rows": range(2**31), "epochs": ANY_COUNT, "texts": range(2**32)}
+        for name, numbers in allowed.items():
             expect(len(about[name]), len(about["rows"]), name)
             for number in about[name]:
-                expect(number, allowed, name)
+                expect(number, numbers, name)
         self.row_counts: list[int] = about["rows"]  # of each LLM batch
         self.epochs: list[int] = about["epochs"]  # after each LLM batch
         self.tokens_crc32: list[int] = about["texts"]  # of each LLM batch
         self._state: dict[str, Any] = about["state"]
         self.stop = self.first + len(self.row_counts)
-        self._starts = np.cumsum([0, *self.row_counts])
+        self._starts = np.cumsum([0, *self.row_counts])  # first row of each LLM batch; all rows
         self._tensors: dict[str, Tensor] = {}
 
     def map_tensors(
@@ -85,7 +82,7 @@ class Shard:
         this `width` and `vocabulary`, or batches of `batch` sequences of `context` tokens."""
         try:
             self._tensors = load_file(self.path)
-            if _compute_checksum(self._about, self._tensors) != self._crc32:
+            if _compute_checksum(self._header, self._tensors) != self._crc32:
                 raise ValueError("its checksum is wrong")
             rows = int(self._starts[-1])
             expect_activations(self._tensors, dict.fromkeys(sites, width), rows, "rows")
@@ -109,9 +106,9 @@ class Shard:
     def read_batch(self, llm_batch: int, sites: Iterable[Site]) -> Rows:
         """Return the rows of an LLM batch of a mapped shard; they are read from disk when used."""
         index = llm_batch - self.first
-        place = slice(self._starts[index], self._starts[index + 1])
-        activations = {site: self._tensors[str(site)][place] for site in sites}
-        return Rows(activations, self._tensors["ids"][place])
+        start, stop = self._starts[index], self._starts[index + 1]
+        activations = {site: self._tensors[str(site)][start:stop] for site in sites}
+        return Rows(activations, self._tensors["ids"][start:stop])
 
 
 def write_shard(
@@ -128,7 +125,7 @@ def write_shard(
         "epochs": epochs,
         "texts": crc32s,
     }
-    # tensors of the state are among `tensors`, so the header has null in their place
+    # the state's tensors are saved among `tensors`: the header has null in their place
     header = json.dumps(about | {"state": state}, default=lambda tensor: None)
     path = folder / f"{state['llm_batches']:08d}{SHARD_SUFFIX}"
     with write_atomically(path) as temporary:
@@ -138,9 +135,9 @@ def write_shard(
     return Shard(path)
 
 
-def _compute_checksum(about: str, tensors: dict[str, Tensor]) -> str:
-    """CRC-32, in hex, of `about` and of the names, dtypes, shapes and bytes of the tensors."""
-    crc = zlib.crc32(about.encode())
+def _compute_checksum(header: str, tensors: dict[str, Tensor]) -> str:
+    """CRC-32, in hex, of `header` and of the names, dtypes, shapes and bytes of the tensors."""
+    crc = zlib.crc32(header.encode())
     for name, x in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {x.dtype} {tuple(x.shape)}".encode(), crc)
         if x.numel():  # torch cannot view an empty tensor as bytes
@@ -149,8 +146,8 @@ def _compute_checksum(about: str, tensors: dict[str, Tensor]) -> str:
 
 
 def count_cached(shards: list[Shard], llm_batch: int, max_rows: int, remaining: int) -> int:
-    """Count how many of the next `remaining` rows, from `llm_batch` on, are in `shards`; a missing
-    LLM batch counts as `max_rows` rows."""
+    """Count how many of the next `remaining` rows, from `llm_batch` on, are in `shards` (in order).
+    Each LLM batch that is in no shard is assumed to have `max_rows` rows."""
     cached, left = 0, remaining
     for shard in shards:
         if shard.stop > llm_batch:
