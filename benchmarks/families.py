@@ -199,15 +199,16 @@ tiny model of every family with random weights, loads it as a run does, and chec
 blocks but the first. On {date} with transformers {version},
 {right} of {cells} cells of {families} families are right.
 
-What is read at a site (`layer.source`, `layer.target`) of block i, and what is checked:
+The sites of block i (`layer.source`, `layer.target`) are:
 
 - `resid`: the block's output, which the next block reads.
 - `attn`, `mlp`: what this branch adds to the residual stream,
   `resid(i) = resid(i-1) + attn(i) + mlp(i)`. Where a block adds a fixed multiple of what its branch
   returns (Granite, MiniCPM-3), that multiple is what SAEs read and are exported for.
-- `mlp_in`: what the MLP reads: the residual stream after the MLP's norm.
-- At each site: that no activation depends on later tokens, that replacing an activation by itself
-  changes no logit, and that replacing it by zeros does.
+- `mlp_in`: the input of the MLP, which is the residual stream after the MLP's norm.
+
+At each site it is checked that no activation depends on later tokens, that replacing an activation
+by itself changes no logit, and that replacing it by zeros does.
 
 A cell says `right`, or why the site is refused. A run at such a site stops before it trains, with
 one line that gives the reason:

@@ -29,11 +29,11 @@ TITLE = """\
 
 Every setting of `train.py` and `analyze.py`. `python docs/write_settings.py` writes this page.
 [own_model_and_text.md](own_model_and_text.md#on-the-command-line) says how settings are typed, and
-`python train.py --help` shows the settings as they are with a command line.
+`python train.py ... --help` shows the values that a command line gives them.
 
 - `group=preset` chooses a preset, `group.setting=value` changes one setting.
 - Sizes of a run are in tokens, shares are from 0 to 1, `null` means none.
-- A setting that has no meaning for the chosen model or data is an error that says where it has one.
+- A setting that has no meaning for the chosen model or data is an error, which says where it has one.
 
 | group | presets | settings worth knowing |
 |---|---|---|
@@ -101,12 +101,12 @@ def format_page() -> str:
     plain = {k: v for k, v in _collect_settings(Config).items() if "." not in k.name}
     parts.append("\n## Settings without a group\n\n" + _format_table({"": plain}))
     parts.append("\n## Tasks of analyze.py\n\nFor every task:\n\n")
-    common = {k: v for k, v in _collect_settings(Task).items() if "." not in k.name}
+    inherited = _collect_settings(Task)
+    common = {k: v for k, v in inherited.items() if "." not in k.name}
     parts.append(_format_table({"": common}))
     parts.append("\n`llm`, `data` and `layer` are groups as above, for folders without a run.\n")
     for name, task in TASKS.items():
         parts.append(f"\n### task={name}\n\n{' '.join(task.__doc__.split())}\n")
-        inherited = _collect_settings(Task)
         if own := {k: v for k, v in _collect_settings(task).items() if k not in inherited}:
             parts.append("\n" + _format_table({"": own}))
     return "".join(parts) + HYDRA
@@ -129,8 +129,8 @@ def _collect_group(group: str) -> set[Setting]:
 
 
 def _group_by_preset(group: str, schema: type) -> dict[str, dict[Setting, Any]]:
-    """The settings of a group, with their defaults, for each preset that has settings of its own;
-    "" where there is only one kind."""
+    """Preset -> the settings of a group with their defaults; the preset is "" if all presets of the
+    group have the same settings."""
     schemas = {"": schema}
     if group == "model":
         schemas = {name: row.config for name, row in ARCHITECTURES.items()}
@@ -139,10 +139,11 @@ def _group_by_preset(group: str, schema: type) -> dict[str, dict[Setting, Any]]:
     elif group == "data":
         schemas = {DATA[kind]: row.settings for kind, row in SOURCES.items()}
     by_preset = {}
-    for name, schema in schemas.items():
-        presets = {group: name} if name else DEFAULTS
-        changed = {k: v for preset in presets.items() for k, v in _read_preset(*preset).items()}
-        settings = _collect_settings(schema, f"{group}.").items()
+    for name, preset_schema in schemas.items():
+        changed: dict[str, Any] = {}
+        for group_and_preset in ({group: name} if name else DEFAULTS).items():
+            changed |= _read_preset(*group_and_preset)
+        settings = _collect_settings(preset_schema, f"{group}.").items()
         by_preset[name] = {setting: changed.get(setting.name, v) for setting, v in settings}
     return by_preset
 
@@ -174,8 +175,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _format_presets(group: str) -> str:
-    """A list of the presets of a group that set something."""
-    hidden = ("model.name", "model.seed")
+    """A list of the presets of a group, without those that change no setting."""
+    hidden = ("model.name", "model.seed")  # of every preset of `model`
     lines = []
     for name in _list_presets(group):
         changes = _read_preset(group, name).items()
@@ -185,7 +186,7 @@ def _format_presets(group: str) -> str:
 
 
 def _collect_settings(schema: type, prefix: str = "") -> dict[Setting, Any]:
-    """Each setting of a dataclass, those of nested ones too, and its default."""
+    """Each setting of a dataclass and of the dataclasses in it -> its default."""
     hints, docs, settings = get_type_hints(schema), read_docstrings(schema), {}
     for field in fields(schema):
         kind, name = hints[field.name], prefix + field.name
@@ -203,7 +204,7 @@ def _collect_settings(schema: type, prefix: str = "") -> dict[Setting, Any]:
 
 
 def _describe_values(kind: Any) -> str:
-    """The values that a setting of this type takes."""
+    """The values that a setting of the type `kind` takes."""
     if isinstance(kind, UnionType):
         return (
             " or ".join(_describe_values(k) for k in get_args(kind) if k is not NoneType)
@@ -226,8 +227,8 @@ def _format_table(by_preset: Mapping[str, Mapping[Setting, Any]]) -> str:
         for setting, default in settings.items():
             rows.setdefault(setting, {})[preset] = default
     several = len(by_preset) > 1
-    lines = ["| setting | values | default | meaning |", "|---|---|---|---|"]
-    lines = [line + (" for |", "---|")[i] * several for i, line in enumerate(lines)]
+    header, rule = "| setting | values | default | meaning |", "|---|---|---|---|"
+    lines = [f"{header} for |", f"{rule}---|"] if several else [header, rule]
     names = [setting.name for setting in rows]
     for setting, defaults in sorted(rows.items(), key=lambda row: names.index(row[0].name)):
         meaning = setting.meaning.replace("|", "\\|")
