@@ -33,7 +33,7 @@ Every setting of `train.py` and `analyze.py`. `python docs/write_settings.py` wr
 
 - `group=preset` chooses a preset, `group.setting=value` changes one setting.
 - Sizes of a run are in tokens, shares are from 0 to 1, `null` means none.
-- A setting that has no meaning for the chosen model or data is an error, which says where it has one.
+- A setting that has no meaning for the chosen model or data is an error that says where it has one.
 
 | group | presets | settings worth knowing |
 |---|---|---|
