@@ -1,4 +1,4 @@
-"""Compares an SAE with its controls: does what training learned make its features better?
+"""Compares the scores of an SAE with those of its controls.
 
     text, read once -> SAE     -> survey, theory, probes -> Scores \\
                     -> control -> ControlReducers        -> Scores  -> make_control_section
@@ -34,17 +34,17 @@ class Score(NamedTuple):
 
     value: float
     samples: Sequence[float] = ()
-    """What the value is the mean of; empty if it is computed from all held-out data at once."""
+    """Numbers whose mean is `value`; empty if it is computed from all held-out data at once."""
 
 
 class ScoreKind(NamedTuple):
-    """How a score is shown, and what it says of features."""
+    """How a score is shown, and which claim about features it supports."""
 
     label: str
     template: str
     """A format string."""
     claim: str = ""
-    """What features with a higher score do better; empty for a score that no claim is based on."""
+    """What features with a higher score do better, such as "detect concepts"; may be empty."""
     paired: bool = False
     """Whether sample i of two SAEs is measured on the same concept or fold."""
 
@@ -60,22 +60,18 @@ SCORE_KINDS = {
     "token_score": ScoreKind("token score", "{:.2f}", "match token sets"),
     "token_like": ScoreKind("  above 0.5", "{:.0%}"),
     "concepts": ScoreKind("concepts, F1", "{:.2f}", "detect concepts", paired=True),
-    **{
-        f"probe_{k}": ScoreKind(
-            f"speakers, k = {k}",
-            "{:.3f}",
-            f"tell speakers apart {'one by one' if k == 1 else f'in groups of {k}'}",
-            paired=True,
-        )
-        for k in CONTROL_K
-    },
 }
+for k in CONTROL_K:
+    manner = "one by one" if k == 1 else f"in groups of {k}"
+    SCORE_KINDS[f"probe_{k}"] = ScoreKind(
+        f"speakers, k = {k}", "{:.3f}", f"tell speakers apart {manner}", paired=True
+    )
 Scores = dict[str, Score]
 """Name in SCORE_KINDS -> score, of one SAE; NaNs are left out."""
 
 
 class ControlReducers:
-    """Reducers that collect what the scores of a control's features are computed from."""
+    """Reducers for the scores of a control's features."""
 
     def __init__(self, subject: Subject, sae: SAE):
         self.concepts = ConceptCounts(subject, sae.config.features)
@@ -95,7 +91,7 @@ class ControlReducers:
 
 def score_features(token_scores: Tensor, f1: Sequence[float]) -> Scores:
     """Compute scores from the token score of each feature [features], NaN where it has none, and
-    from the F1 of the best feature for each concept, in the order of the list of concepts."""
+    from the F1 of the best feature for each frequent concept, in the order of CONCEPTS."""
     values = token_scores[~token_scores.isnan()].tolist()
     scores = {}
     if values:
@@ -105,17 +101,17 @@ def score_features(token_scores: Tensor, f1: Sequence[float]) -> Scores:
 
 
 def score_probes(probes: Probes, kind: str = FEATURES) -> Scores:
-    """Scores of probes on units of a `kind`: features, random directions, or those of a control."""
-    return {
-        f"probe_{k}": Score(score.auroc, [fold.auroc for fold in score.fold_scores])
-        for k in CONTROL_K
-        if (score := probes.find_score(kind, k)) and not math.isnan(score.auroc)
-    }
+    """Scores of probes on units of a `kind`: FEATURES, RANDOM, or the name of a control."""
+    scores = {}
+    for k in CONTROL_K:
+        score = probes.find_score(kind, k)
+        if score and not math.isnan(score.auroc):
+            scores[f"probe_{k}"] = Score(score.auroc, [fold.auroc for fold in score.fold_scores])
+    return scores
 
 
 def pick_scores(numbers: Mapping[str, Any]) -> Scores:
-    """Scores among the numbers of a scorecard, by name; those that are missing or NaN are left
-    out."""
+    """Pick the scores in SCORE_KINDS from the numbers of a scorecard, without NaNs."""
     return {
         name: Score(numbers[name])
         for name in SCORE_KINDS
@@ -134,8 +130,7 @@ def make_control_section(
         for name, kind in SCORE_KINDS.items()
         if any(name in column for column in (scores, *controls.values()))
     ]
-    in_table = [Control[name] for name in controls if name in Control.__members__]
-    notes = {control.name: control.value for control in in_table}
+    notes = {name: Control[name].value for name in controls if name in Control.__members__}
     claims = _compare_features(scores, controls)
     if "features_share" in scores:
         notes["CE: features, error"] = "share of what mean ablation costs that each alone recovers"
@@ -160,9 +155,9 @@ def make_missing_section(subject: Subject) -> Section:
     """Say why the SAE has no control to compare with, and how to get one."""
     kind = subject.config.model.control
     lead = (
-        "No control of this SAE was trained, so nothing here says what an SAE would score that has "
-        "not learned its features. python train.py -m ... sweep.controls=true trains controls on "
-        "the same pass of the LLM; control=<folder> compares with any other SAE."
+        "No control of this SAE was trained, so its scores cannot be compared with those of an SAE "
+        "that learns less. python train.py -m ... sweep.controls=true trains controls on the same "
+        "pass of the LLM; control=<folder> compares with any other SAE."
     )
     if kind is not None:
         lead = f"This SAE is a control itself, {kind.name}: {kind.value}."
@@ -209,9 +204,8 @@ def exceeds_noise(a: Sequence[float], b: Sequence[float], *, paired: bool) -> bo
 
 
 def _compare_reconstructions(scores: Scores, controls: Mapping[str, Scores]) -> str:
-    """Say what share of the variance the SAE and its best control explain, and at which L0: the
-    best of the controls with the same L0 or, if there are none, of all. On synthetic concepts, also
-    say how many are recovered."""
+    """Compare explained variance and L0 of the SAE with those of its best control, preferably one
+    with the same L0. On synthetic concepts, also say how many are recovered."""
     valid = {name: s for name, s in controls.items() if "explained_variance" in s}
     if "explained_variance" not in scores or not valid:
         return "Their explained variance is not a number, so it cannot be compared."

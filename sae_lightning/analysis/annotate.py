@@ -84,7 +84,7 @@ class TextTask(FeaturesTask):
             "strongest": [make_entry(firing, annotated) for firing in ranked[:MAX_LISTED]],
         }
         strongest = ranked[0].feature if ranked else None
-        self.publish(subject, results, [summary], [catalogue], strongest, annotated)
+        self.write_results(subject, results, [summary], [catalogue], strongest, annotated)
 
 
 def read_text_file(name: str) -> str:
@@ -107,7 +107,7 @@ def read_text_file(name: str) -> str:
 
 
 def make_sequences(subject: Subject, text: str, text_name: str = "text") -> Sequences:
-    """Tokenize a text and cut it into sequences as training does. UserError, in which the text is
+    """Tokenise a text and cut it into sequences as training does. UserError, in which the text is
     called `text_name`, if it is empty or too long or has a token that the LLM does not know."""
     tokenizer, context = subject.tokenizer, subject.config.data.context
     separator = find_separator_id(tokenizer)
@@ -120,8 +120,8 @@ def make_sequences(subject: Subject, text: str, text_name: str = "text") -> Sequ
             "use task=features data=text data.path=...)"
         )
     check_ids(tokenizer, ids, text_name)
-    # a short text is one short sequence (1: BOS) instead of a padded one
-    packing = Packing(min(context, 1 + len(ids)), find_bos_id(tokenizer), separator)
+    context = min(context, 1 + len(ids))  # a short text needs no padding; 1: BOS
+    packing = Packing(context, find_bos_id(tokenizer), separator)
     windows = [
         ids[start : start + packing.window_size]
         for start in range(0, len(ids), packing.window_size)
@@ -132,12 +132,10 @@ def make_sequences(subject: Subject, text: str, text_name: str = "text") -> Sequ
 @torch.no_grad()
 def annotate(subject: Subject, text: str, text_name: str = "text") -> list[AnnotatedToken]:
     """List the tokens of a text, with BOS before each sequence, and the features firing on each.
-
-    UserError, in which the text is called `text_name`: it is empty or too long, or has a token that
-    the LLM does not know.
-    """
+    UserError as in `make_sequences`."""
     sequences, batch = make_sequences(subject, text, text_name), subject.config.llm.batch
-    parts = [Sequences(*part) for part in zip(*(x.split(batch) for x in sequences), strict=True)]
+    fields = [values.split(batch) for values in sequences]
+    parts = [Sequences(*part) for part in zip(*fields, strict=True)]
     # max_norm is relative to the median norm of the first batch, which is taken from the run's text
     has_limit = subject.config.data.max_norm is not None
     run_text = [subject.corpus.train.next(batch)] if has_limit else []
@@ -167,14 +165,15 @@ class FeaturesByToken:
     def add(self, batch: EncodedBatch) -> None:
         strengths, features = batch.active_features
         norms = self.decoder_norms[features]
-        # `sequence` is negative for a skipped one
-        for in_batch, sequence in enumerate((batch.sequence_indices - self.skipped).tolist()):
-            for i, values in enumerate(strengths[in_batch] if sequence >= 0 else ()):
+        sequences = (batch.sequence_indices - self.skipped).tolist()
+        for index, sequence in enumerate(sequences):
+            if sequence < 0:  # skipped
+                continue
+            for i, values in enumerate(strengths[index]):
                 active = values.nonzero().squeeze(1)
                 active = active[(values * norms)[active].argsort(descending=True)]
-                is_read = bool(batch.keep[in_batch, i])
                 firing = features[active.cpu()], values[active].cpu()
-                self.by_position[sequence, i] = is_read, *firing
+                self.by_position[sequence, i] = bool(batch.keep[index, i]), *firing
 
 
 def make_entry(firing: Firing, annotated: AnnotatedText) -> dict[str, Any]:
@@ -209,8 +208,8 @@ def make_token_section(annotated: AnnotatedText, top: int) -> Section:
 def make_text_section(
     annotated: AnnotatedText, ranked: Sequence[Firing], sequences: int
 ) -> Section:
-    """List the features of the whole text, in the order of `ranked`, and count what was read:
-    tokens in a number of `sequences`."""
+    """List the features of the whole text, in the order of `ranked`. sequences: number of sequences
+    that the text was cut into."""
     read = sum(token.read for token in annotated.tokens)
     active = sum(len(token.features) for token in annotated.tokens) / max(1, read)
     cut = f" in {sequences} sequences (of data.context, as in training)" * (sequences > 1)

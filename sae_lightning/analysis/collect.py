@@ -1,4 +1,4 @@
-"""One pass over text, in which every reducer takes each batch; only one batch is in memory.
+"""Reads a text once and hands each batch to every reducer; only one batch is in memory.
 
 sequences -> capture -> encode -> EncodedBatch -> reducer.add(batch), for each reducer
 
@@ -28,7 +28,7 @@ MAX_STRENGTHS = 1 << 25  # feature activations in memory at a time (128 MB)
 
 @dataclass(eq=False)
 class EncodedBatch:
-    """Sequences with their activations and features, on the LLM's device."""
+    """Sequences, activations and features, on the LLM's device unless stated otherwise."""
 
     tokens: Tensor
     """[sequences, context] int64"""
@@ -44,7 +44,7 @@ class EncodedBatch:
     not `keep`, and their indices [active], ascending, on the CPU; active = 0 if the SAE was not
     run"""
     sequence_indices: Tensor
-    """[sequences] index of each sequence in reading order"""
+    """[sequences] index of each sequence in reading order, on the CPU"""
 
 
 class Reducer(Protocol):
@@ -52,15 +52,14 @@ class Reducer(Protocol):
 
     def add(self, batch: EncodedBatch) -> None:
         """Accumulate a batch; must not keep whole batches, which would fill the memory."""
-        ...
 
 
 def excerpt(text: TokenStream, tokens: int, batch: int) -> tuple[Iterator[Sequences], int]:
     """Take the next `tokens` tokens of a text, rounded up to whole sequences, or all of a shorter
-    text -> batches of `batch` sequences, and the total number of sequences."""
+    text. Returns them in batches of `batch` sequences, and the total number of sequences."""
     needed = -(-tokens // text.packing.window_size)
-    # A text is not read twice: a repeated sequence would count as a second example. (A streamed
-    # text has no `window_count`: its length is unknown.)
+    # A text is not read twice: a repeated sequence would count as a second example. A streamed
+    # text has no `window_count`, because its length is unknown.
     total = min(needed, getattr(text, "window_count", needed))
     if total < needed:
         console.print(f"the text has fewer than {tokens:,} tokens: all of it is read, once")
@@ -83,8 +82,8 @@ def collect(
     with its reducers; they encode the same activations, one SAE after another."""
     data, medians, sequences_read = subject.config.data, None, 0
     pairs = [(subject.sae, reducers), *controls]
-    reducers_of_sae = [(sae, [*its_reducers]) for sae, its_reducers in pairs]
-    keep_freed_memory()  # else page faults take much of a large SAE's time
+    pairs = [(sae, [*its_reducers]) for sae, its_reducers in pairs]  # iterated for each batch
+    keep_freed_memory()  # otherwise page faults take much of a large SAE's time
     dropped_ids = torch.tensor([] if data.keep_special else find_special_ids(subject.llm.tokenizer))
     with phase(label, total=total) as advance:
         for sequences in text:
@@ -98,7 +97,7 @@ def collect(
             tokens = sequences.tokens.to(subject.device)
             activations = (captured[site] for site in subject.sites)
             inputs = tokens, keep, *activations, indices
-            for sae, its_reducers in reducers_of_sae:
+            for sae, its_reducers in pairs:
                 for batch in _encode_slices(sae, *inputs, encode):
                     for reducer in its_reducers:
                         reducer.add(batch)
@@ -111,20 +110,21 @@ def _encode_slices(
     sae: SAE,
     tokens: Tensor,
     keep: Tensor,
-    source: Tensor,
-    target: Tensor,
+    x: Tensor,
+    y: Tensor,
     indices: Tensor,
     encode: bool,
 ) -> Iterator[EncodedBatch]:
-    """Split sequences with their activations at `source` and `target` into batches whose feature
-    activations fit into memory, and encode these if `encode`."""
-    sequences = max(1, MAX_STRENGTHS // (keep.shape[1] * sae.config.features))
-    parts = [values.split(sequences) for values in (tokens, keep, source, target, indices)]
-    for part_tokens, part_keep, part_source, part_target, part_indices in zip(*parts, strict=True):
-        x = part_source.float()
-        y = x if source is target else part_target.float()
-        strengths, features = x.new_empty(part_keep.numel(), 0), torch.empty(0, dtype=torch.int64)
+    """Split sequences with activations `x` at the source and `y` at the target into batches whose
+    feature activations fit into memory, and run the SAE on each batch if `encode`."""
+    batch = max(1, MAX_STRENGTHS // (keep.shape[1] * sae.config.features))
+    parts = [values.split(batch) for values in (tokens, keep, x, y, indices)]
+    for part_tokens, part_keep, part_x, part_y, part_indices in zip(*parts, strict=True):
+        part_x = part_x.float()
+        part_y = part_x if x is y else part_y.float()
+        strengths = part_x.new_empty(part_keep.numel(), 0)
+        features = torch.empty(0, dtype=torch.int64)
         if encode:
-            strengths, features = encode_firing(sae, x.flatten(0, 1), part_keep.flatten())
+            strengths, features = encode_firing(sae, part_x.flatten(0, 1), part_keep.flatten())
         active = strengths.view(*part_keep.shape, len(features)), features.cpu()
-        yield EncodedBatch(part_tokens, part_keep, x, y, active, part_indices)
+        yield EncodedBatch(part_tokens, part_keep, part_x, part_y, active, part_indices)

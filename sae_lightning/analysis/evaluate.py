@@ -34,7 +34,7 @@ class EvaluateTask(Task):
     """Held-out tokens to read; null for as many as the run's own evaluation."""
     control: str | None = None
     """What to score beside the SAE: a kind of control that its sweep has, such as frozen_decoder,
-    or another SAE of the same site, as in `run`; null for all controls of its sweep."""
+    or another SAE of the same site, given like `run`; null for all controls of its sweep."""
 
     def __post_init__(self):
         check_at_least("tokens", self.tokens, 1)
@@ -46,7 +46,7 @@ class EvaluateTask(Task):
         sections = [make_scorecard_section(result)]
         if controls:
             sections.append(make_control_section(*result.list_scores()))
-        self.print_and_publish(subject, result.to_dict(), sections)
+        self.print_and_write(subject, result.to_dict(), sections)
 
 
 class Evaluation(NamedTuple):
@@ -58,7 +58,7 @@ class Evaluation(NamedTuple):
     decoder_norms: Tensor
     """[features] norms of decoder rows"""
     noun: str
-    """What the held-out data are: text, samples, rows."""
+    """Word for the held-out data: text, samples or rows."""
     controls: dict[str, scorecard.Scorecard] = {}
     """Scorecards of the controls on the same data, by name."""
 
@@ -82,11 +82,12 @@ class Evaluation(NamedTuple):
 
 
 def list_numbers(card: scorecard.Scorecard) -> dict[str, float]:
-    """All numbers of a scorecard, with those of its fidelity. Of the cross-entropy that mean
-    ablation (the mean in place of each activation) adds, `features_share` is the share that the
-    features recover without the error (what they leave out), and `error_share` the share that the
-    error recovers without the features (the error nodes of Marks et al. 2024, 2403.19647); NaN
-    where mean ablation adds none, and missing where the LLM's loss is not measured."""
+    """All numbers of a scorecard, with those of its fidelity.
+
+    Mean ablation, the mean in place of each activation, adds cross-entropy. `features_share` of it
+    is recovered by the features alone, `error_share` by their error alone (the error nodes of Marks
+    et al. 2024, 2403.19647). Both are NaN if the added cross-entropy is 0, and missing if the LLM's
+    loss is not measured."""
     numbers = {**card.scalars(), **card.fidelity._asdict()}
     if isinstance(card.scores, SpliceScores):
         scores = card.scores
@@ -99,8 +100,8 @@ def list_numbers(card: scorecard.Scorecard) -> dict[str, float]:
 def evaluate(
     sae: SAE, held_out: HeldOutData, sites: SitePair, controls: Mapping[str, SAE] = {}
 ) -> Evaluation:
-    """Score a saved SAE, and `controls` of the same site; metrics are NaN where they would divide
-    by zero."""
+    """Score a saved SAE, and `controls` of the same site; a metric whose denominator is zero is
+    NaN."""
     x = held_out.activations(sites.source)
     saes = [sae.to(x.device) for sae in (sae, *controls.values())]
     decoders, weights = [sae.W_dec for sae in saes], [sae.weights for sae in saes]
@@ -160,8 +161,8 @@ def _write_lead(numbers: dict[str, Any]) -> str:
 
 
 def _describe_error(numbers: dict[str, Any]) -> str:
-    """Say what features and error each recover of what mean ablation costs; empty if it costs
-    nothing."""
+    """Say which share of the cost of mean ablation the features and their error each recover; empty
+    if it costs nothing."""
     if not numbers["ce_mean"] > numbers["ce_clean"]:  # also if one is NaN
         return ""
     return (
@@ -203,11 +204,7 @@ def _draw_figures(result: Evaluation) -> dict[str, "Figure"]:
             "mean-ablated": numbers["ce_mean"],
             "zero-ablated": numbers["ce_zero"],
         }
-        figures["The LLM's cross-entropy"] = make_figure(
-            "", "cross-entropy (nats per token)"
-        ).add_bar(
-            x=[*values],
-            y=[*values.values()],
-            texttemplate="%{y:.3f}",
-        )
+        figure = make_figure("", "cross-entropy (nats per token)")
+        figure.add_bar(x=[*values], y=[*values.values()], texttemplate="%{y:.3f}")
+        figures["The LLM's cross-entropy"] = figure
     return figures

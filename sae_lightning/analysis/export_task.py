@@ -1,4 +1,4 @@
-"""`task=export`: writes an SAE in another tool's format."""
+"""`task=export`: writes an SAE, or dashboards of its features, in another tool's format."""
 
 import os
 from collections.abc import Callable, Collection
@@ -11,7 +11,7 @@ from sae_lightning.analysis.dashboards.circuit_tracer_features import (
     open_blocks,
     write_circuit_tracer_features,
 )
-from sae_lightning.analysis.dashboards.contents import DashboardSettings, open_dashboards
+from sae_lightning.analysis.dashboards.contents import DashboardSettings, open_content
 from sae_lightning.analysis.dashboards.neuronpedia import write_neuronpedia
 from sae_lightning.analysis.dashboards.saedashboard import write_saedashboard
 from sae_lightning.analysis.export_weights import open_one, open_set, write_one, write_set
@@ -41,9 +41,9 @@ class Writer(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class ExportTask(DashboardSettings):
-    """Write the SAE in another tool's format, or dashboards of its features. Settings other than
-    `format` and `to` are for the formats of dashboards: neuronpedia, saedashboard and
-    circuit_tracer_features."""
+    """Write the SAE in another tool's format, or dashboards of its features. Except for `format`,
+    `to` and the settings of every task, settings are for the formats of dashboards: neuronpedia,
+    saedashboard and circuit_tracer_features."""
 
     format: str | None = None
     """Format to write."""
@@ -64,8 +64,8 @@ class ExportTask(DashboardSettings):
         folder = Path(self.to).absolute()
         check_target(folder)
         writer = WRITERS[self.format]
-        for name in sorted(FORMAT_SETTINGS & {*given_settings} - writer.settings):
-            formats = [format for format, other in WRITERS.items() if name in other.settings]
+        for name in sorted(DASHBOARD_SETTINGS.intersection(given_settings) - writer.settings):
+            formats = [other for other in WRITERS if name in WRITERS[other].settings]
             raise UserError(
                 f"{name} has no meaning for format={self.format}, only for {', '.join(formats)}: "
                 "leave it out"
@@ -109,7 +109,6 @@ def _list_settings(task: type[Task]) -> frozenset[str]:
 
 
 DASHBOARD_SETTINGS = _list_settings(DashboardSettings)
-FORMAT_SETTINGS = _list_settings(ExportTask) - {"format", "to"}
 # Settings that say how Neuronpedia lists the SAE.
 RELEASE_SETTINGS = frozenset({"release", "description", "creator", "creator_id", "url"})
 
@@ -119,10 +118,8 @@ WRITERS |= {
     "circuit_tracer": Writer(
         partial(write_set, "circuit_tracer"), partial(open_set, "circuit_tracer")
     ),
-    "neuronpedia": Writer(write_neuronpedia, open_dashboards, DASHBOARD_SETTINGS),
-    "saedashboard": Writer(
-        write_saedashboard, open_dashboards, DASHBOARD_SETTINGS - RELEASE_SETTINGS
-    ),
+    "neuronpedia": Writer(write_neuronpedia, open_content, DASHBOARD_SETTINGS),
+    "saedashboard": Writer(write_saedashboard, open_content, DASHBOARD_SETTINGS - RELEASE_SETTINGS),
     "circuit_tracer_features": Writer(
         write_circuit_tracer_features,
         open_blocks,

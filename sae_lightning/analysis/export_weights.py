@@ -46,10 +46,11 @@ def open_one(name: str, task: Task, given_settings: Collection[str]) -> Exported
 
 
 def _read_exported(task: Task, run: str, given_settings: Collection[str]) -> ExportedSAE:
-    """Open the SAE in `run`; `llm` and `layer`, if given, replace what its metadata say."""
+    """Open the SAE in `run`; `llm` and `layer`, if given, replace those in its metadata."""
     sae = load_sae(run)
     metadata, groups = sae.metadata, {name.split(".")[0] for name in given_settings}
-    if {"llm", "llm.name"} & {*given_settings}:  # OWN_KEY, which names the old LLM, comes first
+    if {"llm", "llm.name"} & {*given_settings}:
+        # the run's config, under OWN_KEY, names the old LLM
         metadata = metadata | {"model_name": task.llm.name, OWN_KEY: None}
     layer = task.layer if "layer" in groups else None
     return ExportedSAE(sae, find_origin(metadata, run, layer))
@@ -61,19 +62,20 @@ def write_one(name: str, exported: ExportedSAE, folder: Path) -> None:
 
 
 def find_blocks(task: Task, given_settings: Collection[str]) -> dict[int, tuple[Path, Config]]:
-    """Find the blocks that the runs of a sweep, or a single run, read: block -> run folder and
+    """Find the block that each run of a sweep, or a single run, reads: block -> run folder and
     config. UserError if two runs read the same block."""
     folder, blocks = Path(task.run), {}
     for run in list_run_folders(folder) if is_sweep(folder) else [folder]:
         # Python code that comes with the run's LLM runs only if the user allows it
         config = read_job(run, trusted=TRUST_SETTING in given_settings).config
-        first, _ = blocks.setdefault(config.layer.index, (run, config))
-        if first != run:
+        block = config.layer.index
+        if block in blocks:
+            first, _ = blocks[block]
             raise UserError(
-                f"run={task.run}: {first.name} and {run.name} both read block "
-                f"{config.layer.index}, and format={task.format} holds one SAE of each: move one "
-                "away"
+                f"run={task.run}: {first.name} and {run.name} both read block {block}, and "
+                f"format={task.format} holds one SAE of each: move one away"
             )
+        blocks[block] = run, config
     return blocks
 
 
@@ -90,9 +92,10 @@ def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
             f"run={task.run}: format={name} takes a transcoder for every block: give the "
             "folder of a sweep over layer.index"
         )
-    if given := sorted(s for s in given_settings if s.split(".")[0] == "layer"):
+    if layer_settings := sorted(s for s in given_settings if s.split(".")[0] == "layer"):
         raise UserError(
-            f"{given[0]} has no meaning for a set, whose runs say where they read: leave it out"
+            f"{layer_settings[0]} has no meaning for a set, whose runs say where they read: leave "
+            "it out"
         )
     blocks = find_blocks(task, given_settings)
     shared: dict[str, Any] = {}

@@ -7,8 +7,8 @@ The blocks in between are approximated by linear maps, fitted on a little text (
 "Jump to conclusions"). For features that the user names, the later blocks are run with the feature
 added. Without text, blocks are skipped, as if embedding, site and unembedding shared one space (the
 logit lens, nostalgebraist 2020; the direct path, Elhage et al. 2021). Skipping many blocks fails:
-after block 9 of SmolLM2-135M's 30, of 765 features that fire mostly on one token, only 2 have that
-token among the ten that they read; with the linear map, 718 do.
+after block 9 of SmolLM2-135M, which has 30, 765 features fire mostly on one token. That token is
+among the ten that a feature reads for only 2 features, but with the linear map for 718.
 
 Shapes: features = features of the SAE; k = tokens listed per feature; vocabulary = tokens of the
 LLM; d = width of the residual stream.
@@ -46,7 +46,7 @@ RANKED_AT_ONCE = 32  # features whose tokens are ranked at a time: their product
 SHARPEST_SHOWN = 10  # features shown if the user names none
 
 FIT_TOKENS = 8192  # for fitting the linear maps; three times as many do not improve them
-RIDGE_PENALTY = 0.5  # times the inputs' mean sum of squares; results are similar from 0.3 to 1
+RIDGE_PENALTY = 0.5  # times a dimension's mean sum of squares; results are similar from 0.3 to 1
 MAX_CONTEXTS = 1000
 REFERENCE_FEATURES = 200  # random features, whose mean effect is subtracted from each feature's
 CONTEXT_TOKENS = 16  # length of a context; a feature is added at its last token
@@ -82,7 +82,7 @@ class LensTask(Task):
         result = lens(subject, self.top, text, chosen or (), self.contexts)
         section = make_lens_section(result, read_vocabulary(subject.llm), chosen)
         results = section.table._asdict() if section.table else {}
-        self.print_and_publish(subject, results, [section], feature=chosen[0] if chosen else None)
+        self.print_and_write(subject, results, [section], feature=chosen[0] if chosen else None)
 
 
 class Lens(NamedTuple):
@@ -107,25 +107,25 @@ def lens(
     """Find the `top` tokens that each feature promotes, suppresses and reads, by linear maps fitted
     on `text`, or without `text` by the direct path.
 
-    features: with `text`, the effect of these is measured in `contexts` pieces of it, not taken
-    from a linear map. The lists are rankings only: effects have an unknown positive scale, and a
-    feature may not fire on a token that it reads, because its bias and the context matter too.
+    features: with `text`, their effects are measured in `contexts` pieces of it, not taken from a
+    linear map. The scale of an effect is known only with a linear map. A feature may not fire on a
+    token that it reads, because its bias and the context matter too.
     """
     embeddings = _read_embeddings(subject)
     if text is None:
-        written, read = _skip_to_unembedding(subject), _skip_to_embedding(subject)
+        outputs, inputs = _skip_to_unembedding(subject), _skip_to_embedding(subject)
     else:
         maps = _fit_maps(subject, text, embeddings)
-        written = _map_to_unembedding(subject, maps)
-        read = subject.sae.W_enc.T @ maps.below.result().T
+        outputs = _map_to_unembedding(subject, maps)
+        inputs = subject.sae.W_enc.T @ maps.below.result().T
         if features:
-            written[list(features)] = _measure_written(subject, text, list(features), contexts)
+            outputs[list(features)] = _measure_outputs(subject, text, list(features), contexts)
     read_tokens = None
-    if read is not None:
+    if inputs is not None:
         vocabulary = len(subject.llm.tokenizer)  # embeddings beyond it are padding
-        parts = _multiply_slices("features at the embedding", read, embeddings[:vocabulary])
-        read_tokens = torch.cat([x.topk(min(top, vocabulary)).indices for x in parts]).cpu()
-    return Lens(None if written is None else _unembed(subject, written, top), read_tokens)
+        parts = _multiply_slices("features at the embedding", inputs, embeddings[:vocabulary])
+        read_tokens = torch.cat([part.topk(min(top, vocabulary)).indices for part in parts]).cpu()
+    return Lens(None if outputs is None else _unembed(subject, outputs, top), read_tokens)
 
 
 @torch.no_grad()
@@ -135,10 +135,10 @@ def measure_effects(
     """Find the `top` tokens that each feature promotes and suppresses, by a linear map fitted on
     `text`, or without `text` by the direct path; None if there is no such path."""
     if text is None:
-        written = _skip_to_unembedding(subject)
+        outputs = _skip_to_unembedding(subject)
     else:
-        written = _map_to_unembedding(subject, _fit_maps(subject, text, _read_embeddings(subject)))
-    return None if written is None else _unembed(subject, written, top)
+        outputs = _map_to_unembedding(subject, _fit_maps(subject, text, _read_embeddings(subject)))
+    return None if outputs is None else _unembed(subject, outputs, top)
 
 
 def _read_embeddings(subject: Subject) -> Tensor:
@@ -146,22 +146,22 @@ def _read_embeddings(subject: Subject) -> Tensor:
     return read_embedding(model, model.get_input_embeddings().num_embeddings)  # [vocabulary, d]
 
 
-def _unembed(subject: Subject, written: Tensor, top: int) -> LogitEffect:
-    """Find how adding the row of `written` [features, d] of each feature to the unembedding's input
-    changes the logits."""
+def _unembed(subject: Subject, outputs: Tensor, top: int) -> LogitEffect:
+    """Find how the logits change when outputs[i] [d], what feature i adds, is added to the
+    unembedding's input."""
     vocabulary = len(subject.llm.tokenizer)
     unembedding = read_weight(subject.llm.model.get_output_embeddings())[:vocabulary]
     parts = [
-        rank_tokens(x, min(top, vocabulary))
-        for logits in _multiply_slices("features at the unembedding", written, unembedding)
-        for x in logits.split(RANKED_AT_ONCE)
+        rank_tokens(part, min(top, vocabulary))
+        for changes in _multiply_slices("features at the unembedding", outputs, unembedding)
+        for part in changes.split(RANKED_AT_ONCE)
     ]
-    return LogitEffect(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+    return LogitEffect(*(torch.cat(fields).cpu() for fields in zip(*parts, strict=True)))
 
 
 def _skip_to_unembedding(subject: Subject) -> Tensor | None:
-    """Map W_dec to the unembedding's input [features, d], skipping the blocks: gain * centred(row),
-    the effect of a small strength up to the final norm's scale. None if there is no direct path."""
+    """Map W_dec to the unembedding's input [features, d], skipping the blocks, by the final norm
+    without its scale. None if there is no direct path."""
     if subject.sites.target.kind is Kind.mlp_in:
         return None
     return find_final_norm(subject.llm.model).apply_linear(subject.sae.W_dec)
@@ -180,7 +180,7 @@ def _skip_to_embedding(subject: Subject) -> Tensor | None:
 
 
 def _fit_maps(subject: Subject, text: TokenStream, embeddings: Tensor) -> "_Maps":
-    """Fit the linear maps for the blocks below and above the SAE on `text`; needs no features."""
+    """Fit the linear maps for the blocks below and above the SAE on `text`."""
     maps = _Maps(subject.llm.model, embeddings)
     parts, total = excerpt(text, FIT_TOKENS, batch=16)
     collect(subject, parts, [maps], total=total, label="fitting linear maps", encode=False)
@@ -190,15 +190,15 @@ def _fit_maps(subject: Subject, text: TokenStream, embeddings: Tensor) -> "_Maps
 def _map_to_unembedding(subject: Subject, maps: "_Maps") -> Tensor:
     """Map W_dec to the unembedding's input [features, d] by the linear map for the blocks above,
     and subtract the mean over features."""
-    written = subject.sae.W_dec @ maps.above.result()
-    return written.sub_(written.mean(0))
+    outputs = subject.sae.W_dec @ maps.above.result()
+    return outputs.sub_(outputs.mean(0))
 
 
-def _measure_written(
+def _measure_outputs(
     subject: Subject, text: TokenStream, features: list[int], contexts: int
 ) -> Tensor:
     """Measure the mean change [len(features), d] of the unembedding's input when W_dec[feature] is
-    added to the target at each context's last token, minus random features' mean change."""
+    added to the target at a context's last token, minus the mean change for random features."""
     random = torch.Generator().manual_seed(0)
     reference = torch.randperm(subject.features, generator=random)[:REFERENCE_FEATURES]
     rows = subject.sae.W_dec[torch.cat([torch.tensor(features), reference]).to(subject.device)]

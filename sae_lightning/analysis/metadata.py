@@ -26,7 +26,7 @@ def config_from_metadata(
     metadata = check_metadata(sae.metadata, run)
     llm, data, layer = settings["llm"], settings["data"], settings["layer"]
     llm = choose_llm(llm, metadata, run, given_settings)
-    if llm.name == NO_LLM != settings["llm"].name:
+    if llm.name == NO_LLM and settings["llm"].name != NO_LLM:
         raise UserError(
             f"{run} was trained on activations without an LLM, and does not say where they are: "
             "give the run folder that it is from, or, if an LLM made them, name it and a text with "

@@ -9,6 +9,7 @@ from sae_lightning.analysis.probing.probes import FEATURES, NEURONS, RANDOM
 from sae_lightning.errors import UserError
 from sae_lightning.formats.saelens import NOTE_KEY, OWN_KEY
 from sae_lightning.formats.trained_on import find_llm_name
+from sae_lightning.llm.load import NO_LLM
 from sae_lightning.sae import SAE
 
 TAGS = ["sparse-autoencoder", "mechanistic-interpretability", "saelens", "sae_lightning"]
@@ -76,14 +77,14 @@ def write_card(
 
 
 def _find_llm(sae: SAE) -> str | None:
-    """Find the LLM's name on the hub, or the last part of its folder; None if the SAE has no LLM or
-    its metadata do not say which."""
+    """Find the LLM's name on the hub, or the last part of its folder; None if there is no LLM, or
+    the metadata do not name it."""
     try:
         name = find_llm_name(sae.metadata, "")
     except UserError:
         return None
     name = name.rpartition("/")[2] if name.startswith("/") else name
-    return None if name == "none" else name  # what metadata say for data without an LLM
+    return None if name == NO_LLM else name
 
 
 def _describe(sae: SAE, llm: str | None) -> str:
@@ -103,16 +104,17 @@ def _list_training(sae: SAE, settings: dict[str, Any]) -> Iterator[list[str]]:
     """Yield the rows of the table "What it was trained on": name, value."""
     yield ["architecture", sae.config.name]
     yield ["features", f"{sae.config.features:,}"]
-    flat = {
-        f"{group}.{name}" if isinstance(values, dict) else group: value
-        for group, values in settings.items()
-        for name, value in (values.items() if isinstance(values, dict) else [(group, values)])
-    }
+    flat = {}
+    for group, values in settings.items():
+        if isinstance(values, dict):
+            flat |= {f"{group}.{name}": value for name, value in values.items()}
+        else:
+            flat[group] = values
     if settings and not {"data.name", "data.path", "data.concepts"} & flat.keys():
         yield ["text", "Shakespeare's plays"]  # the only text that needs no such setting
-    names = TRAINING_NAMES | (
-        {"data.path": "activations"} if flat.get("data.kind") == "activations" else {}
-    )
+    names = dict(TRAINING_NAMES)
+    if flat.get("data.kind") == "activations":
+        names["data.path"] = "activations"
     for key, name in names.items():
         value = flat.get(key)
         if value is not None:
@@ -120,7 +122,8 @@ def _list_training(sae: SAE, settings: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def _compare_scores(results: dict[str, Any]) -> str:
-    """Make a table of scores, each with one to compare it with, from the results of other tasks."""
+    """Make a table of scores from the results of other tasks, each beside a number to compare it
+    with."""
     # a saved result may be null: an overview has no probes on most texts
     rows = [*_list_scores(results.get("evaluate") or {})]
     rows += [*_list_random_comparisons(results.get("theory") or {}, results.get("probe") or {})]
@@ -133,8 +136,8 @@ def _compare_scores(results: dict[str, Any]) -> str:
 
 
 def _list_scores(scores: dict[str, Any]) -> Iterator[list[str]]:
-    """Yield rows of the scorecard: name, value, value to compare it with. A number that was not
-    measured has no row."""
+    """Yield rows of the scorecard: name, value, value to compare it with; without numbers that were
+    not measured."""
 
     def show(key: str, form: str, name: str, comparison: str = "") -> Iterator[list[str]]:
         if (value := scores.get(key)) is not None:

@@ -1,4 +1,4 @@
-"""Opens the SAEs that an SAE is compared with: the controls in its sweep, or one named by hand."""
+"""Opens the SAEs to compare an SAE with: the controls in its sweep, or any other SAE."""
 
 from sae_lightning.analysis.subject import Subject, open_subject
 from sae_lightning.errors import UserError
@@ -10,9 +10,11 @@ from sae_lightning.sae.controls import Control
 
 
 def open_controls(subject: Subject, control: str | None, *, most: int | None) -> dict[str, SAE]:
-    """Open SAEs of the same site, by name, on the device of `subject`. `control`: a kind of control
-    in the sweep of `subject`, or `all` kinds; or any SAE that analyze.py opens; None for the first
-    `most` kinds that the sweep has, in the order of `Control` (`most=None`: all of them).
+    """Open the SAEs that `control` names, on the device of `subject`: name -> SAE.
+
+    control: a kind of control in the sweep of `subject`, `all` for all kinds, or any SAE that
+    analyze.py opens. None: the first `most` kinds in the sweep, in the order of `Control`; if
+    `most` is None too, all kinds.
 
     UserError: there is no such SAE, or it is of another LLM or site.
     """

@@ -29,7 +29,7 @@ from sae_lightning.report.printer import print_lead, print_section, print_units
 from sae_lightning.report.section import Section
 
 PROBE_TOKENS = 65_536  # tokens of labelled text that probes read
-PROBE_FEATURES = 32_768  # up to this number of features; for twice as many, half the tokens
+PROBE_FEATURES = 32_768  # with more features, probes read fewer tokens: with twice as many, half
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,12 +45,11 @@ class OverviewTask(FeaturesTask):
         subject = self.load_subject(given_settings)
         controls = open_controls(subject, self.control, most=1)
         if not subject.config.data_source.has_llm:  # without text there is only a scorecard
-            card = evaluate.score_subject(subject, controls=controls)
-            comparison = _compare_with_controls(subject, *card.list_scores())
-            sections = [evaluate.make_scorecard_section(card), comparison]
-            self.print_and_publish(subject, {"evaluate": card.to_dict()}, sections)
+            evaluation = evaluate.score_subject(subject, controls=controls)
+            comparison = _compare_with_controls(subject, *evaluation.list_scores())
+            sections = [evaluate.make_scorecard_section(evaluation), comparison]
+            self.print_and_write(subject, {"evaluate": evaluation.to_dict()}, sections)
             return
-        text = subject.corpus
         theory_reducer = claims.TheoryReducer(subject)
         control_reducers = {name: ControlReducers(subject, sae) for name, sae in controls.items()}
         pairs = [(sae, control_reducers[name].reducers) for name, sae in controls.items()]
@@ -58,15 +57,17 @@ class OverviewTask(FeaturesTask):
         theory = claims.measure_claims(subject, theory_reducer)
         del theory_reducer, pairs  # frees memory, which scoring needs
         feature_scores = {name: control_reducers.pop(name).result() for name in controls}
-        card = evaluate.score_subject(subject, opened=(subject.llm, text), controls=controls)
-        summary, scorecard = make_features_section(survey), evaluate.make_scorecard_section(card)
+        opened = subject.llm, subject.corpus
+        evaluation = evaluate.score_subject(subject, opened=opened, controls=controls)
+        scorecard = evaluate.make_scorecard_section(evaluation)
+        summary = make_features_section(survey)
         print_section(summary)
         print_units(survey.features, pick_most_informative(survey.features, PRINTED_FEATURES))
         probes = None
         tokens = PROBE_TOKENS * PROBE_FEATURES // max(PROBE_FEATURES, subject.features)
         if "speaker" in subject.config.data_source.labels:  # the packaged plays
             probes = run_probes(subject, "speaker", tokens, controls)
-        scores = _gather_scores(card, survey, theory, probes, feature_scores)
+        scores = _gather_scores(evaluation, survey, theory, probes, feature_scores)
         parts = {
             "Scorecard": [summary, scorecard],
             "Comparison with controls": [_compare_with_controls(subject, *scores)],
@@ -79,12 +80,13 @@ class OverviewTask(FeaturesTask):
             print_section(section)
         results = {
             "features": survey.to_dict(),
-            "evaluate": card.to_dict(),
+            "evaluate": evaluation.to_dict(),
             "theory": theory.numbers,
             "probe": probes and probes.to_dict(),
         }
         sections = [s._replace(part=part) for part, group in parts.items() for s in group]
-        self.publish(subject, results, sections, [survey.features, survey.neurons], survey.best)
+        catalogues = [survey.features, survey.neurons]
+        self.write_results(subject, results, sections, catalogues, survey.best)
 
 
 def _compare_with_controls(
@@ -93,19 +95,19 @@ def _compare_with_controls(
     """Compare the scores of the SAE with those of its controls and of random directions."""
     if not controls:
         return make_missing_section(subject)
-    return make_control_section(scores, controls, random or {})
+    return make_control_section(scores, controls, random)
 
 
 def _gather_scores(
-    card: evaluate.Evaluation,
+    evaluation: evaluate.Evaluation,
     survey: Survey,
     theory: claims.TheoryResult,
     probes: Probes | None,
     feature_scores: dict[str, Scores],
 ) -> tuple[Scores, dict[str, Scores], Scores]:
-    """Gather the scores of the SAE, of its controls by name, and of random directions from the
-    results of all parts; `feature_scores`: those of each control's `ControlReducers`."""
-    scores, controls = card.list_scores()
+    """Gather the scores of the SAE, of its controls by name, and of random directions. Those of the
+    controls' features are given as `feature_scores`, by name."""
+    scores, controls = evaluation.list_scores()
     f1 = {best.concept: best.feature.f1 for best in theory.detectors}
     scores |= score_features(survey.features.token_sets.score, [f1[c] for c in CONCEPTS if c in f1])
     for name in controls:

@@ -27,7 +27,7 @@ from sae_lightning.runs.jobs import CONFIG_FILE, is_sweep
 from sae_lightning.runs.untrusted_yaml import read_settings
 from sae_lightning.terminal import console, format_command, make_grid
 
-# Files of results of other tasks, which are uploaded if they exist: numbers and the page.
+# Results of other tasks that are uploaded if they exist: numbers and the page.
 RESULT_FILES = ("evaluate.json", "overview.json", "index.html")
 # A path in a text: absolute or from the home folder (~), but not within a name, a web address or a
 # special token. A single part (/data, [/INST]) has nothing to hide.
@@ -133,14 +133,11 @@ def collect_files(folder: Path) -> dict[str, bytes | Path]:
     results = [folder / METRICS_FILE, *(folder / "analysis" / name for name in RESULT_FILES)]
     for file in filter(Path.is_file, results):
         texts[file.relative_to(folder).as_posix()] = cut_paths(read_regular_file(file), paths)
-    files = {name: text.encode() for name, text in texts.items()}
+    files = {f"sae/{WEIGHTS}": sae_folder / WEIGHTS}
+    files |= {name: text.encode() for name, text in texts.items()}
     # data of a page that is too large for one file
     blocks = [file for file in folder.glob("analysis/index-*/*.js") if file.is_file()]
-    return (
-        {f"sae/{WEIGHTS}": sae_folder / WEIGHTS}
-        | files
-        | {file.relative_to(folder).as_posix(): file for file in sorted(blocks)}
-    )
+    return files | {file.relative_to(folder).as_posix(): file for file in sorted(blocks)}
 
 
 def refuse_links(folder: Path, names: Collection[str]) -> None:
@@ -177,7 +174,7 @@ def hide_folders(value: Any) -> Any:
     name, equals, path = value.partition("=")  # an override such as data.path=/...
     if equals and is_path(path):
         return f"{name}={Path(path).name}"
-    return Path(value).name if is_path(value) else PATH.sub(_cut_folders, value)
+    return Path(value).name if is_path(value) else PATH.sub(lambda m: Path(m[0]).name, value)
 
 
 def is_path(text: str) -> bool:
@@ -204,10 +201,6 @@ def cut_paths(text: str, paths: Collection[str]) -> str:
         for spelling in {path, html.escape(path), json.dumps(path)[1:-1]}:  # without the quotes
             text = text.replace(spelling, Path(path).name)
     return text
-
-
-def _cut_folders(match: re.Match) -> str:
-    return Path(match[0]).name
 
 
 def measure_size(content: bytes | Path) -> int:

@@ -47,9 +47,9 @@ class Mode(Enum):
     """What a strength does to the feature."""
 
     add = "add"
-    """The strength is added to the feature's own activation."""
+    """The strength is added to the feature's activation."""
     clamp = "clamp"
-    """The strength replaces the feature's own activation: 0 removes the feature."""
+    """The strength replaces the feature's activation: 0 removes the feature."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class SteerTask(Task):
     tokens: int = 60
     """Tokens to write."""
     mode: Mode = Mode.add
-    """add or clamp: whether a strength is added to the feature's own activation or replaces it."""
+    """add or clamp: whether a strength is added to the feature's activation or replaces it."""
     temperature: float = 0.7
     """Sampling temperature; 0 always takes the most likely token."""
     top_p: float = 0.95
@@ -97,7 +97,7 @@ class SteerTask(Task):
             mode=self.mode,
             sampling=Sampling(self.temperature, self.top_p, self.seed),
         )
-        self.print_and_publish(
+        self.print_and_write(
             subject, result.to_dict(), [make_steering_section(result)], feature=self.feature
         )
 
@@ -112,7 +112,7 @@ class Continuation(NamedTuple):
     tokens: list[str]
     """Prompt and continuation, token by token, without BOS."""
     activations: list[float]
-    """The feature's own activation on each of `tokens`, when the unsteered LLM reads the text."""
+    """The feature's activation on each of `tokens`, when the unsteered LLM reads the text."""
     written: int
     """Number of tokens in the continuation."""
     surprise: float
@@ -158,7 +158,7 @@ def steer(
 ) -> Steered:
     """Have the LLM continue `prompt` by `tokens` tokens, once unsteered and once for each strength.
 
-    strengths: in units of the feature's own activation; None for those at which the added vector
+    strengths: in units of the feature's activation; None for those at which the added vector
     has 0.2, 0.3 and 0.4 times the median norm of the prompt's activations. All continuations are
     sampled in one batch, with the same random numbers (see `generate`).
     """
@@ -188,16 +188,16 @@ def _make_intervention(
     """Make a function (x, y) -> steered y, where sequence i has strengths[i]; it is left unsteered
     if that is None."""
     sae = subject.sae
-    # [sequences, 1]; 0 where unsteered
-    wanted = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
+    # both [sequences, 1]; `strength` is 0 where unsteered
+    strength = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
     is_steered = torch.tensor([s is not None for s in strengths], device=subject.device)[:, None]
 
     def intervene(x: Tensor, y: Tensor) -> Tensor:
-        changes = wanted  # [sequences, 1]: what is added to the feature's activation
+        added = strength  # to the feature's activation
         if mode is Mode.clamp:
             activation = sae.encode(x.flatten(0, 1))[:, feature].view(x.shape[:2])
-            changes = (wanted - activation) * is_steered  # [sequences, tokens]
-        return y + changes[..., None] * sae.W_dec[feature]
+            added = (strength - activation) * is_steered  # [sequences, tokens]
+        return y + added[..., None] * sae.W_dec[feature]
 
     return intervene
 
@@ -210,13 +210,13 @@ def _read_continuation(
     prompt_length: int,
     vocabulary: list[str],
 ) -> Continuation:
-    """Read a text, `ids` [n], with the unsteered LLM and the SAE; it starts with the prompt, of
-    `prompt_length` tokens, BOS included. `strength`: the one that the text was written with."""
+    """Read a text, `ids` [n], with the unsteered LLM and the SAE. Its first `prompt_length` tokens
+    are BOS and the prompt; the others were written with `strength`."""
     llm, source = subject.llm, subject.sites.source
     x = capture(llm.model, ids[None], [source])[source][0, 1:].float()
     written = len(ids) - prompt_length
-    # surprisal of the tokens written; BOS, the first of `ids`, has none
-    surprisal = compute_surprisal(llm.model, ids)[len(ids) - 1 - written :]
+    # of the tokens written; the first surprisal is that of ids[1], because BOS has none
+    surprisal = compute_surprisal(llm.model, ids)[prompt_length - 1 :]
     return Continuation(
         strength=strength,
         text=llm.tokenizer.decode(ids[1:]),

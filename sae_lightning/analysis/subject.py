@@ -151,25 +151,25 @@ def open_subject(
         )
     # sae/ or sae-<tokens>/ in a run folder stands for that run
     run_folder = folder.parent if re.fullmatch(r"sae(-\d+)?", folder.name) else folder
-    # a transcoder set of circuit-tracer has a file config.yaml, too
-    if (run_folder / CONFIG_FILE).is_file() and not any(run_folder.glob(CIRCUIT_TRACER.files[0])):
+    # a transcoder set of circuit-tracer has a config.yaml too, which is no run's
+    is_set = any(run_folder.glob(CIRCUIT_TRACER.files[0]))
+    if (run_folder / CONFIG_FILE).is_file() and not is_set:
         config = _read_run_config(run_folder, settings, given_settings)
         if folder.name == "sae":
-            # the final SAE's results lie in the run folder, those of sae-<tokens> in that folder
-            folder = run_folder
+            folder = run_folder  # the results of the final SAE lie beside sae/, not in it
         sae = load_sae(folder)
     else:
         sae = load_sae(folder)
         config = config_from_metadata(sae, run, settings, given_settings)
-    llm = config.data_source.read_shape()
-    sites = config.data_source.find_sites(config.layer, llm)
+    shape = config.data_source.read_shape()
+    sites = config.data_source.find_sites(config.layer, shape)
     # resumed: without the checks of files and cache that only a new run needs
-    config.data_source.check_before_loading(llm, resumed=True)
+    config.data_source.check_before_loading(shape, resumed=True)
     widths = {"reads": len(sae.W_enc), "writes": len(sae.b_dec)}
     for (verb, width), site in zip(widths.items(), sites, strict=True):
-        if width != llm.width_at(site):
+        if width != shape.width_at(site):
             raise UserError(
-                f"llm.name={config.llm.name}: its activations have {llm.width_at(site)} "
+                f"llm.name={config.llm.name}: its activations have {shape.width_at(site)} "
                 f"dimensions, but the SAE in {folder} {verb} {width}; give the LLM that it was "
                 "trained on"
             )

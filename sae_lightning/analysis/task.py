@@ -73,19 +73,19 @@ class Task:
         remove_leftovers(subject.results_folder)
         return subject
 
-    def print_and_publish(
+    def print_and_write(
         self,
         subject: Subject,
         results: dict[str, Any],
         sections: Sequence[Section],
         feature: int | None = None,
     ) -> None:
-        """Print the sections, then write them to the page."""
+        """Print the sections, then call `write_results`."""
         for section in sections:
             print_section(section)
-        self.publish(subject, results, sections, feature=feature)
+        self.write_results(subject, results, sections, feature=feature)
 
-    def publish(
+    def write_results(
         self,
         subject: Subject,
         results: dict[str, Any],
@@ -94,8 +94,8 @@ class Task:
         feature: int | None = None,
         annotated: AnnotatedText | None = None,
     ) -> None:
-        """Write `results` as JSON and the rest as a page, and print their paths; the page suggests
-        commands to run next, for `feature` if given."""
+        """Write `results` as JSON, and a page of the other arguments; print both paths. The page
+        suggests commands to run next, for `feature` if given."""
         # the overview is the folder's main page
         name = f"{self.results_name}.html" if self.task != "overview" else "index.html"
         page_path = subject.results_folder / name

@@ -1,4 +1,4 @@
-"""The table of tasks that `analyze.py` can run; a new task is a row."""
+"""The table of tasks that `analyze.py` can run; a new task is an entry."""
 
 from sae_lightning.analysis.annotate import TextTask
 from sae_lightning.analysis.benchmarks.benchmark_task import BenchmarkTask

@@ -21,7 +21,7 @@ from tiny_llm import WIDTH, tiny_tokenizer
 from tiny_run import write_begun_run, write_text
 
 from sae_lightning.analysis.dashboards import feature_dashboards
-from sae_lightning.analysis.dashboards.contents import Dashboards, derive_model_id
+from sae_lightning.analysis.dashboards.contents import DashboardContent, derive_model_id
 from sae_lightning.analysis.dashboards.feature_dashboards import list_dashboards
 from sae_lightning.analysis.export_task import ExportTask
 from sae_lightning.analysis.lens import measure_effects
@@ -355,7 +355,7 @@ def test_a_transcoder_is_named_as_one_and_an_effect_without_direct_path_is_left_
         subject = make_subject(llm, *pair)
         given = SimpleNamespace(model_id="m", source_set=None, suffix="x", vectors=False)
         catalogue, effect = survey(subject, words(300), tokens=100), measure_effects(subject, None)
-        content = Dashboards(subject, given, catalogue.features, [3, 5], effect)
+        content = DashboardContent(subject, given, catalogue.features, [3, 5], effect)
         names.append(content.name.id)
         (dashboards,) = list_dashboards(content)
         assert [d["feature_index"] for d in dashboards] == [3, 5]

@@ -258,7 +258,7 @@ def test_the_score_of_a_finished_run_is_read_if_it_was_made_with_the_same_settin
         return BenchmarkResult({"score": 0.8, "settings": usual}, [], 0.8), None
 
     monkeypatch.setattr(BenchmarkTask, "score", score)
-    monkeypatch.setattr(BenchmarkTask, "publish", lambda *args: write_json(file, args[2]))
+    monkeypatch.setattr(BenchmarkTask, "write_results", lambda *args: write_json(file, args[2]))
     job = Job(config=make_subject(tiny("llama")).config, folder=tmp_path)
     file.parent.mkdir()
     write_json(tmp_path / METRICS_FILE, {})

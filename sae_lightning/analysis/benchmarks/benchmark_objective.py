@@ -48,7 +48,7 @@ def score_job(job: Job, name: str) -> float:
         console.print(make_visible(f"{job.folder} already has its score in suite={name}"))
         return saved_score
     result, subject = task.score(())
-    task.publish(subject, result.numbers, result.sections)
+    task.write_results(subject, result.numbers, result.sections)
     return result.score
 
 

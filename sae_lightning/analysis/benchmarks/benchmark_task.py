@@ -56,7 +56,7 @@ class BenchmarkTask(Task):
             if name in all_settings.difference(BENCHMARKS[self.suite].settings):
                 raise UserError(f"{name} has no meaning for suite={self.suite}: leave it out")
         result, subject = self.score(given_settings)
-        self.print_and_publish(subject, result.numbers, result.sections)
+        self.print_and_write(subject, result.numbers, result.sections)
 
     def score(self, given_settings: Collection[str]) -> tuple[BenchmarkResult, Subject]:
         """Open the SAE and run the benchmark on it; also add score and settings to the numbers."""

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sae_lightning.analysis.dashboards.contents import (
-    Dashboards,
+    DashboardContent,
     DashboardSettings,
-    open_dashboards,
+    open_content,
 )
 from sae_lightning.analysis.dashboards.feature_dashboards import Dashboard, list_dashboards
 from sae_lightning.analysis.export_weights import find_blocks
@@ -27,22 +27,24 @@ from sae_lightning.runs.jobs import is_sweep
 
 def open_blocks(
     task: DashboardSettings, given_settings: Collection[str]
-) -> list[Callable[[], Dashboards]]:
+) -> list[Callable[[], DashboardContent]]:
     """Return functions that open one SAE each: that of the run, or those of a sweep. UserError if
     two of them read the same block."""
     if not is_sweep(Path(task.run)):
-        return [partial(open_dashboards, task, given_settings)]
+        return [partial(open_content, task, given_settings)]
     return [
-        partial(open_dashboards, replace(task, run=str(run)), given_settings)
+        partial(open_content, replace(task, run=str(run)), given_settings)
         for run, _ in find_blocks(task, given_settings).values()
     ]
 
 
-def write_circuit_tracer_features(openers: list[Callable[[], Dashboards]], folder: Path) -> None:
+def write_circuit_tracer_features(
+    openers: list[Callable[[], DashboardContent]], folder: Path
+) -> None:
     """Write the features of each SAE, opening one SAE at a time."""
     index = {}
-    for open_content in openers:
-        content = open_content()
+    for opener in openers:
+        content = opener()
         layer, offsets = content.name.layer, [0]
         file = folder / f"layer_{layer}.bin"
         with open(file, "wb") as stream:
@@ -56,7 +58,7 @@ def write_circuit_tracer_features(openers: list[Callable[[], Dashboards]], folde
     (folder / "index.json.gz").write_bytes(gzip.compress(json.dumps(index).encode()))
 
 
-def _make_entry(content: Dashboards, dashboard: Dashboard) -> dict[str, Any]:
+def _make_entry(content: DashboardContent, dashboard: Dashboard) -> dict[str, Any]:
     layer, feature = content.name.layer, dashboard["feature_index"]
     maximum = content.catalogue.statistics.maximum[feature].item()
     quantiles = [

@@ -24,6 +24,7 @@ MODEL_ID_PATTERNS = {
     r"^(qwen3\.5-.*)-base$": r"\1-pt",
     r"-instruct$": "-it",
 }
+# Kind of site -> Neuronpedia's word for it.
 SITE_WORDS = {Kind.resid: "res", Kind.mlp: "mlp", Kind.attn: "att", Kind.mlp_in: "mlp-in"}
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # names become folders and addresses
 SUFFIX_MARK = "__"  # between the name of a set and the suffix
@@ -76,13 +77,14 @@ class DashboardSettings(FeaturesTask):
 
 
 class SourceName(NamedTuple):
-    """Where Neuronpedia lists an SAE."""
+    """Where Neuronpedia, which calls an SAE a source, lists it."""
 
     model: str
     """Id of the LLM."""
     layer: int
     """Index of the block that the SAE reads."""
     source_set: str
+    """Name of the set of SAEs."""
     suffix: str | None
 
     @property
@@ -93,7 +95,7 @@ class SourceName(NamedTuple):
         )
 
 
-class Dashboards(NamedTuple):
+class DashboardContent(NamedTuple):
     """Everything that the dashboards of some features show."""
 
     subject: Subject
@@ -106,7 +108,7 @@ class Dashboards(NamedTuple):
 
     @property
     def name(self) -> SourceName:
-        """Where Neuronpedia lists the SAE: as in the settings or else derived from LLM and SAE."""
+        """Where Neuronpedia lists the SAE: from the settings, or else derived from LLM and SAE."""
         settings, (source, target) = self.settings, self.subject.sites
         kind = SITE_WORDS[source.kind] if source == target else "tc"
         config = self.subject.sae.config
@@ -116,30 +118,32 @@ class Dashboards(NamedTuple):
 
     @property
     def dataset(self) -> str:
-        """Name of the text. Of a local one, only the last part of its path, because the files are
-        meant for uploading."""
+        """Name of the text. If it is a path, only its last part, because the files are meant for
+        uploading."""
         text = self.subject.describe()["text"]
         return Path(text).name if Path(text).is_absolute() else text
 
     @property
     def prompt_shape(self) -> tuple[int, int]:
-        """Number of sequences that the statistics are over, and of tokens in each."""
-        context = self.subject.config.data.context  # BOS included, which the statistics leave out
-        return -(-self.catalogue.statistics.tokens // (context - 1)), context
+        """Number of sequences that hold the tokens of the statistics, and the length of each, BOS
+        included."""
+        context = self.subject.config.data.context
+        return -(-self.catalogue.statistics.tokens // (context - 1)), context  # - 1: BOS
 
 
-def open_dashboards(task: DashboardSettings, given_settings: Collection[str]) -> Dashboards:
+def open_content(task: DashboardSettings, given_settings: Collection[str]) -> DashboardContent:
     """Open SAE, LLM and text, and find or make the catalogue. UserError for data without an LLM."""
     subject = task.load_subject(given_settings)
     features = subject.check_features(sorted({*(task.feature or range(subject.features))}))
     _ = subject.tokenizer  # UserError for data without an LLM
     catalogue = task.find_catalogue(subject, given_settings)
-    histograms = [catalogue.linear_histogram, catalogue.effect and catalogue.effect.histogram]
-    if any(part is None for part in [*histograms, catalogue.neighbours]):
+    effect = catalogue.effect
+    parts = [catalogue.linear_histogram, catalogue.neighbours, effect and effect.histogram]
+    if any(part is None for part in parts):
         console.print("the catalogue is of an older version, without histograms: making a new one")
         catalogue = task.make_catalogues(subject).features
     effect = measure_effects(subject, None) if task.direct else catalogue.effect
-    return Dashboards(subject, task, catalogue, features, effect)
+    return DashboardContent(subject, task, catalogue, features, effect)
 
 
 def derive_model_id(llm: str) -> str:

@@ -5,8 +5,8 @@
                  0                                maximum     bin_min, bin_max = its bounds,
                                                               bin_contains = share of tokens
 
-The first position of a sequence, BOS, is left out, as in SAEDashboard. Strengths are the SAE's own,
-on raw activations: they are not multiplied by the norms of decoder rows.
+The first position of a sequence, BOS, is left out, as in SAEDashboard. Strengths are not multiplied
+by the norms of decoder rows.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lightning.analysis.dashboards.contents import Dashboards
+from sae_lightning.analysis.dashboards.contents import DashboardContent
 from sae_lightning.report.catalogue import (
     BEFORE,
     INTERVALS,
@@ -38,7 +38,7 @@ Example = dict[str, Any]
 """An example in a dashboard, by SAEDashboard's keys; empty where a feature has fewer."""
 
 
-def list_dashboards(content: Dashboards) -> Iterator[list[Dashboard]]:
+def list_dashboards(content: DashboardContent) -> Iterator[list[Dashboard]]:
     """Yield the dashboards of the features in each file; shows a progress bar."""
     total = len(content.features)
     per_file = max(FEATURES_PER_FILE, -(-total // MAX_FILES))
@@ -56,7 +56,7 @@ def shorten_numbers(values: Tensor) -> list:
 
 
 @torch.no_grad()
-def _make_dashboards(content: Dashboards, features: Tensor) -> list[Dashboard]:
+def _make_dashboards(content: DashboardContent, features: Tensor) -> list[Dashboard]:
     """Make the dashboards of `features` [n]."""
     W_dec, catalogue = content.subject.sae.W_dec, content.catalogue
     W_dec = W_dec[features.to(W_dec.device)].cpu()
@@ -92,7 +92,7 @@ def _describe_decoder(W_dec: Tensor) -> dict[str, list]:
     }
 
 
-def _describe_logits(content: Dashboards, features: Tensor) -> dict[str, list]:
+def _describe_logits(content: DashboardContent, features: Tensor) -> dict[str, list]:
     """List the tokens whose logits each of `features` [n] raises and lowers most, with a histogram
     of its effect on all tokens; empty lists if there is no direct path to the logits."""
     keys = ("pos_str", "pos_values", "neg_str", "neg_values")
@@ -112,7 +112,7 @@ def _describe_logits(content: Dashboards, features: Tensor) -> dict[str, list]:
     return dict(zip(keys, columns, strict=True))
 
 
-def _describe_strengths(content: Dashboards, features: Tensor) -> dict[str, list]:
+def _describe_strengths(content: DashboardContent, features: Tensor) -> dict[str, list]:
     """Make a histogram of the strengths of each of `features` [n], and list its examples."""
     catalogue = content.catalogue
     statistics, counts = catalogue.statistics, catalogue.linear_histogram[features]
@@ -121,7 +121,8 @@ def _describe_strengths(content: Dashboards, features: Tensor) -> dict[str, list
     # bins ascend, but interval 0 is the top one
     tokens_by_interval = counts.view(len(features), INTERVALS, -1).sum(dim=2).flip(1)
     shares = tokens_by_interval.double() / statistics.tokens
-    shares[:, -1] += 1 - firing_counts.double() / statistics.tokens  # where it is silent
+    # the lowest interval includes the tokens on which a feature is silent
+    shares[:, -1] += 1 - firing_counts.double() / statistics.tokens
     edges = maximum[:, None] * torch.arange(INTERVALS, -1, -1) / INTERVALS  # descending
     edges, shares = shorten_numbers(edges), shorten_numbers(shares)
     top, random = slice_units(catalogue.top, features), slice_units(catalogue.random, features)
@@ -135,11 +136,9 @@ def _describe_strengths(content: Dashboards, features: Tensor) -> dict[str, list
             if example:
                 bounds = {"bin_min": edges[i][interval + 1], "bin_max": edges[i][interval]}
                 activations[i].append(bounds | {"bin_contains": shares[i][interval]} | example)
-    ever_fires = (firing_counts > 0).tolist()
-    values, heights = (
-        [numbers if fires else [] for numbers, fires in zip(lists, ever_fires, strict=True)]
-        for lists in (shorten_numbers(centres), counts.tolist())
-    )
+    values, heights = shorten_numbers(centres), counts.tolist()
+    for i in (firing_counts == 0).nonzero().flatten().tolist():  # never fires
+        values[i], heights[i] = [], []
     return {
         "freq_hist_data_bar_values": values,
         "freq_hist_data_bar_heights": heights,
@@ -159,16 +158,13 @@ def _list_examples(
     strengths = examples.strengths.float().minimum(upper_bound[..., None])
     strengths[..., BEFORE] = examples.peak_strength
     peak_index = inside[..., :BEFORE].sum(dim=-1).tolist()  # index among the tokens that are inside
-    lists = []
-    for i, row in enumerate((examples.peak_strength > 0).tolist()):
-        lists.append([])
-        for j, exists in enumerate(row):
-            lists[i].append({})
-            if exists:
-                keep = inside[i, j]
-                lists[i][j] = {
-                    "tokens": [vocabulary[t] for t in examples.tokens[i, j][keep].tolist()],
-                    "values": shorten_numbers(strengths[i, j][keep]),
-                    "qualifying_token_index": peak_index[i][j],
-                }
+    n, k = examples.peak_strength.shape
+    lists: list[list[Example]] = [[{} for _ in range(k)] for _ in range(n)]
+    for i, j in (examples.peak_strength > 0).nonzero().tolist():
+        keep = inside[i, j]
+        lists[i][j] = {
+            "tokens": [vocabulary[t] for t in examples.tokens[i, j][keep].tolist()],
+            "values": shorten_numbers(strengths[i, j][keep]),
+            "qualifying_token_index": peak_index[i][j],
+        }
     return lists

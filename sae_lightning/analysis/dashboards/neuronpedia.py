@@ -16,14 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sae_lightning.analysis.dashboards.contents import Dashboards
+from sae_lightning.analysis.dashboards.contents import DashboardContent
 from sae_lightning.analysis.dashboards.feature_dashboards import Dashboard, list_dashboards
 from sae_lightning.analysis.subject import Subject
 from sae_lightning.terminal import console, shorten_path
 
 Row = dict[str, Any]
 """A row of a table of Neuronpedia's database: column -> value."""
-# Columns of a feature's row that are keys of SAEDashboard, too, with the same values.
+# Columns of a feature's row that have SAEDashboard's key and value.
 SAME_KEYS = [
     *(f"neuron_alignment_{number}" for number in ("indices", "values", "l1")),
     *(f"correlated_neurons_{number}" for number in ("indices", "pearson", "l1")),
@@ -32,10 +32,10 @@ SAME_KEYS = [
     *("freq_hist_data_bar_heights", "freq_hist_data_bar_values"),
     *("logits_hist_data_bar_heights", "logits_hist_data_bar_values"),
 ]
-DESCRIPTION_LENGTH = 512  # most characters of an explanation that Neuronpedia's upload takes
+DESCRIPTION_LENGTH = 512  # characters that Neuronpedia's upload takes of an explanation
 
 
-def write_neuronpedia(content: Dashboards, folder: Path) -> None:
+def write_neuronpedia(content: DashboardContent, folder: Path) -> None:
     """Write the rows of the SAE, its features, their examples and explanations."""
     name, created = content.name, datetime.now(UTC).isoformat(timespec="milliseconds")
     source_folder = folder / name.model / name.id
@@ -98,12 +98,12 @@ def _format_row(row: Row) -> str:
 
 
 def _make_id(*parts: object) -> str:
-    """Make an id of 25 characters that begins with c, as in the database, from a hash of `parts`;
-    so exporting again gives the same id."""
+    """Make an id of 25 characters that begins with c, as in the database. It is a hash of `parts`,
+    so that exporting again gives the same id."""
     return f"c{hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()[:24]}"
 
 
-def _describe_source(content: Dashboards, created: str) -> dict[str, Row]:
+def _describe_source(content: DashboardContent, created: str) -> dict[str, Row]:
     """Make the rows that describe the SAE's release, LLM, set and the SAE itself, by table."""
     settings, name, subject = content.settings, content.name, content.subject
     prompts, context = content.prompt_shape
@@ -135,7 +135,7 @@ def _describe_source(content: Dashboards, created: str) -> dict[str, Row]:
     }
 
 
-def _make_feature(content: Dashboards, dashboard: Dashboard, created: str) -> Row:
+def _make_feature(content: DashboardContent, dashboard: Dashboard, created: str) -> Row:
     name, vector = content.name, dashboard["vector"]
     # the strongest example has the maximum over all text
     maximum = max((max(a["values"]) for a in dashboard["activations"]), default=0.0)
@@ -157,7 +157,7 @@ def _make_feature(content: Dashboards, dashboard: Dashboard, created: str) -> Ro
     }
 
 
-def _list_neighbours(content: Dashboards, feature: int) -> Row:
+def _list_neighbours(content: DashboardContent, feature: int) -> Row:
     """List the features with the most similar decoder rows, and their cosines."""
     others, cosines = (part[feature] for part in content.catalogue.neighbours)
     exists = others >= 0  # the rest is padding
@@ -167,7 +167,9 @@ def _list_neighbours(content: Dashboards, feature: int) -> Row:
     }
 
 
-def _make_activation(content: Dashboards, dashboard: Dashboard, index: int, created: str) -> Row:
+def _make_activation(
+    content: DashboardContent, dashboard: Dashboard, index: int, created: str
+) -> Row:
     """Make the database row of the example that has this `index` in the dashboard."""
     name, feature = content.name, dashboard["feature_index"]
     example = dashboard["activations"][index]
@@ -199,7 +201,7 @@ def _make_activation(content: Dashboards, dashboard: Dashboard, index: int, crea
 
 
 def _make_explanation(
-    content: Dashboards, feature: int, explanation: tuple[str, str], created: str
+    content: DashboardContent, feature: int, explanation: tuple[str, str], created: str
 ) -> Row:
     """Make the row of an explanation, as `read_explanations` gives it."""
     name, (text, notes) = content.name, explanation
@@ -211,7 +213,7 @@ def _make_explanation(
         "description": text[:DESCRIPTION_LENGTH],
         "authorId": content.settings.creator_id,
         "notes": notes,
-        # these must be names in Neuronpedia's database, which has none of this project's
+        # Neuronpedia takes only names that are in its database
         "typeName": None,
         "explanationModelName": None,
         "createdAt": created,

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from sae_lightning.analysis.dashboards.contents import Dashboards
+from sae_lightning.analysis.dashboards.contents import DashboardContent
 from sae_lightning.analysis.dashboards.feature_dashboards import FEATURES_PER_FILE, list_dashboards
 from sae_lightning.files import write_json
 from sae_lightning.report.catalogue import INTERVALS
 
 
-def write_saedashboard(content: Dashboards, folder: Path) -> None:
+def write_saedashboard(content: DashboardContent, folder: Path) -> None:
     """Write the files that SAEDashboard's NeuronpediaRunner writes."""
     model, layer, source_set, suffix = content.name
     about = {"model_id": model, "layer": layer, "sae_set": source_set}
@@ -23,7 +23,7 @@ def write_saedashboard(content: Dashboards, folder: Path) -> None:
     write_json(folder / "run_settings.json", _describe_settings(content))
 
 
-def _describe_settings(content: Dashboards) -> dict:
+def _describe_settings(content: DashboardContent) -> dict:
     """Describe how the dashboards were made, in keys of SAEDashboard's NeuronpediaRunnerConfig."""
     model, layer, source_set, suffix = content.name
     prompts, context = content.prompt_shape

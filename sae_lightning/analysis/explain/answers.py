@@ -1,9 +1,9 @@
-"""Answers of a language model to questions, each of which it is asked only once.
+"""Answers of a language model to questions. It is asked each question only once.
 
     question -> cache on disk -> answer
                   └ not there: model -> answer, cached immediately
 
-A run that fails or is killed loses no answer: the same command, given again, asks only the rest.
+So after a run that fails or is killed, the same command asks only the other questions.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ TEST_QUESTION = Question("Answer with the word yes.", 16)  # asked to see whethe
 
 
 class Cost(NamedTuple):
-    """The cost, estimated or spent, of the questions that the cache does not answer."""
+    """Requests and tokens, spent or estimated, for the questions that the cache does not answer."""
 
     requests: int = 0
     tokens_in: int = 0
@@ -75,13 +75,13 @@ class Answers:
             self._cache(TEST_QUESTION, self.model.complete(TEST_QUESTION, patient=False))
 
     def read_cached(self, question: Question) -> Reply | None:
-        """The cached answer to a question; None if there is none."""
+        """Read the cached answer to a question; None if there is none."""
         try:
             reply = Reply(**json.loads(self._find_file(question).read_text("utf8")))
             cleaned = self._remove_key(reply)
         except (OSError, ValueError, TypeError):
             return None
-        if cleaned != reply:  # cached by a version that did not remove the key
+        if cleaned != reply:  # cached before this key was set
             self._write(question, cleaned)
         return cleaned
 

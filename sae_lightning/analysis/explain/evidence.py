@@ -62,7 +62,7 @@ def pick_features(catalogue: Catalogue, count: int, seed: int = 0) -> list[int]:
     return candidates[drawn].sort().values.tolist()
 
 
-def gather(
+def gather_evidence(
     catalogue: Catalogue,
     sample: Sample,
     features: Collection[int],
@@ -72,8 +72,8 @@ def gather(
     seed: int = 0,
 ) -> list[Evidence]:
     """Gather the evidence for each of `features`. Half of its examples in the catalogue are for the
-    explainer. For the test there are the other half and random windows of the sample: at most
-    `scored` texts in which the feature fires, and as many in which it is silent.
+    explainer. The other half and random windows of the sample are for the test: at most `scored`
+    texts in which the feature fires, and at most as many in which it is silent.
 
     catalogue: of the SAE's features, from the same pass over the text as `sample`, so that a
     sequence has the same index in both; special: ids of tokens shown as DOCUMENT_MARK.
@@ -102,15 +102,16 @@ def _gather_one(
     def skip_seen(windows: Iterable[RawWindow]) -> Iterator[Window]:
         """Yield the windows whose sequence and tokens are both new."""
         for sequence, ids, values in windows:
-            inside = [*zip(ids.tolist(), values.tolist(), strict=True)]
-            inside = [(token_texts[i], value) for i, value in inside if i >= 0]
-            window = Window(*zip(*inside, strict=True))
+            inside = ids >= 0
+            tokens = tuple(token_texts[i] for i in ids[inside].tolist())
+            window = Window(tokens, tuple(values[inside].tolist()))
             if not seen & {sequence, window.tokens}:
                 seen.update((sequence, window.tokens))
                 yield window
 
     top, random = catalogue.top, catalogue.random
-    shown = [*skip_seen(chain(_take_examples(top, feature, 0), _take_examples(random, feature, 0)))]
+    examples = chain(_take_examples(top, feature, 0), _take_examples(random, feature, 0))
+    shown = [*skip_seen(examples)]
     # at most half are top examples, so that the test includes firing at any strength
     firing = [*islice(skip_seen(_take_examples(top, feature, 1)), scored // 2)]
     others = chain(
@@ -140,5 +141,6 @@ def _draw_windows(
     for i in candidates[torch.randperm(len(candidates), generator=rng)].tolist():
         positions = allowed[i].nonzero().squeeze(1)
         position = int(positions[torch.randint(len(positions), (), generator=rng)])
-        window = slice(position, position + WINDOW)  # begins BEFORE tokens earlier, as both padded
+        # begins BEFORE tokens before the position, because of the padding
+        window = slice(position, position + WINDOW)
         yield int(sample.sequence_indices[i]), tokens[i, window], strengths[i, window]

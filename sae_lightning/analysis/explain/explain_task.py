@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_lightning.analysis.explain.answers import Answers
-from sae_lightning.analysis.explain.evidence import gather, pick_features
+from sae_lightning.analysis.explain.evidence import gather_evidence, pick_features
 from sae_lightning.analysis.explain.explainer import Explainer
 from sae_lightning.analysis.explain.explanation_sections import (
     Explanations,
@@ -43,11 +43,11 @@ class ExplainTask(Task):
     tokens: int = 131_072
     """Tokens of text to read."""
     examples: int = 24
-    """Strongest examples of a feature to collect; besides, a sixth as many are drawn at random from
-    each of five equal intervals of its strength. The explainer sees every other example."""
+    """Strongest examples of a feature to collect. In addition, a sixth as many are drawn at random
+    from each of five equal intervals of its strength. The explainer sees every other example."""
     scored: int = 20
-    """Most texts in which a feature fires, and as many in which it is silent, to test an
-    explanation on."""
+    """An explanation is tested on at most this number of texts in which the feature fires, and as
+    many in which it is silent."""
     together: int = 5
     """Texts that are judged in one request: more are cheaper, fewer are easier; 1 for small
     models."""
@@ -75,22 +75,17 @@ class ExplainTask(Task):
         answers = Answers(model) if model else None
         if answers:
             answers.check_model()  # before any text is read
-        seed = subject.config.seed
+        text, batch, seed = subject.corpus.train, subject.config.llm.batch, subject.config.seed
         surveyed = survey(
-            subject,
-            subject.corpus.train,
-            tokens=self.tokens,
-            examples=self.examples,
-            batch=subject.config.llm.batch,
-            seed=seed,
+            subject, text, tokens=self.tokens, examples=self.examples, batch=batch, seed=seed
         )
         features = named or pick_features(surveyed.features, self.count, seed)
         if answers is None:
             section = make_token_set_section(surveyed.features, features)
-            self.print_and_publish(subject, section.table._asdict(), [section], feature=first)
+            self.print_and_write(subject, section.table._asdict(), [section], feature=first)
             return
         special = find_special_ids(subject.llm.tokenizer)
-        evidence = gather(
+        evidence = gather_evidence(
             surveyed.features,
             surveyed.sample,
             features,
@@ -103,6 +98,6 @@ class ExplainTask(Task):
         console.print(str(cost))
         cost.check_budget(self.budget)
         result = Explanations(explainer.explain_features(evidence), answers.spent, self.explainer)
-        self.print_and_publish(
+        self.print_and_write(
             subject, result.to_dict(), [make_explanation_section(result)], feature=first
         )

@@ -10,7 +10,7 @@ Models):
 
     detection   does the feature fire in this text?      texts in which it fires, and silent ones
     fuzzing     does it fire on the marked tokens?       texts in which it fires, each once with the
-                                                         right tokens marked and once with others
+                                                         right tokens marked, once with wrong ones
 """
 
 import math
@@ -86,14 +86,10 @@ class Explainer:
         characters, tokens out from the longest answer that is allowed."""
         questions = self._make_questions(all_evidence)
         explanations: dict[int, str | None] = {}
+        longest = "x" * prompts.MAX_EXPLANATION_CHARACTERS  # if the explanation is not cached
         for feature, question in questions.items():
             reply = self.answers.read_cached(question)
-            # the longest possible explanation stands for one that is not cached
-            explanations[feature] = (
-                prompts.parse_explanation(reply.text)
-                if reply
-                else "x" * prompts.MAX_EXPLANATION_CHARACTERS
-            )
+            explanations[feature] = prompts.parse_explanation(reply.text) if reply else longest
         tests = [question for *_, question in self._make_tests(all_evidence, explanations)]
         missing = [
             question
@@ -138,8 +134,8 @@ class Explainer:
         ]
 
     def _make_questions(self, all_evidence: list[Evidence]) -> dict[int, Question]:
-        """Feature -> the question that asks for its explanation; a feature without enough evidence
-        has none."""
+        """Feature -> the question that asks for its explanation, for features with enough
+        evidence."""
         tokens = EXPLANATION_TOKENS + self.thinking
         return {
             evidence.feature: Question(prompts.write_explain_prompt(evidence.shown), tokens)
@@ -173,11 +169,11 @@ def make_detection_trials(evidence: Evidence, together: int, seed: int = 0) -> l
 
 
 def make_fuzzing_trials(evidence: Evidence, together: int, seed: int = 0) -> list[Trial]:
-    """Trials on at most `together` texts each; no trial has both versions of a text, because their
-    difference would give the answer away. Left out are texts with fewer silent tokens than marked
-    ones, whose wrong version could not be made."""
+    """Trials on at most `together` texts each. No trial has both versions of a text, because their
+    difference would give the answer away. A text is left out if fewer tokens are silent than are
+    marked: then its wrong version has too few tokens to mark."""
     rng = random.Random(f"{seed} fuzzing {evidence.feature}")
-    versions = []  # pairs: a text with the right tokens marked, and with others
+    versions = []  # pairs: a text with the right tokens marked, and with wrong ones
     for window in evidence.firing:
         silent = [
             i
@@ -201,8 +197,11 @@ def make_fuzzing_trials(evidence: Evidence, together: int, seed: int = 0) -> lis
 
 def _make_trials(template: str, pairs: list[tuple[str, bool]], together: int) -> list[Trial]:
     """Put pairs (text, truth) into trials of at most `together` texts."""
-    parts = [pairs[i : i + together] for i in range(0, len(pairs), together)]
-    return [Trial(template, *map(list, zip(*part, strict=True))) for part in parts]
+    trials = []
+    for start in range(0, len(pairs), together):
+        texts, truths = zip(*pairs[start : start + together], strict=True)
+        trials.append(Trial(template, list(texts), list(truths)))
+    return trials
 
 
 def score_verdicts(truths: list[bool], verdicts: list[bool | None]) -> VerdictScore:

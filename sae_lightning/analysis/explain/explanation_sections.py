@@ -66,7 +66,7 @@ def make_explanation_section(result: Explanations) -> Section:
 
 
 def make_token_set_section(catalogue: Catalogue, features: list[int]) -> Section:
-    """Show, if no model is named, the token set that best predicts each feature."""
+    """Show the token set that best predicts each feature, for a command that names no model."""
     token_sets = catalogue.token_sets
     rows = []
     for feature in sorted(features, key=lambda i: -token_sets.score[i].nan_to_num(-1)):

@@ -16,7 +16,8 @@ MASK = r"(?:[*•●]{2,}|…+|[.x]{3,})"
 
 
 def read_key(name: str | None) -> str:
-    """The key in the environment variable `name`; empty if there is none."""
+    """Read the key in the environment variable `name`; empty if there is none. UserError if it has
+    characters that no key has."""
     key = os.environ.get(name, "").strip() if name else ""
     if not (key.isascii() and key.isprintable()):
         # refused here, because the HTTP client's error would quote the key
@@ -65,14 +66,15 @@ def _is_loopback(host: str) -> bool:
 def censor(text: str, key: str) -> str:
     """Replace the key in `text` by ***: all or part of it, also URL-encoded or JSON-escaped, or its
     ends around a mask (`sk-ab****yz`)."""
-    # a placeholder such as `none` is censored as a whole word only, one of up to 3 characters never
-    if len(key) < MIN_KEY_PART:
-        return re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", text) if len(key) > 3 else text
+    if len(key) <= 3:  # too short to be a secret
+        return text
+    if len(key) < MIN_KEY_PART:  # a placeholder such as `none`, censored as a whole word only
+        return re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", text)
     characters = ENCODED_CHARACTER.findall(text)
     plain = "".join(c if len(c) == 1 else chr(int(c[-2:], 16)) for c in characters)
     for start in range(len(plain) - MIN_KEY_PART + 1):
         if plain[start : start + MIN_KEY_PART] in key:
-            characters[start : start + MIN_KEY_PART] = "\0" * MIN_KEY_PART  # one for each
+            characters[start : start + MIN_KEY_PART] = "\0" * MIN_KEY_PART  # a mark for each
     text = re.sub("\0+", "***", "".join(characters))
     # beginnings and ends of the key, the longest first, that are too short to be censored alone
     lengths = range(MIN_KEY_PART - 1, 2, -1)  # 7 to 3 characters

@@ -31,8 +31,8 @@ class ChatModel:
     """Questions that may be in flight at a time."""
 
     def complete(self, question: Question, patient: bool = True) -> Reply:
-        """The answer at temperature 0; UserError if the model gives none. If not `patient`, an
-        endpoint gives up after 2 tries."""
+        """The answer, at temperature 0 if the model accepts that; UserError if there is none. If
+        not `patient`, an endpoint gives up after 2 tries."""
         raise NotImplementedError
 
 
@@ -86,11 +86,11 @@ class Endpoint(ChatModel):
             base_url=url,
             max_retries=retries,
             timeout=TIMEOUT,
-            # neither a redirect nor a proxy carries the key elsewhere
+            # no redirect carries the key elsewhere, and no proxy an unencrypted key
             http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_local),
         )
-        # changed when a reasoning model refuses them: it has another name for the limit on tokens,
-        # and accepts no temperature
+        # `complete` changes them for a reasoning model, which has another name for the limit on
+        # tokens and accepts no temperature
         self._limit_name, self._settings = "max_tokens", {"temperature": 0}
 
     def complete(self, question: Question, patient: bool = True) -> Reply:
@@ -161,7 +161,8 @@ class Endpoint(ChatModel):
             names = [str(model.id) for model in self._client.models.list()]
         except Exception:  # not every server lists its models
             return "not listed"
-        return ", ".join(names[:8]) + ", ..." * (len(names) > 8) or "none"
+        names = [*names[:8], "..."] if len(names) > 8 else names
+        return ", ".join(names) or "none"
 
 
 def open_model(

@@ -49,8 +49,8 @@ on which it is active? It may be in all of them, in some or in none. {legend}
 
 
 def write_explain_prompt(windows: list[Window]) -> str:
-    """The prompt that asks what the marked tokens of the windows have in common; the feature fires
-    in each of the `windows`."""
+    """The prompt that asks what the marked tokens of `windows`, in all of which the feature fires,
+    have in common."""
     greatest = max(max(window.strengths) for window in windows)
     texts = [
         # at least 1: a 0 would say that the feature is silent
@@ -118,9 +118,9 @@ def parse_verdicts(answer: str, count: int) -> list[bool | None]:
     pattern = r"^\W*(?:text )?(\d+)(?:\W+\1)?\W+(yes|no)\b"  # small models write "1. 1: yes"
     for number, word in re.findall(pattern, answer, re.IGNORECASE | re.MULTILINE):
         verdicts.setdefault(int(number), set()).add(word.lower() == "yes")
-    # both yes and no for a text is unclear
-    answers = (verdicts.get(number, set()) for number in range(1, count + 1))
-    return [next(iter(given)) if len(given) == 1 else None for given in answers]
+    # a text with both yes and no is unclear
+    sets = (verdicts.get(number, set()) for number in range(1, count + 1))
+    return [values.pop() if len(values) == 1 else None for values in sets]
 
 
 def _drop_thoughts(answer: str) -> str:

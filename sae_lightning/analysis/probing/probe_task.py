@@ -30,7 +30,7 @@ class ProbeTask(Task):
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
         result = run_probes(subject, self.label, self.tokens)
-        self.print_and_publish(subject, result.to_dict(), make_probe_sections(result))
+        self.print_and_write(subject, result.to_dict(), make_probe_sections(result))
 
 
 def run_probes(

@@ -47,7 +47,7 @@ class FeaturesTask(Task):
         print_section(summary)
         print_units(result.features, pick_most_informative(result.features, PRINTED_FEATURES))
         catalogues = [result.features, result.neurons]
-        self.publish(subject, result.to_dict(), [summary], catalogues, result.best)
+        self.write_results(subject, result.to_dict(), [summary], catalogues, result.best)
 
     def find_catalogue(self, subject: Subject, given_settings: Collection[str]) -> Catalogue:
         """Read the catalogue of features that an earlier task has saved; make a new one if that is

@@ -26,4 +26,4 @@ class TheoryTask(Task):
         reducer = TheoryReducer(subject)
         collect(subject, batches, [reducer], total=num_sequences)
         result = measure_claims(subject, reducer)
-        self.print_and_publish(subject, result.numbers, make_theory_sections(result))
+        self.print_and_write(subject, result.numbers, make_theory_sections(result))
