@@ -4,9 +4,7 @@ several features of the concept?
 If the feature of "short" also writes "starts with S", an SAE needs one active feature fewer. The
 feature of S is then silent on "short", which its examples do not show (Chanin et al. 2024, "A is
 for Absorption", arXiv 2409.14507). Absorption is counted as in SAEBench (Karvonen et al. 2025,
-arXiv 2503.09532, "Feature absorption"): by what a feature writes in the direction of a probe. The
-original paper ablates features instead, which works only in layers before attention has moved the
-letter away from its word.
+arXiv 2503.09532, "Feature absorption"): by what a feature writes in the direction of a probe.
 
 A concept's *own features* are those that predict it (`find_own_features`). A feature of strength f
 *writes* f (W_dec[i] . direction) in a direction.
@@ -84,7 +82,7 @@ def find_absorption(
 
 
 class SampleParts(NamedTuple):
-    """Masks [n] (bool) of three sets of samples, none of which overlap."""
+    """Masks [n] (bool) of three disjoint sets of samples."""
 
     fit: Tensor
     """To fit probes and rank features."""
@@ -100,7 +98,6 @@ class ConceptSamples(NamedTuple):
     noun: str
     """What a concept is: letter, or parent concept."""
     concepts: list[str]
-    """Names of the concepts."""
     names: list[str]
     """Names of the samples [n]."""
     source: Tensor

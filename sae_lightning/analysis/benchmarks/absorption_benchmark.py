@@ -52,8 +52,8 @@ def run_absorption(subject: Subject) -> BenchmarkResult:
 
 
 def average_results(results: list[ConceptResult]) -> dict[str, float]:
-    """Means over concepts: of the number of own features, and of each field in SCORE_FIELDS over
-    the concepts where it is not NaN (NaN if there are none)."""
+    """Mean over concepts of the number of own features and of each field in SCORE_FIELDS, without
+    NaNs; NaN if a field has no other value."""
     values = {field: list_values(results, field) for field in SCORE_FIELDS.values()}
     features = {"features": fmean(len(result.features) for result in results)}
     return features | {field: fmean(v or [math.nan]) for field, v in values.items()}
@@ -63,14 +63,14 @@ def sample_parents(subject: Subject) -> ConceptSamples:
     """Sample synthetic activations. The concepts are the parents whose children fire most often,
     and their directions the true ones. UserError if no children fire often enough."""
     data, sites = subject.config.data, [subject.sites.source]
-    held_out = subject.config.data_source.open_held_out(sites, SAMPLES, 0)  # 0: no LLM, no loss
+    held_out = subject.config.data_source.open_held_out(sites, SAMPLES, loss_tokens=0)
     assert isinstance(held_out, HeldOutConcepts)
     world, active = held_out.world, held_out.strengths > 0
     fifth = torch.arange(SAMPLES) % 5  # 60 % fit, 20 % choose, 20 % test, as for first letters
     parts = SampleParts(fifth < 3, fifth == 3, fifth == 4)
     # parent[i] is i if concept i has no parent
     children = (world.parent != torch.arange(len(world.parent))).nonzero().squeeze(1)
-    active_children = torch.zeros_like(active, dtype=torch.int32)  # [samples, concepts] number
+    active_children = torch.zeros_like(active, dtype=torch.int32)  # number [samples, concepts]
     active_children.index_add_(1, world.parent[children], active[:, children].int())
     has_child = active_children > 0
     # [concepts] samples with an active child, in the part that has fewest

@@ -41,7 +41,13 @@ def make_absorption_sections(
         for name, field in SCORE_FIELDS.items()
         if not all(math.isnan(mean[field]) for mean in means.values())
     }
-    without_features = sum(not result.features for result in results[first])
+    without = sum(not result.features for result in results[first])
+    without_note = (
+        f"{without} of the {samples.noun}s, which silent, absorbed and fraction leave out"
+    )
+    control_note = (
+        "No controls of this SAE are known: train it in a sweep with sweep.controls=true."
+    )
     tested = int(samples.parts.test.sum())
     return [
         Section(
@@ -53,10 +59,8 @@ def make_absorption_sections(
                 "the others fit probes and choose features",
                 "fraction": "share of the concept that other features write, in full or in part",
                 "after ±": f"standard error over {samples.noun}s",
-                "without own features": f"{without_features} of the {samples.noun}s, which "
-                "silent, absorbed and fraction leave out" * (without_features > 0),
-                "note": "No controls of this SAE are known: train it in a sweep with "
-                "sweep.controls=true." * (not controls),
+                "without own features": without_note if without else "",
+                "note": "" if controls else control_note,
             },
             table=ResultTable(
                 ["", "own features", *columns],

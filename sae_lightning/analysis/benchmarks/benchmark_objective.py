@@ -15,13 +15,15 @@ from sae_lightning.terminal import console, make_visible
 
 
 def train_and_score(jobs: Sequence[Job]) -> list[dict[str, float] | None]:
-    """Train the jobs as `train_jobs` does and, if the score of a benchmark is the objective of
-    their search (with a minus in front: to minimise it), add it to the metrics of each job; the
-    controls that a sweep adds are not scored. None stays None: a job without metrics.
+    """Train the jobs as `train_jobs` does. If the objective of a job's search is the score of a
+    benchmark, add that score to the job's metrics, unless the job has none or is a control that the
+    sweep added.
 
     UserError, before training: the benchmark cannot be run here."""
+    # a minus in front means that the search minimises the score
     objectives = [(job.config.sweep.objective or "").removeprefix("-") for job in jobs]
-    if benchmarks := BENCHMARK_OBJECTIVES.intersection(objectives):
+    benchmarks = BENCHMARK_OBJECTIVES.intersection(objectives)
+    if benchmarks:
         from sae_lightning.analysis.benchmarks.benchmark_task import BENCHMARKS
 
         for name in benchmarks:
@@ -36,7 +38,7 @@ def train_and_score(jobs: Sequence[Job]) -> list[dict[str, float] | None]:
 
 def score_job(job: Job, name: str) -> float:
     """Run the benchmark `name` with default settings on the SAE of a job, and write page and
-    numbers into its run folder; if that was done after the SAE was trained, read the score."""
+    numbers into its run folder. If the folder already has them, only read the score."""
     from sae_lightning.analysis.benchmarks.benchmark_task import BENCHMARKS, BenchmarkTask
 
     config = job.config
@@ -53,8 +55,8 @@ def score_job(job: Job, name: str) -> float:
 
 
 def _read_score(run: Path, file_name: str, settings: dict[str, Any]) -> float | None:
-    """The score in a results file of the folder `run`; None if there is no such file, it is older
-    than the end of the run, or it was made with other settings."""
+    """The score in a results file of the folder `run`; None if the file is missing, unreadable,
+    older than the end of the run, or made with other settings."""
     path = run / "analysis" / file_name
     with suppress(FileNotFoundError, UserError):
         if path.stat().st_mtime < (run / METRICS_FILE).stat().st_mtime:

@@ -66,17 +66,17 @@ def read_first_letters(subject: Subject) -> ConceptSamples:
     words = [all_words[i] for i in order[:MAX_READ_WORDS].tolist()]
     answers = {letter: _encode_answer(subject, letter) for letter in ascii_lowercase}
     line_tokens = 1 + max(map(len, answers.values()))
-    n = WORDS_IN_PROMPT
+    size = WORDS_IN_PROMPT
     if subject.context is not None:
-        n = min(n, (subject.context - 1) // line_tokens)  # 1: BOS
-    word_lists = [words[i : i + n] for i in range(0, len(words), n)]  # one for each prompt
+        size = min(size, (subject.context - 1) // line_tokens)  # 1: BOS
+    word_lists = [words[i : i + size] for i in range(0, len(words), size)]  # one for each prompt
     samples = [word for listed in word_lists for word in listed[EXAMPLES:]]
     # [samples] share of the prompts that come before the sample's
-    place = torch.tensor(
+    share = torch.tensor(
         [i / len(word_lists) for i, listed in enumerate(word_lists) for _ in listed[EXAMPLES:]]
     )
-    fit = place < FIT_SHARE
-    choose = ~fit & (place < FIT_SHARE + CHOOSE_SHARE)
+    fit = share < FIT_SHARE
+    choose = ~fit & (share < FIT_SHARE + CHOOSE_SHARE)
     parts = SampleParts(fit, choose, ~fit & ~choose)
     labels = torch.tensor([[word[0] == letter for letter in ascii_lowercase] for word in samples])
     frequent = torch.stack([labels[part].sum(dim=0) >= MIN_WORDS for part in parts]).all(dim=0)
@@ -166,7 +166,7 @@ def _check_any(subject: Subject, letters: Tensor, why: str) -> None:
 
 
 def _encode_answer(subject: Subject, letter: str) -> list[int]:
-    """Token ids of what follows, in a prompt, a word that begins with `letter`."""
-    encode, word = subject.tokenizer.encode, "a"  # any word: only what follows is returned
+    """Token ids of the text that a prompt has after each word that begins with `letter`."""
+    encode, word = subject.tokenizer.encode, "a"  # any word, which is cut off again
     line = encode(f"{word} has the first letter: {letter.upper()}\n", add_special_tokens=False)
     return line[len(encode(word, add_special_tokens=False)) :]

@@ -20,11 +20,11 @@ def read_last_tokens(subject: Subject, texts: Sequence[str], context: int) -> Te
     bos, separator = find_bos_id(subject.tokenizer), find_separator_id(subject.tokenizer)
     with mute_libraries(), phase("tokenising the texts"):
         documents = tokenise_documents(subject.tokenizer, texts, separator)
-    # without the separator at the end; at most context - 1 tokens, because BOS is added
+    # without the separator at the end; the last context - 1 tokens, because BOS is added
     windows = [torch.from_numpy(tokens[:-1][1 - context :]).long() for tokens in documents]
     check_ids(subject.tokenizer, torch.cat(windows).numpy(), "sets")
-    # texts of similar length share a batch, so that little is padding
-    waiting = sorted(range(len(texts)), key=lambda i: len(windows[i]))  # read from the end
+    # texts of similar length share a batch, so that little is padding; the longest are read first
+    waiting = sorted(range(len(texts)), key=lambda i: len(windows[i]))
     budget = subject.config.llm.batch * subject.config.data.context  # tokens, as in training
     site, activations = subject.sites.source, None
     with phase("reading labelled texts", total=len(texts)) as advance:
@@ -36,10 +36,9 @@ def read_last_tokens(subject: Subject, texts: Sequence[str], context: int) -> Te
             tokens[:, 0] = bos
             for sequence, i in zip(tokens, batch, strict=True):
                 sequence[1 : 1 + len(windows[i])] = windows[i]
-            # also the position of the last token, as BOS is at 0
-            lengths = torch.tensor([len(windows[i]) for i in batch])
-            last_places = torch.arange(len(batch)) * longest + lengths  # in the flattened batch
-            captured = capture(subject.llm.model, tokens, [site], last_places)[site].float().cpu()
+            last_positions = torch.tensor([len(windows[i]) for i in batch])  # BOS is at 0
+            places = torch.arange(len(batch)) * longest + last_positions  # in the flattened batch
+            captured = capture(subject.llm.model, tokens, [site], places)[site].float().cpu()
             if activations is None:
                 activations = captured.new_empty(len(texts), captured.shape[1])
             activations[batch] = captured

@@ -80,7 +80,7 @@ def score_sets(
                     aurocs = score_sparse(matrix, labels, split, SIZES)
                     for k, auroc in zip(SIZES, aurocs, strict=True):
                         scores[kind][k][-1].append(auroc)
-                    if kind != RANDOM:  # all random directions tell a probe what all neurons do
+                    if kind != RANDOM:  # all of them hold the same information as all neurons
                         scores[kind][None][-1].append(score_all(matrix, labels, split))
                 advance(1)
     arrays = {kind: {k: np.array(v) for k, v in by_k.items()} for kind, by_k in scores.items()}

@@ -23,7 +23,10 @@ def _make_mean_section(scores: ProbingScores) -> Section:
     texts = sum(len(s.texts) for s in scores.sets)
     others = [compare_with_features(scores, kind) for kind in (NEURONS, RANDOM)]
     controls = [compare_with_features(scores, kind) for kind in _list_controls(scores)]
-    spread = max(scores.measure_spread(kind, SCORED_SIZE) for kind in kinds)
+    spread_note = ""
+    if splits > 1:
+        spread = max(scores.measure_spread(kind, SCORED_SIZE) for kind in kinds)
+        spread_note = f"; between them the mean over sets has a spread of at most {spread:.3f}"
     return Section(
         title="k-sparse probing",
         lead=(
@@ -37,9 +40,7 @@ def _make_mean_section(scores: ProbingScores) -> Section:
             "is read",
             "after ±": "standard error over sets; that of a difference is over differences on the "
             "same set",
-            "splits": f"{splits} of each set"
-            + f"; between them the mean over sets has a spread of at most {spread:.3f}"
-            * (splits > 1),
+            "splits": f"{splits} of each set{spread_note}",
             "controls": "; ".join(controls)
             or "none known; train the SAE in a sweep with sweep.controls=true",
             "note": "Units and regularisation are chosen on the training part of a set.",

@@ -21,12 +21,12 @@ class ProbingScores(NamedTuple):
     directions, and `control: <name>` for the features of each control."""
 
     def average_sets(self, kind: str, k: int | None) -> tuple[float, float]:
-        """Mean AUROC over sets, and its standard error; NaN for one set."""
+        """Mean AUROC over sets, and its standard error (NaN for one set)."""
         return _average(self.aurocs[kind][k].mean(1))
 
     def compare(self, kind: str, other: str, k: int) -> tuple[float, float]:
-        """Mean over sets of the AUROC of `kind` minus that of `other`, and the mean's standard
-        error; NaN for one set."""
+        """Mean over sets of the AUROC of `kind` minus that of `other`, and its standard error (NaN
+        for one set)."""
         return _average((self.aurocs[kind][k] - self.aurocs[other][k]).mean(1))
 
     def measure_spread(self, kind: str, k: int | None) -> float:

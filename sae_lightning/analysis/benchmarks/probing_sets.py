@@ -61,8 +61,8 @@ def read_sets(
 ) -> list[LabelledSet]:
     """Read at most `texts` texts of each set that the settings `sets` and `sets_folder` choose.
 
-    UserError: a chosen set does not exist, or does not have two classes with enough texts. If `all`
-    are chosen (or `usual` in a folder), sets that do not have them are left out."""
+    UserError: a set that is named does not exist, or `_read_set` refuses it. Where all sets are
+    read (`all`, or `usual` in a folder), refused sets are left out."""
     set_files = find_set_files(folder)
     if sets == "all" or (sets == "usual" and folder is not None):
         readable = []
@@ -70,7 +70,8 @@ def read_sets(
             with suppress(UserError):
                 readable.append(_read_set(name, file, texts, seed))
         return readable
-    names = USUAL_SETS if sets == "usual" else [sets] if isinstance(sets, str) else sets
+    names = [sets] if isinstance(sets, str) else sets
+    names = USUAL_SETS if sets == "usual" else names
     check_set_names(names, set_files)
     return [_read_set(name, set_files[name], texts, seed) for name in names]
 
@@ -90,7 +91,8 @@ def check_set_names(names: Iterable[str], existing: Iterable[str]) -> None:
 
 
 def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet:
-    """Read one set; UserError if that fails, or it does not have two classes with enough texts.
+    """Read one set. UserError: the file cannot be read, or does not hold two classes with at least
+    MIN_PER_CLASS texts each.
 
     The package's sets repeat texts. Each text is kept once, so that none is in both the training
     and the test part; a text that has both classes is dropped."""
@@ -127,6 +129,6 @@ def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet:
 
 
 def _sort_key(file: Path) -> tuple[int, str]:
-    """Sort by the number in front of the name, as the package's files have one."""
+    """Number in front of the file's name, as the package's files have one (else 0), and name."""
     number = file.name.partition("_")[0]
     return int(number) if number.isdecimal() else 0, file.name

@@ -44,8 +44,8 @@ def split_texts(texts: int, seed: int) -> TextSplit:
 
 
 def measure_differences(x: ndarray | csr_array, labels: ndarray) -> ndarray:
-    """Distance between the class means of each unit of x [texts, units], divided by the unit's mean
-    |value| where it is not 0 -> [units].
+    """Distance between the class means of each unit of x [texts, units], divided by the mean of the
+    unit's |values| that are not 0 -> [units].
 
     The division is sae-probes' default; without it, units with large values would always win. The
     1e-6 makes the result 0 for a unit that is 0 on all texts."""
@@ -62,8 +62,8 @@ def choose_units(x: ndarray | csr_array, labels: ndarray, k: int) -> ndarray:
 def score_probe(x: ndarray, labels: ndarray, split: TextSplit) -> float:
     """Fit a logistic regression on the training part of x [texts, units] -> AUROC on the test part.
 
-    The penalty is chosen by fits on all but the last texts of the training part, and the AUROC on
-    these last texts; then a probe with that penalty is fitted on the whole training part."""
+    To choose the penalty, probes are fitted on the training part without its last texts, and
+    compared by their AUROC on these; then a probe is fitted on the whole training part."""
     from sklearn.linear_model import LogisticRegression
 
     train_x, train_labels = x[split.train], labels[split.train]
@@ -71,12 +71,12 @@ def score_probe(x: ndarray, labels: ndarray, split: TextSplit) -> float:
     start = len(train_x) - validation_texts  # index of the first validation text
 
     def measure_auroc(probe: LogisticRegression, x: ndarray, labels: ndarray) -> float:
-        # [1, 0]: of class 1, by the only "unit", the probe's output
+        # the only unit is the probe's output; [1, 0]: of class 1, unit 0
         return float(measure_aurocs(probe.decision_function(x)[:, None], labels, 2)[1, 0])
 
     trial, aurocs = LogisticRegression(max_iter=1000, warm_start=True), []
     with allow_early_stopping():
-        for c in INVERSE_PENALTIES:  # each fit starts from the last one, which halves the time
+        for c in INVERSE_PENALTIES:  # each fit starts from the one before, which halves the time
             trial.set_params(C=c).fit(train_x[:start], train_labels[:start])
             aurocs.append(measure_auroc(trial, train_x[start:], train_labels[start:]))
         _, best = max(zip(aurocs, INVERSE_PENALTIES, strict=True))  # of equals, the weakest penalty
@@ -128,8 +128,8 @@ def encode_sparse(sae: SAE, x: Tensor) -> csr_array:
 def project_on_random_directions(
     x: ndarray, directions: int, labels: ndarray, train: ndarray, most: int
 ) -> ndarray:
-    """Project x [texts, d], standardised, on `directions` random directions, always the same ones;
-    keep the `most` projections whose class means differ most on the texts `train`, the best first
+    """Project x [texts, d], standardised, on `directions` random directions (fixed seed). Keep the
+    `most` projections whose class means differ most on the texts `train`, the best first
     -> [texts, most]."""
     x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
     rng = np.random.default_rng(0)

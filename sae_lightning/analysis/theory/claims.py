@@ -38,8 +38,8 @@ class TheoryResult(NamedTuple):
     """The numbers of `theory.json`, and what the page shows in figures and tables."""
 
     numbers: dict[str, Any]
-    """Claim -> its numbers. If fewer than two features fired, agreement, biases and overlap are
-    missing; for a transcoder, agreement and dense."""
+    """Claim -> its numbers; also the numbers of tokens, features and fired features. If fewer than
+    two fired, agreement, biases and overlap are missing; for a transcoder, agreement and dense."""
     l0_counts: Tensor
     """[features + 1] int64: number of tokens with 0, 1, 2, ... active features"""
     detectors: list[ConceptDetectors]
@@ -72,7 +72,6 @@ class TheoryReducer:
 
     @torch.no_grad()
     def add(self, batch: EncodedBatch) -> None:
-        """Add a batch of sequences."""
         keep = batch.keep
         if not keep.any():
             return
@@ -102,12 +101,12 @@ class TheoryReducer:
 
 
 def measure_claims(subject: Subject, reducer: TheoryReducer) -> TheoryResult:
-    """Test every claim on what the reducer has collected from the text (`collect`)."""
+    """Test every claim, on the statistics that the reducer has collected."""
     with phase("testing the theory"):
         counts, tokens = reducer.feature_counts.result(), reducer.source.tokens
-        # bin 0 counts the tokens on which a feature is silent
-        every_token = counts.tokens.shape[1] - 1  # the last concept, which holds all tokens
-        firings = sum(counts.read(half, every_token)[:, 1:].sum(dim=1) for half in (0, 1))
+        all_tokens = counts.tokens.shape[1] - 1  # the last concept
+        # without bin 0, which counts the tokens on which a feature is silent
+        firings = sum(counts.read(half, all_tokens)[:, 1:].sum(dim=1) for half in (0, 1))
         density = firings.double() / tokens
         detectors = detect_concepts(counts, reducer.neuron_counts.result())
         del counts, reducer.feature_counts  # large
@@ -181,7 +180,7 @@ def _measure_weights(
         result.numbers["agreement"] = summarise_distribution(agreement) | {
             "chance": decoder.shape[1] ** -0.5  # standard deviation for random directions
         }
-    # the others in which features compete have thresholds when they are evaluated
+    # features of BatchTopK and Matryoshka compete only in training: evaluation uses thresholds
     competes = subject.sae.architecture == "topk"
     return result._replace(margin=margin, competes=competes, overlap=overlap, agreement=agreement)
 
@@ -194,11 +193,12 @@ def _measure_margins(weights: dict[str, Tensor], source: Moments) -> Tensor:
     """
     W_enc, b_enc = weights["W_enc"], weights["b_enc"].double()
     threshold = weights.get("threshold", torch.zeros(()))  # an architecture without one fires at 0
-    parts, covariance = W_enc.split(FEATURES_AT_ONCE, dim=1), source.covariance
-    squares = [(part * (covariance @ part)).sum(dim=0) for part in map(Tensor.double, parts)]
-    deviation = torch.cat(squares).clamp(min=0).sqrt()  # rounding errors can make a variance < 0
-    means = torch.cat([source.mean @ part.double() for part in parts])
-    return (means + b_enc - threshold) / deviation
+    mean, covariance, means, variances = source.mean, source.covariance, [], []
+    for part in map(Tensor.double, W_enc.split(FEATURES_AT_ONCE, dim=1)):
+        means.append(mean @ part)
+        variances.append((part * (covariance @ part)).sum(dim=0))
+    deviation = torch.cat(variances).clamp(min=0).sqrt()  # rounding can make a variance negative
+    return (torch.cat(means) + b_enc - threshold) / deviation
 
 
 def summarise_distribution(values: Tensor) -> dict[str, float]:

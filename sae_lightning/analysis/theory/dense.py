@@ -19,8 +19,8 @@ from sae_lightning.scoring.moments import Moments
 
 
 def compare_dense(variances: Tensor, sample: Tensor, l0: float, mse: float) -> dict[str, Any]:
-    """Compare the best dense autoencoders with an SAE, given its L0 and its mean over tokens of
-    |x - x_hat|^2, `mse`.
+    """Compare the best dense autoencoders with an SAE, given its L0 and `mse`, its mean over tokens
+    of |x - x_hat|^2.
 
     variances: [d] along principal directions; sample: [n, d] activations to run networks on.
     """
@@ -30,11 +30,10 @@ def compare_dense(variances: Tensor, sample: Tensor, l0: float, mse: float) -> d
     below = min(int(l0), d - 1)
     low, high = curve[below : below + 2].tolist()
     at_l0 = low + min(l0 - below, 1.0) * (high - low)
-    # the smallest F that explains at least as much as the SAE, then interpolated down to as much
-    worth = smallest = int((curve < explained_variance).sum())
-    if 0 < smallest <= d:
-        low, high = curve[smallest - 1 : smallest + 1].tolist()
-        worth = smallest - 1 + (explained_variance - low) / (high - low)
+    worth = int((curve < explained_variance).sum())  # the first F that explains as much, or more
+    if 0 < worth <= d:  # interpolate between it and the F before
+        low, high = curve[worth - 1 : worth + 1].tolist()
+        worth = worth - 1 + (explained_variance - low) / (high - low)
     return {
         "l0": l0,
         "explained": explained_variance,

@@ -2,8 +2,8 @@
 
     counts[half, concept, unit, bin]   number of the concept's tokens on which the unit's strength
                                        is in the bin; the last concept: all tokens
-    half 0: sequences of even index    -> the unit and the threshold with the best F1
-    half 1: sequences of odd index     -> their scores
+    half 0: sequences of even index    -> choose the unit and the threshold with the best F1
+    half 1: sequences of odd index     -> score them
 
 Shapes: n = tokens, units = features or neurons, bins = bins of strengths.
 """
@@ -20,8 +20,8 @@ STRENGTHS_AT_ONCE = 1 << 20  # strengths sorted into bins at a time: bounds memo
 CELLS_AT_ONCE = 1 << 22  # cells to collect before they are counted: bounds memory
 SCORED_AT_ONCE = 16_384  # units scored at a time: bounds memory
 MAX_QUANTILE_VALUES = 1 << 23  # torch.quantile refuses very large inputs
-# Quantiles that separate the bins of neurons: finer at both ends, where rare concepts are.
-# From the median to 2^-11 from either end, four to an octave.
+# Quantiles that separate the bins of neurons: finer at both ends, where rare concepts are. They go
+# from the median, 1/2, to 2^-11 and to 1 - 2^-11, four to an octave.
 _TAIL = 0.5 * 2.0 ** -torch.arange(0, 10.25, 0.25)
 QUANTILE_LEVELS = torch.cat([_TAIL.flip(0), 1 - _TAIL[1:]])  # 1: the median only once
 
@@ -72,8 +72,8 @@ class StrengthCounts(NamedTuple):
     """Whether units can also detect by low values, as neurons can."""
 
     def read(self, half: int, concept: int) -> Tensor:
-        """Counts [units, bins] int32 on the tokens of one concept in one half; tokens that are in
-        no cell count in bin 0."""
+        """Counts [units, bins] int32 on the tokens of one concept in one half; bin 0 also counts
+        the tokens that are in no stored cell, on which features are silent."""
         units, bins = len(self.thresholds), self.thresholds.shape[1] + 1
         block = half * self.tokens.shape[1] + concept  # index of counts[half, concept]
         size = units * bins
@@ -85,12 +85,13 @@ class StrengthCounts(NamedTuple):
         return counts
 
     def score_thresholds(self, half: int, concept: int, units: Tensor) -> Iterator[list[Tensor]]:
-        """Score the units with the indices `units`, a part of them at a time: yields F1, precision
-        and recall [sides, part, bins - 1] of detecting the concept by each threshold, and AUROC
-        [sides, part] of ranking tokens by strength. Side 0 detects at or above the threshold.
-        Signed units also have a side 1, which detects below it and ranks by falling strength.
-        Precision is 0 where nothing is detected; recall and AUROC are NaN for a concept without
-        tokens in that half, and AUROC for one of all tokens.
+        """Score the units with the indices `units`, part by part. Yields F1, precision and recall
+        [sides, part, bins - 1] of detecting the concept by each threshold, and AUROC [sides, part]
+        of ranking tokens by strength.
+
+        Side 0 detects at or above the threshold. Signed units also have a side 1, which detects
+        below the threshold and ranks by falling strength. Precision is 0 where nothing is detected.
+        Recall and AUROC are NaN for a concept of no tokens, AUROC also for a concept of all tokens.
         """
         all_tokens = self.tokens.shape[1] - 1
         counts = (self.read(half, c)[units] for c in (concept, all_tokens))
@@ -127,17 +128,18 @@ class FeatureCounts:
     def __init__(self, concepts: int, features: int, device: torch.device | str = "cpu"):
         self.features = features
         self.edges = EDGES.to(device)
-        # the fields of `StrengthCounts` with these names
+        # as the fields of `StrengthCounts`
         self.tokens = torch.zeros(2, concepts + 1, dtype=torch.int32, device=device)
         self.cells = torch.empty(0, dtype=torch.int64, device=device)
         self.numbers = torch.empty(0, dtype=torch.int32, device=device)
-        self.uncounted: list[Tensor] = []  # cells, one for each token that falls into one
+        self.uncounted: list[Tensor] = []  # flat indices to count, one for each token in a cell
 
     def add(self, strengths: Tensor, is_member: Tensor, half: Tensor, active: Tensor) -> None:
         """Add tokens: strengths [n, active] of the features with the indices `active` [active],
         whether each token belongs to each concept (bool [n, concepts]), and its half of the text
         (0 or 1, [n])."""
-        _increment(self.tokens, _pair_with_concepts(is_member, half)[1])
+        _, block = _pair_with_concepts(is_member, half)
+        _increment(self.tokens, block)
         active = active.to(strengths.device)
         nonzero = strengths.nonzero(as_tuple=True)
         for token, column in zip(*(i.split(STRENGTHS_AT_ONCE) for i in nonzero), strict=True):
@@ -161,7 +163,6 @@ class FeatureCounts:
         self.numbers = torch.zeros_like(self.cells, dtype=torch.int32).index_add_(0, index, numbers)
 
     def result(self) -> StrengthCounts:
-        """The counts of all tokens added so far, on the CPU."""
         self._count()
         counted = self.cells.cpu(), self.numbers.cpu(), self.tokens.cpu()
         # bin 1 begins at 0, because `add` puts strengths below all edges into it
@@ -186,14 +187,12 @@ class NeuronCounts:
         d, bins = self.counts.shape[2:]
         neurons, tokens_at_once = torch.arange(d, device=x.device), max(1, STRENGTHS_AT_ONCE // d)
         parts = (tensor.split(tokens_at_once) for tensor in (x, is_member, half))
-        for part_x, *tags in zip(*parts, strict=True):
-            # [n, d]
+        for part_x, part_member, part_half in zip(*parts, strict=True):
             bin_index = torch.searchsorted(self.edges, part_x.T.contiguous(), right=True).T
-            token, block = _pair_with_concepts(*tags)
+            token, block = _pair_with_concepts(part_member, part_half)
             _increment(self.counts, (block[:, None] * d + neurons) * bins + bin_index[token])
 
     def result(self) -> StrengthCounts:
-        """The counts of all tokens added so far, on the CPU."""
         counts = self.counts.cpu()
         cells = counts.flatten().nonzero().squeeze(1)
         tokens = counts[:, :, 0].sum(dim=-1)  # each neuron counts every token
@@ -201,8 +200,8 @@ class NeuronCounts:
 
 
 def _pair_with_concepts(is_member: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair each token with each of its concepts, the last of which holds all tokens -> index of the
-    token [pairs], flat index of the block counts[half, concept] [pairs]."""
+    """Pair each token with each concept that it belongs to, and with the last, that of all tokens
+    -> index of the token [pairs], flat index of the block counts[half, concept] [pairs]."""
     is_member = torch.cat([is_member, torch.ones_like(is_member[:, :1])], dim=1)
     token, concept = is_member.nonzero(as_tuple=True)
     return token, half[token] * is_member.shape[1] + concept
@@ -216,19 +215,18 @@ def _increment(counts: Tensor, indices: Tensor) -> None:
 
 def find_detector(counts: StrengthCounts, concept: int, units: Tensor | None = None) -> Detector:
     """Choose unit and threshold by F1, and a unit by AUROC, on half 0; score them on half 1.
-    units: indices of the units to choose from, all by default. The concept must have tokens in both
-    halves, and must not be on all of them."""
+    units: indices of the units to choose from, all by default. In both halves, some tokens must
+    belong to the concept and others not."""
     units = torch.arange(len(counts.thresholds)) if units is None else units
     parts = [
         (*f1.max(dim=-1), auroc) for f1, _, _, auroc in counts.score_thresholds(0, concept, units)
     ]
-    # [sides, units]
+    # best F1 of each unit, index of its threshold, and AUROC; all [sides, units]
     chosen_f1, best_thresholds, aurocs = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
-    # indices into `units`: of the unit with the best F1, and of the one with the best AUROC
     side, column = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))
     i = int(best_thresholds[side, column])
     auroc_side, auroc_column = (int(i) for i in torch.unravel_index(aurocs.argmax(), aurocs.shape))
-    best = units[[column, auroc_column]]
+    best = units[[column, auroc_column]]  # by F1, and by AUROC
     ((f1, precision, recall, auroc),) = counts.score_thresholds(1, concept, best)
     return Detector(
         unit=int(best[0]),

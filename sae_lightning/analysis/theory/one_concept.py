@@ -39,7 +39,7 @@ class ConceptDetectors(NamedTuple):
     neuron: Detector
     """The best of the site's dimensions, in either direction."""
     subset_feature: Detector
-    """The best of a random subset of 2 d features, as many as d neurons have directions."""
+    """The best of a random subset of 2 d features, because d neurons have 2 d directions."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `theory.json` has them, where `subset_feature` is called `few`."""

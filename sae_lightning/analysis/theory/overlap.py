@@ -20,7 +20,7 @@ class Cosines(NamedTuple):
     counts: Tensor
     """[COSINE_BINS] int64: number of pairs by cosine"""
     nearest: Tensor
-    """[rows] largest cosine of each of these directions with another one"""
+    """[rows] largest cosine of each compared direction with another one"""
 
     def find_share_above(self, cosine: float) -> float:
         """Share of pairs whose |cosine| exceeds `cosine`, which is rounded to 0.001."""
@@ -28,7 +28,7 @@ class Cosines(NamedTuple):
         return (self.counts[middles.abs() > cosine].sum() / self.counts.sum()).item()
 
     def find_quantile(self, share: float) -> float:
-        """The |cosine| that this share of pairs does not exceed, rounded up to 0.001."""
+        """The |cosine| that a `share` of the pairs does not exceed, rounded up to 0.001."""
         half = COSINE_BINS // 2
         counts = self.counts[half:] + self.counts[:half].flip(0)  # by |cosine|
         cumulative_share = counts.cumsum(0) / counts.sum()
@@ -45,10 +45,10 @@ class Cosines(NamedTuple):
 
 
 def compare_directions(decoder: Tensor, covariance_root: Tensor) -> dict[str, Cosines]:
-    """Cosines between decoder rows [features, d] (`decoder`), as many random directions (`random`),
-    and random directions drawn with the covariance of the activations (`like_data`).
+    """Cosines between decoder rows [features, d] (key `decoder`), between as many random directions
+    (`random`), and between random directions with the covariance of the activations (`like_data`).
 
-    covariance_root: [d, d] matrix R with R^T R = covariance; white noise times R has it, too.
+    covariance_root: [d, d] matrix R with R^T R = covariance.
     """
     generator = Generator().manual_seed(0)
     chosen = torch.randperm(len(decoder), generator=generator)[:COMPARED_ROWS]
@@ -66,7 +66,7 @@ def count_cosines(directions: Tensor, chosen: Tensor) -> Cosines:
     counts, nearest = torch.zeros(COSINE_BINS, dtype=torch.int64), []
     for part in chosen.split(ROWS_AT_ONCE):
         table = (directions[part] @ directions.T).clamp_(-1, 1)
-        # the cosine of a direction with itself: in no bin, and never the nearest
+        # a direction with itself: -2 is in no bin, and never the largest
         table[torch.arange(len(part)), part] = -2
         counts += table.histc(COSINE_BINS, -1, 1).long()
         nearest.append(table.amax(dim=1))

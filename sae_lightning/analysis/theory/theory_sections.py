@@ -1,7 +1,4 @@
-"""Sections on the claims of the theory: prediction against measurement.
-
-The wording of each verdict depends on the measured numbers.
-"""
+"""Sections on the claims of the theory: prediction against measurement."""
 
 import math
 from typing import TYPE_CHECKING
@@ -220,7 +217,7 @@ def _draw_curve(result: TheoryResult) -> "Figure":
     )
     return figure.add_scatter(
         name="SAE, at its L0",
-        x=[numbers["l0"], numbers["worth"]],
+        x=[numbers["l0"], numbers["worth"]],  # a line to the curve, at the same explained variance
         y=[numbers["explained"]] * 2,
         mode="lines+markers",
         line={"color": COLOURS[1], "dash": "dot"},
