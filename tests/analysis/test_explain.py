@@ -14,7 +14,7 @@ from sae_lightning.analysis.explain.evidence import (
     DOCUMENT_MARK,
     Evidence,
     Window,
-    gather_evidence,
+    gather,
     pick_features,
 )
 from sae_lightning.analysis.explain.explainer import (
@@ -84,7 +84,7 @@ def planted(text) -> tuple[Catalogue, Sample]:
 
 @pytest.fixture
 def evidence(planted) -> list[Evidence]:
-    return gather_evidence(*planted, [0, 1], special=[BOS])
+    return gather(*planted, [0, 1], special=[BOS])
 
 
 class Scripted:
@@ -139,7 +139,7 @@ def test_who_always_says_the_same_scores_a_half(evidence, tmp_path, verdict):
 
 
 def test_who_guesses_scores_about_a_half(planted, tmp_path):
-    (evidence,) = gather_evidence(*planted, [0], scored=60, special=[BOS])
+    (evidence,) = gather(*planted, [0], scored=60, special=[BOS])
     random = torch.Generator().manual_seed(0)
 
     def guess(n: int) -> str:
@@ -166,7 +166,7 @@ def test_no_text_that_the_explainer_saw_is_scored(text):
     number = torch.arange(SEQUENCES)[:, None] * len(WORDS)
     vocabulary = [f" {word}.{i}" for i in range(SEQUENCES) for word in WORDS]
     catalogue, sample = world(torch.where(text == BOS, BOS, text + number), vocabulary)
-    for each in gather_evidence(catalogue, sample, [0, 1, EVERYWHERE], scored=40, special=[BOS]):
+    for each in gather(catalogue, sample, [0, 1, EVERYWHERE], scored=40, special=[BOS]):
         groups = [
             [
                 {token.split(".")[1] for token in window.tokens if token != DOCUMENT_MARK}
@@ -182,13 +182,13 @@ def test_no_text_that_the_explainer_saw_is_scored(text):
 def test_texts_that_read_the_same_are_one(text):
     """Four sequences over and over: everything there is to see is shown."""
     catalogue, sample = world(text[:4].repeat(60, 1), WORDS)
-    (evidence,) = gather_evidence(catalogue, sample, [0], special=[BOS])
+    (evidence,) = gather(catalogue, sample, [0], special=[BOS])
     windows = [*evidence.shown, *evidence.firing, *evidence.silent]
     assert len({window.tokens for window in windows}) == len(windows)
 
 
 def test_a_feature_is_silent_in_silent_texts_and_fires_in_the_others(planted):
-    (fox,) = gather_evidence(*planted, [0], scored=60, special=[BOS])
+    (fox,) = gather(*planted, [0], scored=60, special=[BOS])
     assert (len(fox.firing), len(fox.silent)) == (60, 60)
     for window in fox.silent:
         assert " fox" not in window.tokens
@@ -202,8 +202,8 @@ def test_a_feature_is_silent_in_silent_texts_and_fires_in_the_others(planted):
 
 
 def test_evidence_does_not_depend_on_what_else_is_asked(planted):
-    assert gather_evidence(*planted, [1, 0])[1] == gather_evidence(*planted, [0])[0]
-    assert gather_evidence(*planted, [0], seed=1) != gather_evidence(*planted, [0])
+    assert gather(*planted, [1, 0])[1] == gather(*planted, [0])[0]
+    assert gather(*planted, [0], seed=1) != gather(*planted, [0])
 
 
 def test_features_are_chosen_among_those_that_fire(planted):
@@ -214,15 +214,15 @@ def test_features_are_chosen_among_those_that_fire(planted):
 
 def test_a_feature_that_never_fires_costs_nothing(planted, tmp_path):
     explainer = make_explainer(tmp_path)
-    (each,) = explainer.explain_features(gather_evidence(*planted, [SILENT]))
+    (each,) = explainer.explain_features(gather(*planted, [SILENT]))
     assert (each.text, each.detection, each.fuzzing) == (None, None, None)
     assert explainer.answers.spent.requests == 0
-    assert explainer.estimate_cost(gather_evidence(*planted, [SILENT])).requests == 0
+    assert explainer.estimate_cost(gather(*planted, [SILENT])).requests == 0
 
 
 def test_a_feature_that_fires_everywhere_cannot_be_tested(planted, tmp_path):
     (each,) = make_explainer(tmp_path).explain_features(
-        gather_evidence(*planted, [EVERYWHERE], special=[BOS])
+        gather(*planted, [EVERYWHERE], special=[BOS])
     )
     assert each.text is not None
     assert each.detection is None
@@ -389,7 +389,7 @@ def test_both_kinds_of_texts_count_the_same():
 
 def test_the_section_says_what_was_found_and_on_how_many_texts(planted, tmp_path):
     explainer = make_explainer(tmp_path)
-    evidence = gather_evidence(*planted, [0, SILENT], special=[BOS])
+    evidence = gather(*planted, [0, SILENT], special=[BOS])
     result = Explanations(explainer.explain_features(evidence), explainer.answers.spent, "scripted")
     shown = make_explanation_section(result)
     assert shown.table.rows[0] == ["0: the word fox", "1.00", "1.00", "40 + 40"]

@@ -62,7 +62,7 @@ def pick_features(catalogue: Catalogue, count: int, seed: int = 0) -> list[int]:
     return candidates[drawn].sort().values.tolist()
 
 
-def gather_evidence(
+def gather(
     catalogue: Catalogue,
     sample: Sample,
     features: Collection[int],

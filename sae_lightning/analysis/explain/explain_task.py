@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_lightning.analysis.explain.answers import Answers
-from sae_lightning.analysis.explain.evidence import gather_evidence, pick_features
+from sae_lightning.analysis.explain.evidence import gather, pick_features
 from sae_lightning.analysis.explain.explainer import Explainer
 from sae_lightning.analysis.explain.explanation_sections import (
     Explanations,
@@ -85,7 +85,7 @@ class ExplainTask(Task):
             self.print_and_write(subject, section.table._asdict(), [section], feature=first)
             return
         special = find_special_ids(subject.llm.tokenizer)
-        evidence = gather_evidence(
+        evidence = gather(
             surveyed.features,
             surveyed.sample,
             features,
