@@ -38,7 +38,7 @@ WIDTH, ACTIVE = 768, 64
 # functions that run the LLM and the SAE over text, by file: their time is that of reading
 READING = {
     "collect.py": {"collect"},
-    "scorecard.py": {"_measure_errors"},
+    "scorecard.py": {"_measure_reconstruction"},
     "held_out.py": {"_capture"},
     "splice.py": {"score_baseline", "score_splices"},
     "load.py": {"load_llm", "load_tokenizer"},

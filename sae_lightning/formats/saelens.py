@@ -34,7 +34,7 @@ TRANSCODERS = {
     ("jumprelu", True): "jumprelu_skip_transcoder",
 }
 # SAELens' architecture -> ours. Its batchtopk names occur only in training checkpoints.
-SAELENS_KINDS = {
+SAELENS_ARCHITECTURES = {
     "standard": "relu",
     "topk": "topk",
     "jumprelu": "jumprelu",
@@ -42,7 +42,9 @@ SAELENS_KINDS = {
     "batchtopk": "batch_topk",
     "matryoshka_batchtopk": "matryoshka",
 }
-SAELENS_KINDS |= {name: SAELENS_KINDS[kind] for (kind, _), name in TRANSCODERS.items()}
+SAELENS_ARCHITECTURES |= {
+    name: SAELENS_ARCHITECTURES[base] for (base, _), name in TRANSCODERS.items()
+}
 # Beginnings of TransformerLens' names of LLMs with LayerNorm, whose activations it may centre.
 LAYERNORM_MODELS = ("gpt2", "distilgpt2", "pythia", "tiny-stories", "gelu-", "gpt-neo", "opt-")
 
@@ -58,7 +60,7 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
     cfg = {"architecture": "standard", "activation_fn": cfg.get("activation_fn_str", "relu")} | cfg
     if cfg["activation_fn"] == "topk":
         cfg |= {"architecture": "topk", "activation_fn": "relu"} | cfg["activation_fn_kwargs"]
-    kind = cfg["architecture"]
+    architecture = cfg["architecture"]
     settings = (
         _check_own_settings(files.settings_file, cfg[OWN_KEY])
         if OWN_KEY in cfg
@@ -67,7 +69,7 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
     scale = _read_scale(files.settings_file, cfg.get("normalize_activations") or "none")
     weights, metadata = rename_tensors(SAELENS, files.tensors), cfg.get("metadata", cfg)
     # where a key is missing, SAELens' default holds
-    centred = "transcoder" not in kind and cfg.get("apply_b_dec_to_input", True)
+    centred = "transcoder" not in architecture and cfg.get("apply_b_dec_to_input", True)
     options = metadata.get("model_from_pretrained_kwargs", {})
     has_layernorm = str(metadata.get("model_name")).startswith(LAYERNORM_MODELS)
     if has_layernorm and options.get("center_writing_weights", is_saelens_2):
@@ -79,7 +81,7 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
         centred=centred,
         scale_in=scale,
         scale_out=scale,
-        rescale=cfg.get("rescale_acts_by_decoder_norm", "batchtopk" in kind),
+        rescale=cfg.get("rescale_acts_by_decoder_norm", "batchtopk" in architecture),
     )
 
 
@@ -112,14 +114,14 @@ def _check_own_settings(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _translate_settings(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     """Translate SAELens' settings into ours."""
-    kind = cfg["architecture"]
-    check_readable(file, "architecture", kind, SAELENS_KINDS)
+    architecture = cfg["architecture"]
+    check_readable(file, "architecture", architecture, SAELENS_ARCHITECTURES)
     check_readable(file, "activation_fn", cfg["activation_fn"], ["relu"])
-    settings = {"name": SAELENS_KINDS[kind], "skip": "skip" in kind}
-    if "topk" in kind:
+    settings = {"name": SAELENS_ARCHITECTURES[architecture], "skip": "skip" in architecture}
+    if "topk" in architecture:
         # SAELens' default is 100; k of its BatchTopK may be fractional
         settings["k"] = max(1, round(cfg.get("k", 100)))
-    if kind == "matryoshka_batchtopk":
+    if architecture == "matryoshka_batchtopk":
         ends = [0, *cfg["matryoshka_widths"]]
         settings = add_groups(settings, [end - start for start, end in pairwise(ends)])
     return settings
@@ -149,6 +151,6 @@ SAELENS = Format(
     files=(WEIGHTS, CFG),
     optional=(SCALER,),
     read=read_saelens,
-    layouts={name: Layout(ours) for name, ours in SAELENS_KINDS.items()},
+    layouts={name: Layout(ours) for name, ours in SAELENS_ARCHITECTURES.items()},
     aliases={"b_gate": "b_enc", "W_skip": "W_skip.T", "topk_threshold": "threshold"},
 )

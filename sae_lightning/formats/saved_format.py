@@ -32,12 +32,12 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
     `metadata` holds SAELens' keys (model_name, hook_name, ...) and ours; hook_name_out marks a
     transcoder.
     """
-    kind = sae.architecture  # SAELens' name of it
+    architecture = sae.architecture  # SAELens' name of it
     if "hook_name_out" in metadata:
         metadata = metadata | ({NOTE_KEY: note} if (note := describe_limits(sae)) else {})
-        kind = TRANSCODERS.get((kind, sae.config.skip), kind)
+        architecture = TRANSCODERS.get((architecture, sae.config.skip), architecture)
     cfg = {
-        "architecture": kind,
+        "architecture": architecture,
         "d_in": weights["W_enc"].shape[0],
         "d_out": weights["W_dec"].shape[1],
         "d_sae": weights["W_enc"].shape[1],
@@ -52,7 +52,7 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
         "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, **metadata},
     }
     tensors = dict(weights)
-    if kind == "gated":
+    if architecture == "gated":
         tensors["b_gate"] = tensors.pop("b_enc")
     if "W_skip" in tensors:
         tensors["W_skip"] = tensors["W_skip"].T.contiguous()

@@ -29,7 +29,6 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     """Sample from the fewest tokens whose total probability is at least this (nucleus)."""
     seed: int = 0
-    """Seed of the RNG."""
 
 
 GREEDY = Sampling()
@@ -156,7 +155,6 @@ class Reply(NamedTuple):
     """The answer of a model to a question."""
 
     text: str
-    """The answer."""
     tokens_in: int
     """Number of tokens of the question, as formatted for the model."""
     tokens_out: int

@@ -36,7 +36,6 @@ class Statistics(NamedTuple):
     mean: Tensor
     """Mean strength over the tokens where the unit is active; 0 if it never is."""
     maximum: Tensor
-    """Greatest strength."""
     histogram: Tensor
     """[units, len(EDGES) - 1] number of tokens with a strength from EDGES[i] to EDGES[i + 1],
     int64."""

@@ -42,22 +42,18 @@ class ResultTable(NamedTuple):
     header: list[str]
     """Names of the columns; the first column holds words, the others numbers."""
     rows: list[list[str]]
-    """Formatted cells."""
 
 
 class Section(NamedTuple):
     """A result: what it says in words, and the numbers, texts and figures that support it."""
 
     title: str
-    """A few words."""
     lead: str
     """What the result says, in a few sentences."""
     numbers: dict[str, str] = {}
     """Name -> formatted number or a few words."""
     table: ResultTable | None = None
-    """Numbers that have rows and columns."""
     texts: list[ColouredText] = []
-    """Example texts."""
     figures: dict[str, "Figure"] = {}
     """Caption -> figure; shown on the page only."""
     part: str = ""

@@ -12,7 +12,6 @@ class SweepRun(NamedTuple):
     """One run of a sweep, read from its folder."""
 
     folder: Path
-    """The run folder."""
     overrides: list[str]
     """The user's overrides, such as `loss.l1=0.001`."""
     metrics: dict | None

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_lightning.scoring.dominance import DominantDimension, find_dominant_dimension
 
 
-def explained_variance(target: Tensor, reconstruction: Tensor) -> Tensor:
+def compute_explained_variance(target: Tensor, reconstruction: Tensor) -> Tensor:
     """1 - sum |x - x_hat|^2 / sum |x - mean|^2 over one set [n, d]; the mean predictor scores 0."""
     target, reconstruction = target.float(), reconstruction.float()
     residual = (target - reconstruction).square().sum()

@@ -87,24 +87,24 @@ def score_saes(
         splits = splits or [FeatureSplit(len(decoder)) for decoder in decoders]
         features = max(split.features for split in splits)
         tokens = max(1, min(MAX_TOKENS_AT_ONCE, MAX_ACTIVATIONS_AT_ONCE // features))
-        errors = [
-            _measure_errors(sae, x, y, dominant, fidelity, tokens, split)
+        measured = [
+            _measure_reconstruction(sae, x, y, dominant, fidelity, tokens, split)
             for sae, split in zip(saes, splits, strict=True)
         ]
         all_copies = [
             measure_copies(decoder, quality.density, split)
-            for decoder, (quality, *_), split in zip(decoders, errors, splits, strict=True)
+            for decoder, (quality, *_), split in zip(decoders, measured, splits, strict=True)
         ]
-        means = [sums.mean_reconstruction.float().to(y.device) for _, sums, _ in errors if sums]
+        means = [sums.mean_reconstruction.float().to(y.device) for _, sums, _ in measured if sums]
         all_scores = held_out.measure_saes(source, target, saes, weights, tokens, splits, means)
-    parts = zip(errors, all_copies, all_scores, strict=True)
+    parts = zip(measured, all_copies, all_scores, strict=True)
     return [
         Scorecard(quality, copies, scores, sums and sums.result(), without_dominant)
         for (quality, sums, without_dominant), copies, scores in parts
     ]
 
 
-def _measure_errors(
+def _measure_reconstruction(
     sae: Callable[[Tensor], Output],
     x: Tensor,
     y: Tensor,

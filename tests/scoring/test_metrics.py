@@ -9,8 +9,8 @@ from torch import Generator, tensor
 from sae_lightning.scoring.metrics import (
     FidelitySums,
     QualitySums,
+    compute_explained_variance,
     count_by_density,
-    explained_variance,
 )
 
 
@@ -34,7 +34,7 @@ def some(n: int, d: int = 6, features: int = 10, seed: int = 0):
 def both(x, x_hat) -> tuple[float, float]:
     """Explained variance by the function and by the sums."""
     return (
-        explained_variance(x, x_hat).item(),
+        compute_explained_variance(x, x_hat).item(),
         quality((x, x_hat, torch.zeros(len(x), 1))).explained_variance,
     )
 
@@ -69,7 +69,9 @@ def test_cutting_into_uneven_batches_changes_nothing():
     one, many = quality(whole), quality(*parts)
     assert many[:3] == pytest.approx(one[:3], rel=1e-12)
     assert torch.equal(many.density, one.density)
-    assert one.explained_variance == pytest.approx(explained_variance(*whole[:2]).item(), rel=1e-5)
+    assert one.explained_variance == pytest.approx(
+        compute_explained_variance(*whole[:2]).item(), rel=1e-5
+    )
 
 
 def test_it_is_not_the_average_over_batches():

@@ -4,7 +4,7 @@ import lightning as L
 import torch
 
 from sae_lightning.ranks import world
-from sae_lightning.scoring.metrics import explained_variance
+from sae_lightning.scoring.metrics import compute_explained_variance
 from sae_lightning.training.head import Head
 from sae_lightning.training.schedules import is_due
 
@@ -18,7 +18,7 @@ def measure_training_scalars(head: Head) -> dict[str, float]:
         "train/loss": step.loss,
         **{f"train/{name}": term for name, term in step.terms.items()},
         "train/l0": step.l0,
-        "train/explained_variance": explained_variance(step.target, step.reconstruction),
+        "train/explained_variance": compute_explained_variance(step.target, step.reconstruction),
         "train/dead": join(head.dead).float().mean(),
         "optim/grad_norm": head.grad_norm,
         "decoder/norm_mean": norms.mean(),
