@@ -192,9 +192,9 @@ def check_tensors(tensors: dict[str, Tensor]) -> None:
     for name, x in tensors.items():
         expect(x, Tensor, name)
         if not x.is_floating_point():
-            kind = str(x.dtype).removeprefix("torch.")
+            dtype = str(x.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{name}: {x.numel():,} numbers are of type {kind}, not floating-point"
+                f"{name}: {x.numel():,} numbers are of type {dtype}, not floating-point"
             )
         if x.nbytes > x.untyped_storage().nbytes():  # a stride of 0 could expand to any size
             raise ValueError(f"{name} is larger than its storage")

@@ -41,9 +41,10 @@ SAELENS_ARCHITECTURES = {
     "gated": "gated",
     "batchtopk": "batch_topk",
     "matryoshka_batchtopk": "matryoshka",
-}
-SAELENS_ARCHITECTURES |= {
-    name: SAELENS_ARCHITECTURES[base] for (base, _), name in TRANSCODERS.items()
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
 }
 # Beginnings of TransformerLens' names of LLMs with LayerNorm, whose activations it may centre.
 LAYERNORM_MODELS = ("gpt2", "distilgpt2", "pythia", "tiny-stories", "gelu-", "gpt-neo", "opt-")

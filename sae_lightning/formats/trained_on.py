@@ -59,7 +59,7 @@ WRITTEN_TYPES |= {"dataset_path": str, "prepend_bos": bool, OWN_KEY: dict}
 def find_origin(metadata: dict[str, Any], address: str, layer: LayerConfig | None) -> Origin:
     """Make the Origin of the SAE at `address` from those of its metadata that have the right type;
     `layer`, if given, replaces the sites in the metadata."""
-    checked = {k: metadata[k] for k, kind in WRITTEN_TYPES.items() if type(metadata.get(k)) is kind}
+    checked = {k: metadata[k] for k, t in WRITTEN_TYPES.items() if type(metadata.get(k)) is t}
     sites, problem, layer_is_given = None, "", layer is not None
     try:
         if not layer and (warning := describe_missing_gain(checked, address)):
@@ -87,8 +87,8 @@ def check_metadata(metadata: dict[str, Any], address: str) -> dict[str, Any]:
     checked = {key: merged[key] for key in types if merged.get(key) is not None}
     for key, value in checked.items():
         if type(value) is not types[key]:
-            kind = types[key].__name__
-            raise UserError(f"{address}: {key}={value!r:.80} in its metadata is not of type {kind}")
+            name = types[key].__name__
+            raise UserError(f"{address}: {key}={value!r:.80} in its metadata is not of type {name}")
     return checked
 
 

@@ -85,21 +85,17 @@ def replace_activations(
     source_scale = measure_branch_scale(model, source)
     target_scale = measure_branch_scale(model, target)
 
+    def keep_source(x: Tensor) -> None:
+        # cloned, because Falcon adds the attention's output to the MLP's in place
+        source_values.append(x.clone() if source_scale == 1 else x * source_scale)
+
     def replace(y: Tensor) -> Tensor:
         x, y_moved = source_values.pop().to(device), y.to(device)
         if target_scale == 1:
             return function(x, y_moved).to(y)
         return (function(x, y_moved * target_scale) / target_scale).to(y)
 
-    # cloned, because Falcon adds the attention's output to the MLP's in place
-    with (
-        add_hook(
-            model,
-            source,
-            lambda x: source_values.append(x.clone() if source_scale == 1 else x * source_scale),
-        ),
-        add_hook(model, target, replace),
-    ):
+    with add_hook(model, source, keep_source), add_hook(model, target, replace):
         yield
 
 

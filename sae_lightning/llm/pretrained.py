@@ -260,25 +260,25 @@ def _explain_error(config, error: Exception, part: str) -> str:
     """An error of transformers or huggingface_hub as one line with a remedy."""
     from huggingface_hub import errors as hub
 
-    name, text = f"llm.name={config.name}", " ".join(str(error).split())
+    setting, text = f"llm.name={config.name}", " ".join(str(error).split())
     sentence = re.split(r"(?<=[a-z`'])\. ", text or type(error).__name__)[0][:200].rstrip(".")
     classes = {*type(error).__mro__}  # of the error and its causes
     while error := error.__cause__ or error.__context__:
         classes.update(type(error).__mro__)
     if hub.GatedRepoError in classes:
-        return f"{name}: gated; accept its terms on the hub, then run: hf auth login"
+        return f"{setting}: gated; accept its terms on the hub, then run: hf auth login"
     if hub.RevisionNotFoundError in classes:
         return f"llm.revision={config.revision}: {config.name} has no such revision"
     if classes & {hub.RepositoryNotFoundError, hub.HFValidationError}:
-        return f"{name}: neither a local folder nor a model on the hub; check the name"
+        return f"{setting}: neither a local folder nor a model on the hub; check the name"
     if classes & {hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled}:
         return (
-            f"{name}: not a local folder, not downloaded before, and the hub cannot be reached; "
+            f"{setting}: not a local folder, not downloaded before, and the hub cannot be reached; "
             "llm=smollm2 data=shakespeare need no network"
         )
     if "trust_remote_code" in text:
         return (
-            f"{name}: the model brings its own Python code; read it, then allow it with "
+            f"{setting}: the model brings its own Python code; read it, then allow it with "
             "llm.trust_remote_code=true"
         )
     # not just "attention", which is also part of names of weights
@@ -290,11 +290,11 @@ def _explain_error(config, error: Exception, part: str) -> str:
     if ImportError in classes:  # quantised models and custom code need extra packages
         package = re.search(r"(?:pip install (?:-\S+ )*'?|module named ')([\w.-]+)", text)
         remedy = f"run: pip install {package[1]}" if package else "install it"
-        return f"{name}: needs a missing package ({sentence}); {remedy}, or give another LLM"
+        return f"{setting}: needs a missing package ({sentence}); {remedy}, or give another LLM"
     if "offload_folder" in text:
-        return f"{name}: weights have to be written to disk; add llm.load.offload_folder=..."
+        return f"{setting}: weights have to be written to disk; add llm.load.offload_folder=..."
     remedy = "change llm.load or " if config.load and part == "model" else ""
     return (
-        f"{name}: the {part} cannot be loaded ({sentence}); "
+        f"{setting}: the {part} cannot be loaded ({sentence}); "
         f"{remedy}give a causal language model that transformers can read"
     )

@@ -229,13 +229,11 @@ def _find_branch(block: nn.Module, kind: Kind) -> nn.Module:
         for name, child in block.named_children()
         if not re.search(r"norm|ln_|dropout|cross", name + type(child).__name__.lower())
     }
-    matches = [
-        child for name, child in children.items() if re.search(BRANCH_PATTERNS[kind.value], name)
-    ] or [
-        child
-        for child in children.values()
-        if re.search(BRANCH_PATTERNS[kind.value], type(child).__name__.lower())
-    ]
+    pattern = BRANCH_PATTERNS[kind.value]
+    matches = [child for name, child in children.items() if re.search(pattern, name)]
+    if not matches:
+        classes = {child: type(child).__name__.lower() for child in children.values()}
+        matches = [child for child, name in classes.items() if re.search(pattern, name)]
     # BLOOM's modules add the residual stream themselves, so they do not return the branch alone.
     if len(matches) == 1 and "residual" not in inspect.signature(matches[0].forward).parameters:
         return matches[0]

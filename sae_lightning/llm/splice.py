@@ -32,14 +32,11 @@ Advance = Callable[[int], None]  # called with the number of sequences that have
 
 
 class SpliceBaseline(NamedTuple):
-    """Cross-entropies that do not depend on the SAE under test (nats per token)."""
+    """The cross-entropies of `SpliceScores` that do not depend on the SAE (nats per token)."""
 
     ce_clean: float
-    """The model as it is."""
     ce_zero: float
-    """The target set to zero."""
     ce_mean: float
-    """The target set to its mean activation."""
 
 
 class SpliceScores(NamedTuple):

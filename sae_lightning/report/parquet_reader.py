@@ -42,7 +42,6 @@ class CatalogueHeader(NamedTuple):
     kind: str
     """What a unit is: 'feature' or 'neuron', unless the file is damaged."""
     units: int
-    """Number of units."""
     origin: dict[str, str]
     """The `origin` that `write_catalogue` was given."""
     tokens: int

@@ -63,7 +63,6 @@ class MetricColumn(NamedTuple):
 
     label: str
     template: str
-    """A format string."""
     better: int
     """1: higher is better, -1: lower is better, 0: neither."""
     meaning: str

@@ -14,10 +14,9 @@ from sae_lightning.stream.rows import compute_norms
 
 FEW_TOKENS_SHARE = 1e-3  # of all tokens
 DOMINANT_SHARE = 0.1  # of the variance: few tokens, or one dimension, that hold more dominate it
-# Tokens dominate if they hold more than this share of the variance, and more than ten times their
-# share of the tokens: {share of the tokens, those of largest norm: share of the variance}. The
-# second entry is for models such as Llama 2, where one token of each short sequence (the first full
-# stop) holds nearly all variance.
+# Share of the tokens, those of largest norm -> share of the variance above which they dominate it,
+# if it is also more than ten times their share of the tokens. The second entry is for models such
+# as Llama 2, where one token of each short sequence (the first full stop) holds nearly all.
 VARIANCE_LIMITS = {FEW_TOKENS_SHARE: DOMINANT_SHARE, 0.05: 0.5}
 
 

@@ -1,7 +1,7 @@
 // The browser of features and neurons: a list to search and sort, and the view of one unit.
 {
 const { index, loadFields } = blocks, { vocabulary } = index;
-const { make, makeToken, makeChips, makeLink, formatNumber, formatShare, capitalise, findCopies, pickTokens, COPIES } = units;
+const { make, makeToken, makeChips, makeLink, formatNumber, formatShare, capitalise, findCopies, pickTokens, COPIES_TIP } = units;
 const find = selector => document.querySelector(".browser " + selector);
 const finder = find(".finder"), list = find(".list"), rows = find(".rows"), view = find(".unit");
 const [search, sortBy, hideSilent] = [find("[type=search]"), find("select"), find(".live input")];
@@ -70,7 +70,7 @@ async function refill() {
   const count = `${matching}${kind.units.toLocaleString("en")} ${kind.kind}s`;
   const fewer = all.length > entries.length ? `, ${entries.length.toLocaleString("en")} without copies` : "";
   find(".count").replaceChildren(
-    make("span", { title: fewer && COPIES }, count + fewer),
+    make("span", { title: fewer && COPIES_TIP }, count + fewer),
     make("span", {}, `${fields.score ? "score, " : ""}density · max`));
   find(".direction").textContent = descending ? "↓" : "↑";
   find(".meaning").textContent = meaning;
@@ -105,7 +105,7 @@ function makeRow(fields, id, place) {
     chips.unshift("promotes ", first);
   }
   const copies = foldable.get(id)?.length;
-  const fold = copies && make("button", { className: "alike", title: `${copies} ${copies === 1 ? "copy" : "copies"}; ${COPIES}`,
+  const fold = copies && make("button", { className: "alike", title: `${copies} ${copies === 1 ? "copy" : "copies"}; ${COPIES_TIP}`,
     ariaExpanded: String(unfolded.has(id)), onclick: event => toggleCopies(event, id) }, `+${copies}`);
   const className = foldable.has(id) ? "row" : "row copy";
   const element = make("a", { className, href: makeLink(kind, id), tabIndex: -1 },

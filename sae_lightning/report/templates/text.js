@@ -1,6 +1,6 @@
 // The user's own text: a click on a token lists its features; the open feature colours the text.
 {
-const { index, loadFields } = blocks, [kind] = index.kinds, { make, makeChips, formatNumber, makeLink, COPIES } = units;
+const { index, loadFields } = blocks, [kind] = index.kinds, { make, makeChips, formatNumber, makeLink, COPIES_TIP } = units;
 const annotated = JSON.parse(document.getElementById("annotated").textContent);
 const text = document.querySelector(".annotated .tokens"), elements = [...text.children]; // one per token
 const heading = document.querySelector(".strongest h2"), results = document.querySelector(".results");
@@ -45,7 +45,7 @@ async function listFeatures() {
   heading.replaceChildren(title, chosen === null ? make("small", { className: "number" }, "strength · share of maximum") : back);
   results.replaceChildren(...merged.map(([feature, strength, copies]) => {
     const chips = makeChips(listPeakTokens(fields, feature));
-    if (copies) chips.push(make("span", { tip: COPIES }, `+${copies} ${copies === 1 ? "copy" : "copies"}`));
+    if (copies) chips.push(make("span", { tip: COPIES_TIP }, `+${copies} ${copies === 1 ? "copy" : "copies"}`));
     const line = make("a", { href: makeLink(kind, feature) },
       make("span", { className: "id" }, String(feature)),
       make("span", { className: "line" }, ...chips),

@@ -2,7 +2,7 @@
 const units = (() => {
 const { index, loadFields, loadDetails, loadText } = blocks;
 const { vocabulary, edges } = index;
-const COPIES = "copies: features whose decoder rows have a cosine above 0.9, listed as one entry";
+const COPIES_TIP = "copies: features whose decoder rows have a cosine above 0.9, listed as one entry";
 const WIDE = 128; // tokens on each side of the peak in a widened example
 
 // ---- making elements; text is never parsed as HTML ----
@@ -70,7 +70,7 @@ function makeHeader(kind, fields, id, walk) {
   const others = [original, ...copies].filter(other => other !== id);
   if (others.length) {
     add(others.length === 1 ? "1 copy" : `${others.length} copies`, ...others.map(other =>
-      make("a", { className: "chip", href: makeLink(kind, other), title: COPIES }, String(other))));
+      make("a", { className: "chip", href: makeLink(kind, other), title: COPIES_TIP }, String(other))));
   }
   const walks = [["‹", -1, "previous (k)"], ["›", 1, "next (j)"]].map(([sign, step, title]) =>
     make("button", { title, onclick: () => walk(step) }, sign));
@@ -138,7 +138,7 @@ function makeExample(tokens, peak, windowLevels, maximum) {
 function drawHistogram(kind, counts, maximum) {
   const first = counts.findIndex(Boolean), last = counts.length - [...counts].reverse().findIndex(Boolean);
   if (first < 0) return "";
-  const [width, top, base, most] = [300, 14, 104, Math.max(...counts)];
+  const [width, top, base, most] = [300, 14, 104, Math.max(...counts)]; // bars are between y = top and y = base
   const picture = makeSvg("svg", { viewBox: `0 0 ${width} ${base + 46}`, role: "img",
     "aria-label": "histogram of tokens by strength, in half octaves" });
   const write = (text, x, y, anchor) => {
@@ -146,7 +146,7 @@ function drawHistogram(kind, counts, maximum) {
     label.textContent = text;
     picture.append(label);
   };
-  // at least ten bins wide, so that a few are not stretched
+  // bins are half an octave wide; at least ten, so that a few are not stretched
   const bins = Math.max(last - first, 10), step = width / bins;
   const findX = strength => Math.min(Math.max(2 * Math.log2(strength / edges[first]), 0), bins) * step;
   write(`number of tokens; highest bar: ${most.toLocaleString("en")}`, 0, 9, "start");
@@ -168,7 +168,7 @@ function drawHistogram(kind, counts, maximum) {
     picture.append(band);
   }
   picture.append(makeSvg("line", { x1: 0, x2: width, y1: base, y2: base }));
-  const every = Math.ceil(bins / 12) * 2; // edges are half an octave apart: label whole octaves
+  const every = Math.ceil(bins / 12) * 2; // label whole octaves
   let end = -Infinity; // x at which the previous label ends
   for (let i = first + first % 2; i <= first + bins && i < edges.length; i += every) {
     const text = formatNumber(edges[i]), labelWidth = 6 * text.length, x = (i - first) * step;
@@ -209,5 +209,5 @@ function listRelated(title, kind, units, similarity, fields, meaning) {
   return [make("section", { className: "related" }, make("h3", { title: meaning }, title), ...lines)];
 }
 
-return { make, makeToken, makeChips, makeLink, formatNumber, formatShare, capitalise, findCopies, pickTokens, COPIES, makeView };
+return { make, makeToken, makeChips, makeLink, formatNumber, formatShare, capitalise, findCopies, pickTokens, COPIES_TIP, makeView };
 })();
