@@ -212,7 +212,7 @@ def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
 
 
 def count_values(override: Override) -> int:
-    """Number of values of an override, without generating them; UserError for an endless range."""
+    """Number of values of an override; a range is not generated. UserError if it is endless."""
     if not override.is_sweep_override():
         return 1
     value = override.value()
@@ -238,7 +238,8 @@ def _quote_text(argument: str, multirun: bool, text_settings: dict[str, bool]) -
     is_path = setting in PATH_SETTINGS
     if not equals or not (is_path or setting in text_settings):
         return argument
-    may_be_null = text_settings.get(setting, True)  # Hydra's paths and those in llm.load may
+    # True for the paths that no schema has: hydra.run.dir, llm.load.offload_folder
+    may_be_null = text_settings.get(setting, True)
     # Python decodes bytes that are not UTF-8 to these code points
     if not is_path and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"{setting}: the text is not UTF-8; use a terminal with a UTF-8 locale")
@@ -253,7 +254,7 @@ def _quote_text(argument: str, multirun: bool, text_settings: dict[str, bool]) -
             return text
         return quote_if_needed(os.path.expanduser(text) if is_path else text)
 
-    # of each pair, the text that the user has quoted or the text that is not quoted
+    # each pair is (quoted text, "") or ("", text without quotes)
     pairs = SWEEP_VALUE.findall(value) if multirun else [("", value)]
     return f"{name}=" + ",".join(quoted or quote(text) for quoted, text in pairs)
 

@@ -1,4 +1,4 @@
-"""Turns errors that the user can correct into one line that says what to do."""
+"""Rewrites arguments for Hydra; turns errors that the user can correct into one line."""
 
 import dataclasses
 import io
@@ -240,11 +240,11 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
     table = tables.get(parent, {})
     owners = [option for option, cls in table.items() if key in cls.__dataclass_fields__]
     if owners:
-        group = {"data": "data", "": "task"}.get(parent, "model")
-        add = f", or add data={owners[0]}" if group == "data" and len(owners) == 1 else ""
+        group = {"data": "data", "": "task"}.get(parent, "model")  # a loss comes with its model
+        hint = f", or add data={owners[0]}" if group == "data" and len(owners) == 1 else ""
         choices = ", ".join(f"{group}={owner}" for owner in owners[:-1])
         choices += f"{' and ' * (len(owners) > 1)}{group}={owners[-1]}"
-        return f"{name} has no meaning for this {group}, only for {choices}: leave it out{add}"
+        return f"{name} has no meaning for this {group}, only for {choices}: leave it out{hint}"
     matches = (o for o in overrides if re.match(rf"[+~]*{re.escape(name)}[.=]", o))
     if line := translate_setting(next(matches, name)):
         return line

@@ -36,7 +36,7 @@ from sae_lightning.training.settings import (
     TrainerConfig,
 )
 
-# Preset of `data` -> kind of data.
+# The main preset of each kind of data -> the kind.
 DATA_PRESETS = {
     "shakespeare": "plays",
     "hub": "hub",
@@ -186,7 +186,7 @@ class Config:
 
     @property
     def tuned_from(self) -> int | None:
-        """The update (counted from 0) at which `loss.kl` sets in; None without it."""
+        """The update, counted from 0, from which `loss.kl` is used; None without it."""
         if not self.loss.kl:
             return None
         return find_tuning_start(self.trainer.steps, self.loss.kl_from)

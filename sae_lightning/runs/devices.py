@@ -105,7 +105,7 @@ class Followers:
         self.processes: list[subprocess.Popen] = []
         self.passes_sent = 0
         self.connected = False
-        """Whether this process has ever connected to them."""
+        """Whether this process has connected to them or, in `release_followers`, has tried to."""
 
     def start(self, size: int) -> LaunchedRank:
         """Start ranks 1 to `size` - 1 on this machine; returns rank 0, this process."""
@@ -135,7 +135,8 @@ class Followers:
         self.passes_sent += 1
         jobs = planned.jobs if planned else []
         plugins = sorted({name for job in jobs for name in job.config.plugins})
-        # a pickle in a pickle: ranks first import the plugins, which may define classes of the pass
+        # a pickle in a pickle: to load the inner one, ranks need the plugins, which may define its
+        # classes
         message = plugins, planned and pickle.dumps(planned)
         world().store_message(f"pass/{self.passes_sent}", pickle.dumps(message))
 
@@ -190,9 +191,9 @@ def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
 
 def release_followers() -> None:
     """End the other ranks that a launcher has started if they still wait for a first pass, because
-    there was nothing to train or an error came first. Only if a launcher has started this rank."""
+    there was nothing to train or an error came first. For a rank 0 that a launcher has started."""
     if not followers.connected:
-        followers.connected = True  # set even if it fails, so that it is tried once
+        followers.connected = True
         with suppress(RankLost, RuntimeError):
             ranks.connect(*find_launched_rank(), patience=END_SECONDS * 6)
             followers.end()

@@ -77,7 +77,7 @@ def find_sweep_folder(folder: Path) -> Path | None:
 
 
 def name_with_day(folder: Path) -> str:
-    """The name of a folder, after that of the day's folder if it is in one."""
+    """The name of a folder; in a day's folder, with the day, such as 2026-01-31/12-00-00."""
     day = re.fullmatch(r"\d{4}-\d\d-\d\d", folder.parent.name)
     return f"{day[0]}/{folder.name}" if day else folder.name
 
@@ -209,7 +209,7 @@ def claim_folders(folders: list[Path]) -> Iterator[None]:
                 ) from None
             saes = [folder / "sae", *folder.glob("sae-*")]
             subfolders = [*saes, locate_checkpoint(folder).parent]
-            # the folder that the user gives may be a link, but no folder inside it
+            # the user's folder, of a sweep or a plain run, may be a link, but no folder inside it
             for path in [folder, *subfolders] if folder.parent in folders else subfolders:
                 refuse_link(path)
             for path in (folder, *subfolders):

@@ -51,7 +51,7 @@ def find_local_size() -> int | None:
 
 
 def _read_address(launcher: str) -> tuple:
-    """Read the fields of `LaunchedRank` from `address` on; `launcher`: a key of LAUNCHERS."""
+    """The last fields of `LaunchedRank`, from `address` on; `launcher`: a key of LAUNCHERS."""
     env = os.environ
     if launcher == "torchrun":
         listens = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

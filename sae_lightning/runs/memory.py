@@ -24,7 +24,8 @@ from sae_lightning.training.settings import Accelerator
 # in SmolLM2 with eager attention, at a context of 128, without gradients of weights.
 KEPT_WIDTHS = 30
 PROCESS_BYTES = 800_000_000  # Python with torch, transformers and lightning
-EVALUATION_SHARE = 5 / 8  # most memory per token in evaluation, relative to training
+# A token in evaluation needs at most this share of the memory of a token in training.
+EVALUATION_SHARE = 5 / 8
 
 
 class PassMemory(NamedTuple):
@@ -35,7 +36,7 @@ class PassMemory(NamedTuple):
     weights and, because SAEs compute one after another, the activations of one SAE."""
 
     head_bytes: list[int]
-    """Of each SAE: weights, gradients, Adam's state, and decoder rows of its start."""
+    """Of each SAE: weights, gradients, Adam's state, and copies of decoder rows."""
 
     hidden_bytes: int
     """The same for every SAE: the LLM's last hidden states in evaluation, with the SAE in place."""
@@ -70,7 +71,7 @@ def _read_free_in_cgroups(
     free = math.inf
     for line in membership.read_text().splitlines() if membership.exists() else ():
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers not in ("", "memory"):  # v2, v1
             continue
         limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
         group = mount / controllers / path.lstrip("/")
@@ -139,7 +140,7 @@ def estimate_memory(
     ]
     if blocks_above:
         kept_elements = data.rows * max(blocks_above) * KEPT_WIDTHS * llm.width
-        logit_elements = 8 * LOGIT_ROWS * llm.vocabulary  # beside those of evaluation
+        logit_elements = 8 * LOGIT_ROWS * llm.vocabulary  # as many as in evaluation
         shared_parts[("loss.kl", "llm.batch")] = (kept_elements + logit_elements) * element_bytes
     head_bytes = [_count_head_bytes(c, pair, llm) for c, pair in zip(configs, sites, strict=True)]
     return PassMemory(shared_parts, head_bytes, data.per_sae * element_bytes)
@@ -151,7 +152,7 @@ def _count_head_bytes(config: Config, sites: SitePair, llm: LLMShape) -> int:
     parameters = count_parameters(config.model, *map(llm.width_at, sites))
     row_elements = config.model.features * llm.width_at(sites.target)
     is_soft = config.model.control is Control.soft_frozen_decoder
-    # W_dec has about half of the parameters, so in half precision it takes one byte for each
+    # W_dec has about half of the parameters: its half-precision copy takes a byte per parameter
     return 18 * parameters + (parameters if config.model.start else 4 * row_elements * is_soft)
 
 
@@ -171,7 +172,7 @@ def check_memory(
             f"{PROCESS_BYTES / 1e9:.1f} GB: free some, or try all the same with sweep.max_heads=1"
         )
     for index, (config, pair) in enumerate(zip(configs, sites, strict=True)):
-        # an upper bound: on a pass of its own, the SAE needs no more than this
+        # on a pass of its own, the SAE needs no more
         if needed.count_bytes([index], [index], ranks) <= free:
             continue
         alone = estimate_memory([config], [pair], llm, ranks)

@@ -58,8 +58,8 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
     try:
         passes = plan_passes(todo)
     except UserError as error:
-        # without a sweep folder, Hydra runs the jobs of a multirun one by one and goes on with the
-        # others: record the reason for the sweep's report
+        # without a sweep folder, Hydra runs the jobs of a multirun one by one, and goes on after
+        # this error: record it for the sweep's report
         if jobs[0].multirun and not jobs[0].sweep_folder:
             folders.record_refusal(todo[0], str(error))
         raise
@@ -85,8 +85,8 @@ def _check_folders(jobs: list[Job]) -> None:
     by_folder: dict[Path, Job] = {}
     for job in jobs:
         settings = job.config.to_flat_dict()
-        others = by_folder.setdefault(job.folder, job).config.to_flat_dict()
-        if names := [k for k in others | settings if others.get(k) != settings.get(k)]:
+        earlier = by_folder.setdefault(job.folder, job).config.to_flat_dict()
+        if names := [k for k in earlier | settings if earlier.get(k) != settings.get(k)]:
             raise UserError(
                 f"hydra.sweep.subdir: jobs that differ in {names[0]} would share the folder "
                 f"{job.folder}; number them: hydra.sweep.subdir='${{hydra:job.num}}'"
@@ -108,7 +108,9 @@ def _read_earlier_results(jobs: Iterable[Job]) -> dict[Path, dict[str, float] | 
     """Folder -> held-out metrics of each resumed job that has finished, or None if it diverged;
     jobs that are still to be trained are left out. UserError if a plain run had diverged."""
     results = {}
-    for job in (job for job in jobs if job.resumed):
+    for job in jobs:
+        if not job.resumed:
+            continue
         failure = folders.read_failure(job.folder)
         if metrics := folders.read_earlier_metrics(job):
             remove_leftovers(job.folder)  # a killed run may have left temporary files
@@ -185,7 +187,8 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
             "too many controls to train together with their SAEs: some keep their own sparsity "
             "coefficients instead of following the L0 of the SAE"
         )
-    return [_plan_pass(group, part, needed, free) for part in cut_evenly(rank_groups, max_heads)]
+    passes = cut_evenly(rank_groups, max_heads)
+    return [_plan_pass(group, pass_groups, needed, free) for pass_groups in passes]
 
 
 def _plan_pass(

@@ -74,7 +74,7 @@ def cut_evenly(groups: Sequence[list[int]], most: int) -> list[list[list[int]]]:
     total, ends = sum(map(len, groups)), [0, *accumulate(map(len, groups))]
     for count in range(ceil(total / most), total):
         limits = [total * n // count for n in range(count + 1)]
-        cuts = [bisect(ends, limit) - 1 for limit in limits]  # the last end up to each limit
+        cuts = [bisect(ends, limit) - 1 for limit in limits]  # whole groups up to each limit
         parts = [[*groups[a:b]] for a, b in pairwise(cuts) if b > a]
         if all(sum(map(len, part)) <= most for part in parts):
             return parts

@@ -32,7 +32,8 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
     each pair of SAEs.
     """
     table = SweepTable([*runs])
-    finished = [  # run folders, in a group those that differ only in seeds
+    # folders of finished runs; the runs of a group differ only in seeds
+    finished = [
         [table.runs[i].folder for i in group if table.is_finished[i]]
         for group in MeansTable(table).members
     ]

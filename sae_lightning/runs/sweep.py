@@ -53,7 +53,7 @@ class Sweep(Callback):
             _make_new_folder(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
-        """Name the jobs' folders after the swept settings; exit if any job's config is wrong."""
+        """Make the sweep's folder, set how its run folders are named, and check the jobs."""
         with _exit_on_errors(read_overrides(config.hydra)):
             self._start(config)
 
@@ -94,7 +94,7 @@ class Sweep(Callback):
                 _check_job(loader.load_sweep_config(config, job_overrides), number, job_overrides)
 
     def _remember_record(self, folder: Path) -> None:
-        """Keep an earlier sweep's record in memory: Hydra is about to overwrite it in `folder`.
+        """Keep an earlier sweep's multirun.yaml in memory: Hydra will overwrite it in `folder`.
         UserError if `folder` holds a run."""
         if (folder / CONFIG_FILE).exists():
             raise UserError(
@@ -108,8 +108,7 @@ class Sweep(Callback):
         atexit.register(self._restore_record)
 
     def _restore_record(self) -> None:
-        """Restore the record (remove Hydra's if there was none), unless a run has been added to the
-        folder."""
+        """Restore multirun.yaml (remove Hydra's if there was none), unless a run has been added."""
         folder = self.record_file.parent
         if sorted(folder.glob(f"*/{CONFIG_FILE}")) != self.config_files:
             return
@@ -141,7 +140,7 @@ class Sweep(Callback):
             )
 
     def on_job_start(self, config: DictConfig, **_) -> None:
-        """Restore the record of a resumed sweep, so that it survives a kill from here on."""
+        """Restore multirun.yaml of a resumed sweep, so that it survives a kill from here on."""
         if self.resuming:
             self._restore_record()
 

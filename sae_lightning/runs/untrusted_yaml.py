@@ -33,8 +33,8 @@ def read_settings(file: Path) -> Any:
 
 def refuse_plugins(file: Path, names: Any) -> None:
     """UserError if the settings in `file` name a plugin that this process has not imported: the
-    folder may be a stranger's, and who runs this command has not typed `plugins`. ValueError if
-    `names` is not a list of texts."""
+    folder may be a stranger's, and the user has not typed `plugins`. ValueError if `names` is not a
+    list of texts."""
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError("plugins is not a list of names")
     for name in names:
