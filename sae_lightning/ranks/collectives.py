@@ -35,9 +35,8 @@ class Ranks:
         """`local_rank`: number among the ranks of this machine; `store`: the key-value store of all
         ranks."""
         self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
-        self.go_first_calls = 0  # so far, the same on all ranks
-        # a second process group for `exchange`, whose rows of activations need not wait for
-        # all-reduces on a GPU
+        self.go_first_calls = 0  # calls of `go_first` so far, the same number on all ranks
+        # a second process group: activations need not wait for the all-reduces of GPUs
         self.exchange_group: dist.ProcessGroup | None = None
 
     @property
@@ -122,21 +121,22 @@ class Ranks:
         all_ranks = self.stack(pad(x.detach(), (0, k - x.shape[-1]))).movedim(0, -2).flatten(-2)
         chosen = all_ranks.topk(k, sorted=False).indices
         kept = torch.zeros_like(all_ranks, dtype=torch.bool).scatter_(-1, chosen, True)
-        return x.masked_fill(~kept[..., self.rank * k :][..., : x.shape[-1]], 0)
+        start = self.rank * k  # of this rank's candidates
+        return x.masked_fill(~kept[..., start : start + x.shape[-1]], 0)
 
     def keep_largest_entries(self, x: Tensor, rows: Tensor, count: int, k: int) -> Tensor:
         """`keep_largest` in each row, for entries x [n] of a sparse matrix of `count` rows;
         `rows` [n]: the row of each entry, in ascending order."""
         if self.size == 1:
             return x
-        in_row = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
-        table = x.new_zeros(count, k).index_put_((rows, in_row), x)
-        return self.keep_largest(table, k)[rows, in_row]
+        places = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+        table = x.new_zeros(count, k).index_put_((rows, places), x)
+        return self.keep_largest(table, k)[rows, places]
 
     def find_smallest(self, x: Tensor) -> Tensor | None:
         """Smallest value [] that `keep_largest` has kept on any rank; None if it has kept none.
-        x [n]: what `keep_largest` returned on this rank, 0 where a value was dropped. With one rank
-        none was dropped, and zeros count."""
+        x [n]: what it returned on this rank, 0 for a dropped value (with one rank none is dropped).
+        """
         if self.size == 1:
             return x.min() if len(x) else None
         smallest = self.stack(pad(x[x > 0], (0, 1), value=torch.inf).min()).min()
@@ -169,7 +169,7 @@ class Ranks:
 
     def _explain_failure(self) -> str | None:
         """Say why a call failed: the reason stored by a failed rank or, if none has stored one,
-        which ranks do not answer; None if all of them wait: then no rank is lost."""
+        which ranks do not answer; None if all ranks wait, because then none is lost."""
         close_connections()  # makes calls fail on the ranks that wait for this one
         self.store_reason(WAITING)
         others = set(range(self.size)) - {self.rank}
@@ -210,9 +210,10 @@ class Ranks:
 
 def close_connections() -> None:
     """Close the connections to other ranks, without waiting for those that may be lost."""
-    if dist.is_initialized():
-        abort = dist.distributed_c10d._abort_process_group  # for NCCL only
-        (abort if torch.cuda.is_available() else dist.destroy_process_group)()
+    if dist.is_initialized() and torch.cuda.is_available():
+        dist.distributed_c10d._abort_process_group()  # for NCCL only
+    elif dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class _Sum(torch.autograd.Function):

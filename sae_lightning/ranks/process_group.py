@@ -33,10 +33,11 @@ def connect(
     patience: int | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Ranks:
-    """Join the process group; `rank` to `restarts` are the fields of `runs.launchers.LaunchedRank`.
+    """Join the process group of `size` ranks; on a machine with GPUs, each rank takes one.
 
-    Rank 0 gives `patience`, the timeout of all ranks in seconds, and `check`, which is called
-    while they start and raises if one has ended. On a machine with GPUs, each rank takes one.
+    They connect to a store at `address` and `port`, which rank 0 opens unless `launcher_listens`.
+    `restarts`: how often the launcher has restarted all ranks. Rank 0 gives `patience`, the timeout
+    of all ranks in seconds, and `check`, which is called while they start and raises if one ended.
     """
     global _world
     backend = "gloo"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_lightning.ranks.collectives import ALONE, Ranks
 
-MESSAGE_BYTES = 1 << 26  # at most, in `gather_on_rank_zero`
+MESSAGE_BYTES = 1 << 26  # largest message of `gather_on_rank_zero`
 
 
 class FeatureSplit:
@@ -44,17 +44,16 @@ class FeatureSplit:
         longest = -(-self.features // self.ranks.size)  # rows on the rank with the most features
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: len(x)] = x
-        dtype = padded.dtype
-        padded = padded.byte() if dtype is torch.bool else padded
-        return self.ranks.stack(padded).transpose(0, 1).flatten(0, 1)[: self.features].to(dtype)
+        return self.ranks.stack(padded).transpose(0, 1).flatten(0, 1)[: self.features]
 
     def norm(self, x: Tensor) -> Tensor:
         """Norm [] over all features, from each rank's norm [] over its own."""
         return x if self.ranks.size == 1 else self.ranks.sum(x.double().square()).sqrt().to(x.dtype)
 
     def gather_on_rank_zero(self, x: Tensor, dim: int, file: Path) -> Tensor | None:
-        """On rank 0, the whole of a tensor that is split along `dim`, as an mmap of `file`, so that
-        it need not fit into memory, in the memory order of `x`; None on the other ranks."""
+        """Gather a tensor that is split along `dim`: the whole on rank 0, None on other ranks. The
+        whole has the memory order of `x`. It is an mmap of `file`, as it may not fit into memory;
+        with one rank it is `x`."""
         if self.ranks.size == 1:
             return x
         whole = None
@@ -64,9 +63,9 @@ class FeatureSplit:
         rows = x.movedim(dim, 0)  # a row for each feature
         per_message = max(1, MESSAGE_BYTES // max(1, rows[:1].numel() * x.itemsize))
         for sender in range(1, self.ranks.size):
-            sent = range(sender, self.features, self.ranks.size)  # all features of the sender
-            for start in range(0, len(sent), per_message):
-                features = sent[start : start + per_message]
+            sender_features = range(sender, self.features, self.ranks.size)
+            for start in range(0, len(sender_features), per_message):
+                features = sender_features[start : start + per_message]
                 outgoing, incoming = [None] * self.ranks.size, [None] * self.ranks.size
                 if self.ranks.rank == sender:
                     outgoing[0] = rows[start : start + per_message].cpu().contiguous()
@@ -79,8 +78,8 @@ class FeatureSplit:
 
 
 def _map_file(file: Path, x: Tensor, dim: int, features: int) -> Tensor:
-    """An mmap of `file`, which is deleted, as a tensor of the shape, dtype and memory order of `x`
-    but with all `features` along `dim`; its disk space is freed with the tensor."""
+    """An mmap of `file` as a tensor of the shape, dtype and memory order of `x`, but with all
+    `features` along `dim`. The file is deleted at once; its disk space is freed with the tensor."""
     shape = list(x.shape)
     shape[dim] = features
     with open(file, "wb") as empty:
