@@ -29,8 +29,8 @@ __all__ = [
 
 
 class Architecture(NamedTuple):
-    """An entry of `ARCHITECTURES`: the schema of the `model` group, the class that it configures,
-    and the schema of the `loss` group, which is also the objective."""
+    """An entry of `ARCHITECTURES`: settings (the schema of the `model` group), the class that they
+    configure, and objective (the schema of the `loss` group)."""
 
     config: type[SAEConfig]
     network: type[SAE]
@@ -73,7 +73,7 @@ def build_sae(
 
 def count_parameters(config: SAEConfig, d_in: int, d_out: int) -> int:
     """Number of parameters of the SAE that `config` describes, including frozen ones."""
-    # b_enc and others with one number for each feature: all of `per_feature` but W_enc and W_dec
+    # parameters [features], such as b_enc: all of `per_feature` but W_enc and W_dec
     vectors = len(ARCHITECTURES[config.name].network.per_feature) - 2
     parameters = config.features * (d_in + d_out + vectors) + d_out
     return parameters + d_in * d_out if config.skip else parameters

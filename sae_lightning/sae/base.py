@@ -79,7 +79,7 @@ class TrainingOutput(NamedTuple):
     pre: Matrix
     """Pre-activations [batch, features]"""
     prefixes: tuple[Tensor, ...] = ()
-    """Matryoshka: reconstruction [batch, d_out] from each dictionary but the whole one"""
+    """Matryoshka: reconstruction [batch, d_out] from each dictionary but the whole; else empty"""
     relu_gate: Matrix | None = None
     """Gated: relu(gate) [batch, features]; else None"""
 
@@ -87,26 +87,25 @@ class TrainingOutput(NamedTuple):
 class SAE(nn.Module):
     """f = activate(x W_enc + b_enc);  x_hat = f W_dec + b_dec (+ x W_skip).
 
-    A subclass is an architecture. It overrides `compute_strengths` unless f = relu(x W_enc + b_enc)
-    or, if features compete, `activate`, `activate_batch` and `find_entries`. b_dec is not
-    subtracted from the input, which is centred; b_enc can absorb it.
+    A subclass is an architecture. It overrides `compute_strengths` or, if the features of a token
+    compete, `activate` and `find_entries`, and `activate_batch` if those of a batch do. b_dec is
+    not subtracted from the input, because b_enc can make up for it.
 
     If the features are split over ranks, `features` in a shape means those of this rank; the
     reconstruction is the same on all ranks.
     """
 
     architecture: str
-    """Name of the architecture in SAELens' `cfg.json`."""
+    """SAELens' name for the SAE as it is saved: "standard" for ReLU, "jumprelu" for BatchTopK."""
     features_compete = False
     """Whether a feature's activity depends on the strengths of others."""
     bytes_per_activation: int
-    """Peak memory, in bytes per token and feature, of an update without sparse products in mixed
-    precision, with half of the features dead and the costliest objective."""
+    """Peak memory of an update, in bytes per token and feature: in mixed precision, without sparse
+    products, with half of the features dead and the costliest settings of the objective."""
     per_feature = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
     """Parameters with an entry for each feature -> the dimension that runs over features."""
     biases = ("b_enc",)
-    """Encoder biases and thresholds, whose learning rate is multiplied by `optim.bias_lr`: each is
-    added to, or compared with, a sum over d_in weights."""
+    """Encoder biases and thresholds: parameters that learn `optim.bias_lr` times as fast."""
 
     def __init__(
         self,
@@ -118,7 +117,8 @@ class SAE(nn.Module):
     ):
         """Random decoder directions, encoder = decoder transposed (Anthropic, April 2024 update):
         pre-activations of normalised input have a standard deviation of about `decoder_norm`.
-        The columns of a frozen encoder have norm 1: at 0.1, biases alone would decide what fires.
+        A frozen encoder's columns, which cannot grow, have norm 1: at 0.1, the learned biases would
+        soon outweigh them.
         """
         super().__init__()
         self.config = config
@@ -152,7 +152,7 @@ class SAE(nn.Module):
     def split_dims(self) -> dict[str, int]:
         """Names of the tensors of `state_dict` and `weights` that are split over ranks -> the
         dimension that runs over features; the other tensors are the same on every rank."""
-        return self.per_feature | {"threshold": 0}
+        return self.per_feature | {"threshold": 0}  # of JumpReLU and BatchTopK
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Pre-activations [batch, features] of activations [batch, d_in]."""
@@ -263,7 +263,7 @@ class SAE(nn.Module):
     def fold(
         self, in_mean: Tensor, in_scale: Tensor, out_mean: Tensor, out_scale: Tensor
     ) -> dict[str, Tensor]:
-        """The weights, converted from normalised to raw activations, for input and output.
+        """The weights, converted to read and write raw instead of normalised activations.
 
         z = (x - in_mean) / in_scale is folded into the encoder, x_hat = z_hat out_scale + out_mean
         into the decoder. Computed in float64, returned in float32, on the CPU.

@@ -18,8 +18,8 @@ class BatchTopK(SAE):
     In evaluation: f = z 1[z > threshold], z = x W_enc + b_enc.  x_hat = f W_dec + b_dec.
 
     Bussmann et al. 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410). The threshold is the
-    running mean of the smallest strength that was kept in each batch; it makes tokens independent
-    of one another in evaluation, and the SAE is saved as a JumpReLU SAE.
+    running mean of the smallest strength kept in each batch. With it, tokens do not depend on one
+    another in evaluation, and the SAE is saved as a JumpReLU SAE.
     """
 
     architecture = "jumprelu"
@@ -40,9 +40,10 @@ class BatchTopK(SAE):
         """The batch x k largest pre-activations [batch, features], if they are positive."""
         flat, k = pre.flatten(), len(pre) * self.config.k
         with torch.no_grad():
-            indices = (flat > 0).nonzero().squeeze(1)
+            positive = (flat > 0).nonzero().squeeze(1)
             # chosen by index: comparing values would keep all ties (bf16 has many)
-            indices = indices[flat[indices].topk(min(k, len(indices)), sorted=False).indices]
+            largest = flat[positive].topk(min(k, len(positive)), sorted=False).indices
+            indices = positive[largest]
         strengths = self.split.ranks.keep_largest(flat.gather(0, indices), k)
         self._update_threshold(strengths.detach())
         return torch.zeros_like(flat).scatter(0, indices, strengths).view_as(pre)
@@ -58,12 +59,13 @@ class BatchTopK(SAE):
             if self.split.ranks.sum_counts([len(pattern)])[0] >= k:
                 break
         pre = excess + bound[pattern.columns]
-        # `encode_entries` rounds its bias up to find entries, so some exact values may be <= 0
+        # `encode_entries` also returns some entries whose exact values are <= 0
         positive = sparse.find_above(pre, 0.0)
         strengths, largest = pre[positive].topk(min(k, len(positive)), sorted=False)
         strengths = self.split.ranks.keep_largest(strengths, k)
         self._update_threshold(strengths)
-        entries = positive[largest[sparse.find_above(strengths, 0.0)]].sort().values
+        kept = largest[sparse.find_above(strengths, 0.0)]  # `keep_largest` sets the others to 0
+        entries = positive[kept].sort().values
         return SparsityPattern(pattern.flat_indices[entries], *pattern.shape), pre[entries]
 
     def entry_bound(self) -> Tensor:
@@ -87,5 +89,5 @@ class BatchTopK(SAE):
         return weights
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        # a loaded threshold is a complete mean
+        # a loaded threshold needs no bias correction
         super().load_weights(weights | {"threshold_weight": torch.ones(())})

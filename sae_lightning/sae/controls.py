@@ -16,7 +16,7 @@ class Control(Enum):
 
     The first three are the baselines of Korznikov et al. 2026, "Sanity checks for sparse
     autoencoders" (arXiv 2602.14111, figure 1); pca is that of SAEBench (Karvonen et al. 2025, arXiv
-    2503.09532). Shuffling is the usual permutation null.
+    2503.09532). Shuffled activations are the null of a permutation test.
     """
 
     frozen_decoder = "decoder directions stay random"

@@ -9,12 +9,12 @@ from sae_lightning.sae.matrix import SomeColumns
 
 @torch.no_grad()
 def encode_firing(sae: SAE, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Strengths [batch, n] and ascending indices [n] of the n features that fire on at least one
-    token of x [batch, d_in] that is in `keep` [batch] bool. Strengths are those of `sae.encode`,
-    bit for bit; other tokens have strengths of 0.
+    """Strengths [batch, n] and ascending indices [n] of the n features that fire on a token of x
+    [batch, d_in] where `keep` [batch] is true. On these tokens the strengths are those of
+    `sae.encode`, bit for bit; on the others they are 0.
 
-    [batch, features] is the largest tensor by far, so it is read once: to find each feature's
-    largest product. Strengths are computed only for the features whose largest product is enough.
+    Unless features compete, x W_enc [batch, features], by far the largest tensor, is read only
+    once: for each feature's maximum. Features whose maximum is too small get no strengths.
     """
     if sae.features_compete:
         strengths = sae.encode(x)
@@ -22,7 +22,7 @@ def encode_firing(sae: SAE, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     else:
         products = x @ sae.W_enc
         indices = torch.arange(products.shape[1], device=x.device)
-        # rounding is monotonic: the largest sum is that of the largest product
+        # rounding is monotonic: the largest pre-activation is that of the largest product
         fires = products.amax(dim=0) + sae.b_enc > sae.thresholds_for(indices)
         indices = indices[fires]
         pre = products.index_select(1, indices) + sae.b_enc[indices]

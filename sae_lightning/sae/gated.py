@@ -16,10 +16,10 @@ class GatedConfig(SAEConfig):
     """An SAE with two encoders that share their directions."""
 
     start_bias: float = 0.0
-    """Encoder biases at the start."""
+    """Encoder biases at the start, in standard deviations of a pre-activation."""
     fixed_norm: bool = True
     """Keep every decoder row at the norm `decoder_norm`. With false, training can evade the
-    penalty, which depends on the gate alone: rows shrink while r_mag grows."""
+    penalty: rows shrink while r_mag grows, which the penalty does not contain."""
 
 
 class Gated(SAE):
@@ -27,7 +27,7 @@ class Gated(SAE):
     x_hat = f W_dec + b_dec.
 
     Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (arXiv
-    2404.16014). The penalty acts on the gate alone and does not shrink strengths. b_gate is
+    2404.16014). The penalty acts on the gate alone, so it does not shrink strengths. b_gate is
     the parameter `b_enc`, which decides in every architecture whether a feature fires.
     """
 
@@ -41,7 +41,7 @@ class Gated(SAE):
         self.b_mag = nn.Parameter(torch.zeros(len(self.split.own_features)))
 
     def compute_strengths(self, pre: Matrix) -> Tensor:
-        """Feature strengths, from the values of the gate, `pre`."""
+        """Feature strengths of pre-activations `pre`, which are the gate."""
         scale, bias = pre.broadcast(self.r_mag.exp()), pre.broadcast(self.b_mag)
         strengths = (pre.values - pre.broadcast(self.b_enc)) * scale + bias
         return strengths.relu() * (pre.values > 0)
@@ -65,14 +65,15 @@ class Gated(SAE):
 
 @dataclass(slots=True, kw_only=True)
 class GatedLoss(PenaltyLoss):
-    """loss = mse + l1 x sum_i relu(gate_i) |W_dec_i| + mse(relu(gate) W_dec + b_dec).
+    """loss = mse + l1 x sum_i relu(gate_i) |W_dec_i| + mse(relu(gate) W_dec + b_dec)
+    + preact x (distance of dead features to 0).
 
-    In the last two terms the decoder is detached, so that they train W_enc and b_gate only.
+    In all terms but the first the decoder is detached, so that they train W_enc and b_gate only.
     """
 
     sparsity = "l1"
 
-    l1: float = 1e-3
+    l1: float = 1e-3  # for presets of the user's without l1; conf/loss/gated.yaml sets 4e-3
     """Sparsity coefficient."""
 
     def penalty(self, sae: Gated, output: TrainingOutput, status: TrainingStatus) -> Tensor:
@@ -85,7 +86,7 @@ class GatedLoss(PenaltyLoss):
         """The terms of `PenaltyLoss` and "gate", the mse of the reconstruction from relu(gate),
         without which b_gate would get no gradient but the penalty's."""
         terms = PenaltyLoss.terms(self, sae, output, target, status)
-        # decodes only the difference: the reconstruction already has b_dec and a skip connection
+        # only the difference to f is decoded: the reconstruction has b_dec and a skip connection
         relu_gate, strengths = output.relu_gate, output.features.values.detach()
         difference = relu_gate.with_values(relu_gate.values - strengths)
         decoded_difference = sae.split.ranks.sum(difference @ sae.W_dec.detach())

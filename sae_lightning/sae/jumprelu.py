@@ -24,7 +24,7 @@ class JumpReLUConfig(SAEConfig):
     decoder_norm: float = 0.1
     """Norm of a decoder row at the start (Anthropic, April 2024 update)."""
     start_bias: float = 0.0
-    """Encoder biases at the start."""
+    """Encoder biases at the start, in standard deviations of a pre-activation."""
     threshold: float = 0.1
     """Threshold of every feature at the start (Anthropic, January 2025 update: 0.1)."""
     bandwidth: float = 2.0
@@ -103,8 +103,8 @@ class JumpReLU(SAE):
     def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
         """The pre-activations above their threshold or in the window around it."""
         threshold = self.threshold.detach()
-        # Compares the excess over the threshold, whose rounding errors are smallest near 0. The
-        # window begins 0.5 bandwidths below the threshold; 0.01 more is a margin for rounding.
+        # The excess over the threshold is compared, because rounding errors are smallest near 0.
+        # The window begins 0.5 bandwidths below the threshold; 0.51 leaves a margin for rounding.
         choose = partial(sparse.find_above, bound=-0.51 * self.config.bandwidth)
         pattern, excess = sparse.encode_entries(x, self.W_enc, self.b_enc - threshold, choose)
         pattern.has_zeros = True  # in the window below the threshold, strengths are 0
@@ -151,7 +151,7 @@ class JumpReLULoss(PenaltyLoss):
 
     sparsity = "l0"
 
-    l0: float = 1e-3
+    l0: float = 1e-3  # for presets of the user's without l0; conf/loss/jumprelu.yaml sets 1.7e-4
     """Sparsity coefficient."""
     penalty_kind: PenaltyKind = PenaltyKind.tanh
     """tanh (sum of tanh(tanh_scale f_i |W_dec_i|), Anthropic, January 2025 update) or step (the

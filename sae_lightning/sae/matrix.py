@@ -59,9 +59,8 @@ class Matrix(ABC):
 
     @abstractmethod
     def density_above(self, bound: Tensor | float) -> float:
-        """Share of values above a bound, a number or [features], estimated from the first tokens
-        of the batch, which is shuffled. A sparse matrix stores the values above the bound only, so
-        for it this is the share of values that it stores."""
+        """Estimated share of values above a bound (a number or [features]): that of the first
+        tokens, as batches are shuffled; of a sparse matrix, the share of values that it stores."""
 
 
 @dataclass(slots=True, eq=False)
@@ -139,7 +138,7 @@ class SparseMatrix(Matrix):
         return products.unflatten(0, (-1, len(sizes))).unbind(dim=1)
 
     def apply_penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
-        # treats all entries as features of one token, so that the mean over the batch is over 1
+        # the entries pass as features of a single token; the mean over the batch is taken here
         return function(self.values[None], self.broadcast(norms)) / self.batch_size
 
     def count_positive(self) -> Tensor:

@@ -19,8 +19,8 @@ class MatryoshkaConfig(TopKConfig):
     """A BatchTopK SAE with nested dictionaries."""
 
     groups: list[float] = field(default_factory=lambda: [1 / 32, 1 / 16, 1 / 8, 1 / 4])
-    """Share of the features in each group but the last, which gets the rest. Dictionary m consists
-    of the first m groups."""
+    """Share of the features in each group but the last, which gets the rest. The dictionaries are
+    the first group, the first two, and so on."""
 
     def __post_init__(self):
         TopKConfig.__post_init__(self)
@@ -42,7 +42,7 @@ class MatryoshkaConfig(TopKConfig):
 
 
 class Matryoshka(BatchTopK):
-    """f as in BatchTopK;  x_hat_m = f[:m] W_dec[:m] + b_dec for each prefix m of the features.
+    """f as in BatchTopK;  x_hat_m = f[:m] W_dec[:m] + b_dec for each dictionary of m features.
 
     Bussmann et al. 2025, "Learning multi-level features with matryoshka sparse autoencoders" (arXiv
     2503.17547): early features must reconstruct without the later ones, so they stay general.
@@ -68,8 +68,8 @@ class Matryoshka(BatchTopK):
 
 @dataclass(slots=True, kw_only=True)
 class MatryoshkaLoss(AuxKLoss):
-    """loss = sum over prefixes m of mse(x_hat_m) + auxk x (residual that dead features leave),
-    where the longest prefix is all features."""
+    """loss = sum over dictionaries of mse(x_hat_m) + auxk x (residual that dead features leave);
+    the largest dictionary is all features."""
 
     def terms(
         self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus

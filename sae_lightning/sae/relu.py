@@ -20,7 +20,7 @@ class ReLU(SAE):
     (Anthropic, April 2024), which leaves the decoder's norms free and puts them in the penalty.
     """
 
-    architecture = "standard"
+    architecture = "standard"  # SAELens' name
     bytes_per_activation = 26
 
 
@@ -31,7 +31,7 @@ class DenseConfig(SAEConfig):
     decoder_norm: float = 0.1
     """Norm of a decoder row at the start (Anthropic, April 2024 update)."""
     start_bias: float = 0.0
-    """Encoder biases at the start."""
+    """Encoder biases at the start, in standard deviations of a pre-activation."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,11 +41,11 @@ class DenseLoss(Loss):
 
 @dataclass(slots=True, kw_only=True)
 class ReLULoss(PenaltyLoss):
-    """loss = mse + l1 x mean over the batch of sum_i (f_i |W_dec_i|)^p."""
+    """loss = mse + l1 x sum_i (f_i |W_dec_i|)^p + preact x (distance of dead features to 0)."""
 
     sparsity = "l1"
 
-    l1: float = 1e-3
+    l1: float = 1e-3  # for presets of the user's without l1; conf/loss/relu.yaml sets 2e-3
     """Sparsity coefficient; 1e-4 is dense, 1e-2 very sparse. Anthropic's lambda is l1 x the site's
     width."""
     p: float = 1.0
@@ -67,7 +67,7 @@ class ReLULoss(PenaltyLoss):
         norms = RowNorms.apply(sae.W_dec)
         if self.p == 1:
             return output.features.apply_penalty(l1, norms)
-        # share of the time after the warm-up that is over; with `warmup` 1 there is no such time
+        # share of the updates after the warm-up that are done; 1e-9 if there are none
         share = (float(status.progress) - self.warmup) / max(1 - self.warmup, 1e-9)
         p = 1 - (1 - self.p) * min(max(share, 0.0), 1.0)
         return output.features.apply_penalty(partial(lp, p=p, ranks=sae.split.ranks), norms)

@@ -1,8 +1,8 @@
 """Exact training on the few features that are active.
 
-The gradient of an SAE is exactly 0 wherever a feature is off. So only the encoder is computed
-densely, a few rows of the batch at a time, and only the entries of [batch, features] that can fire
-are kept; the decoder and the backward pass are sparse products.
+On most tokens a feature is off and gets no gradient. So only the encoder is computed densely, a
+few rows of the batch at a time, and only the entries of [batch, features] with a strength or a
+gradient are kept; the decoder and the backward pass are sparse products.
 
     x W_enc -> which entries? -> entries -> activate -> x_hat
     dense      (choose)          [n entries]           weighted_sums over tokens
@@ -29,13 +29,13 @@ PRE_ACTIVATIONS_AT_ONCE = {"cpu": 1 << 22, "other": 1 << 29}
 class SparsityPattern:
     """Positions of the stored entries of a sparse matrix [rows, columns], in CSR order."""
 
-    def __init__(self, flat_indices: Tensor, rows: int, columns: int, has_zeros: bool = False):
-        """`flat_indices` [n entries] int64: row x columns + column, ascending; `has_zeros`: many
-        of the values are 0 (JumpReLU stores these for the gradient of its thresholds)."""
-        self.flat_indices, self.shape, self.has_zeros = flat_indices, (rows, columns), has_zeros
-        self.rows = flat_indices // columns
-        self.columns = flat_indices - self.rows * columns
-        ends = torch.arange(rows + 1, device=flat_indices.device) * columns
+    def __init__(self, flat_indices: Tensor, height: int, width: int, has_zeros: bool = False):
+        """A pattern in [height, width]. `flat_indices` [n entries] int64: row x width + column,
+        ascending; `has_zeros`: many values are 0 (JumpReLU stores them for its thresholds)."""
+        self.flat_indices, self.shape, self.has_zeros = flat_indices, (height, width), has_zeros
+        self.rows = flat_indices // width  # of each entry
+        self.columns = flat_indices - self.rows * width
+        ends = torch.arange(height + 1, device=flat_indices.device) * width
         self.offsets = torch.searchsorted(flat_indices, ends)
 
     def __len__(self) -> int:
@@ -45,11 +45,11 @@ class SparsityPattern:
     def _by_column(self) -> tuple[Tensor, Tensor, Tensor]:
         """The transpose in CSR order: permutation of the entries [n entries], offset of each column
         [columns + 1], and row of each entry [n entries]."""
-        columns = self.shape[1]
+        width = self.shape[1]
         # fewer bits, fewer passes of the radix sort
-        keys = self.columns.to(torch.int16 if columns < 1 << 15 else torch.int32)
+        keys = self.columns.to(torch.int16 if width < 1 << 15 else torch.int32)
         keys, order = torch.sort(keys, stable=True)
-        starts = torch.arange(columns + 1, device=keys.device, dtype=keys.dtype)
+        starts = torch.arange(width + 1, device=keys.device, dtype=keys.dtype)
         return order, torch.searchsorted(keys, starts), self.rows.index_select(0, order)
 
     def transposed_product(self, values: Tensor, table: Tensor) -> Tensor:
@@ -65,22 +65,22 @@ class SparsityPattern:
         return values.new_zeros(self.shape[1]).index_add_(0, self.columns, values)
 
     def without_zeros(self, values: Tensor) -> tuple["SparsityPattern", Tensor]:
-        """Pattern and values of the nonzero entries; unchanged unless `has_zeros`, because few
-        would be dropped."""
+        """Pattern and values of the nonzero entries; of all entries if hardly any are 0 (without
+        `has_zeros`)."""
         if not self.has_zeros:
             return self, values
         nonzero = values.nonzero().squeeze(1)
         return SparsityPattern(self.flat_indices[nonzero], *self.shape), values[nonzero]
 
     def split_by_group(self, sizes: list[int]) -> "SparsityPattern":
-        """Give each row a row for each group of consecutive columns, [rows x groups, columns]: the
-        entries of row r in group g are in row r x groups + g, in the same order as before."""
+        """Split each row by groups of `sizes` consecutive columns: row r x groups + g of the result
+        [rows x groups, columns] has the entries of row r in group g. Their order stays."""
         ends = torch.tensor(sizes, device=self.flat_indices.device).cumsum(0)
         groups = torch.searchsorted(ends, self.columns, right=True)  # the group of each entry
-        rows, columns = self.shape
+        height, width = self.shape
         new_rows = self.rows * len(sizes) + groups
         return SparsityPattern(
-            new_rows * columns + self.columns, rows * len(sizes), columns, self.has_zeros
+            new_rows * width + self.columns, height * len(sizes), width, self.has_zeros
         )
 
 
@@ -114,7 +114,7 @@ def encode_entries(
             indices.append(sum_indices + start * features)
             values.append(sums.view(-1)[sum_indices])
     pattern = SparsityPattern(torch.cat(indices), len(x), features)
-    correction = shift - rounded_shift.float()
+    correction = shift - rounded_shift.float()  # undoes the rounding of the shift
     return pattern, torch.cat(values).float() + correction[pattern.columns]
 
 
@@ -152,8 +152,8 @@ class Broadcast(torch.autograd.Function):
 
 
 class Encode(torch.autograd.Function):
-    """[n entries]: x W_enc + b_enc at the entries of a pattern. The forward pass returns `pre`, in
-    which they are computed already; the backward pass gives x no gradient."""
+    """[n entries]: x W_enc + b_enc at the entries of a pattern. `pre` holds these values already,
+    so the forward pass copies it; the backward pass gives x no gradient."""
 
     @staticmethod
     def forward(

@@ -19,7 +19,7 @@ class TopKConfig(SAEConfig):
     k: int = 64
     """Active features per token (BatchTopK, Matryoshka: on average)."""
     start_bias: float = 0.0
-    """Encoder biases at the start."""
+    """Encoder biases at the start, in standard deviations of a pre-activation."""
     fixed_norm: bool = True
     """Keep every decoder row at the norm `decoder_norm`; false lets it grow and shrink."""
 
@@ -34,8 +34,8 @@ class TopKConfig(SAEConfig):
 class TopK(SAE):
     """f = the k largest of relu(x W_enc + b_enc), the others 0;  x_hat = f W_dec + b_dec.
 
-    Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093): decoder rows
-    of norm 1, which makes the strengths of features comparable; AuxK.
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093). Decoder rows
+    have norm 1, so that the strengths of features are comparable.
     """
 
     architecture = "topk"
@@ -53,7 +53,7 @@ class TopK(SAE):
         pattern, values = sparse.encode_entries(x, self.W_enc, self.b_enc, self._find_largest)
         ranks, k = self.split.ranks, self.config.k
         strengths = ranks.keep_largest_entries(values, pattern.rows, len(x), k)
-        pattern.has_zeros = strengths is not values  # 0 where other ranks have larger ones
+        pattern.has_zeros = ranks.size > 1  # 0 where other ranks have larger ones
         return pattern.without_zeros(strengths)
 
     @property
