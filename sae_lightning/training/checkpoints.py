@@ -92,8 +92,8 @@ def assemble_whole(head: Head, tensors: dict[str, Tensor]) -> Iterator[dict[str,
     """Yield a head's weights with all features, gathered from its ranks; they are valid within the
     `with`. On a rank that does not write, a weight that is split is None."""
     is_split = head.sae.split.ranks.size > 1
-    mmaps = make_private_folder(head.folder / "whole") if head.writes and is_split else None
-    with mmaps or nullcontext(Path()) as folder:
+    private = make_private_folder(head.folder / "whole") if head.writes and is_split else None
+    with private or nullcontext(Path()) as folder:
         dims = head.sae.split_dims
         yield {
             name: _gather(head, folder, x, dims[name], name) if name in dims else x
@@ -127,21 +127,18 @@ def _convert_split_tensors(
     along `dim`: weights, counters and Adam's moments."""
     dims = {f"heads.0.sae.{name}": dim for name, dim in head.sae.split_dims.items()}
     dims |= {f"heads.0.{name}": 0 for name in ("tokens_since_fired", "start_rows", "start_fired")}
-    weights = {
-        name: convert(x, dims[name], name) if name in dims else x
-        for name, x in part["state_dict"].items()
-    }
+
+    def convert_if_split(x: Any, parameter: str, name: str) -> Any:
+        is_split = parameter in dims and x.ndim  # Adam's `step` is a scalar
+        return convert(x, dims[parameter], name) if is_split else x
+
+    weights = {name: convert_if_split(x, name, name) for name, x in part["state_dict"].items()}
     (adam,) = part["optimizer_states"]
     names = [f"heads.0.sae.{name}" for group in head.group_parameters() for name in group]
-    state = {
-        index: {
-            key: convert(x, dims[names[index]], f"{names[index]}.{key}")
-            if x.ndim and names[index] in dims  # Adam's `step` is a scalar
-            else x
-            for key, x in values.items()
-        }
-        for index, values in adam["state"].items()
-    }
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, tensors in adam["state"].items():
+        name = names[index]
+        state[index] = {k: convert_if_split(x, name, f"{name}.{k}") for k, x in tensors.items()}
     return part | {"state_dict": weights, "optimizer_states": [adam | {"state": state}]}
 
 
@@ -152,7 +149,7 @@ def _get_loader_states(checkpoint: dict[str, Any]) -> list:
 
 def _list_distinct_files(paths: list[Path]) -> list[Path]:
     """One path for each file among `paths`, which may be hard links to the same file."""
-    by_inode = {(stat.st_dev, stat.st_ino): path for path in paths for stat in [path.stat()]}
+    by_inode = {(path.stat().st_dev, path.stat().st_ino): path for path in paths}
     return list(by_inode.values())
 
 

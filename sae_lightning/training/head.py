@@ -83,11 +83,10 @@ class Head(nn.Module):
         self.held_out_metrics: dict[str, float] = {}
         self.density: Tensor | None = None  # share of tokens on which each feature fires [features]
         self.density_counts: dict[str, int] = {}  # see `count_by_density`
-
         self.failure: str | None = None  # why the head is frozen; None while it trains
         self.writes = True  # whether this rank writes its files
         self.leader: int | None = None  # index of the head whose L0 a control follows
-        # share of [batch, features] that sparse products need, at the last update; 1 before it
+        # share of [batch, features] that sparse products needed at the last update; at first 1
         self.active_density = 1.0
         self._register_state(seed)
 
@@ -102,7 +101,7 @@ class Head(nn.Module):
         self.register_buffer("progress", torch.zeros(()))  # share of the run completed
         # factors of the sparsity coefficient, set by its warm-up and by `TargetL0`
         self.register_buffer("penalty_factor", torch.ones(()))
-        self.register_buffer("steering", torch.ones(()))  # product of `compute_feedback`
+        self.register_buffer("steering", torch.ones(()))  # product of all `compute_feedback`
         # `measure_l0_error` at the last update, in [-1, 1]; 2 means none yet
         self.register_buffer("l0_error", torch.tensor(2.0))
         self.register_buffer("tokens_since_fired", torch.zeros(features, dtype=torch.int64))
@@ -165,18 +164,18 @@ class Head(nn.Module):
         return loss
 
     def tune(self, llm: nn.Module, runs: Sequence[CleanRun]) -> Tensor:
-        """The term of the loss [] that `loss.kl` = kl adds, measured on `runs` of the LLM:
+        """The term of the loss [] that `loss.kl` = kl adds, where mse / KL gets no gradient:
 
-        kl / (1 + kl) x mse / KL x KL, where mse / KL gets no gradient
+        kl / (1 + kl) x mse / KL x KL
 
-        Call it after `forward`. The SAE runs as it does in evaluation: in float32, a BatchTopK SAE
-        with its threshold."""
+        Call it after `forward`. `runs` of the LLM are without an SAE, on the text of this update.
+        The SAE runs as in evaluation: in float32, a BatchTopK SAE with its threshold."""
         sites, ranks = (self.source, self.target), self.sae.split.ranks
         kl = measure_spliced_kl(llm, runs, *sites, lambda x: self.run_raw(x).reconstruction, ranks)
-        step, weight = self.last_step, self.loss.kl
-        loss = weight / (1 + weight) * step.terms["mse"] / (kl.detach() + SMALLEST_KL) * kl
-        self.last_step = step._replace(
-            loss=step.loss + loss.detach(), terms=step.terms | {"kl": kl.detach()}
+        result, weight = self.last_step, self.loss.kl
+        loss = weight / (1 + weight) * result.terms["mse"] / (kl.detach() + SMALLEST_KL) * kl
+        self.last_step = result._replace(
+            loss=result.loss + loss.detach(), terms=result.terms | {"kl": kl.detach()}
         )
         return loss
 
@@ -244,8 +243,8 @@ class Head(nn.Module):
         self.before_kl = state.get("before_kl", {})
 
     def group_parameters(self) -> tuple[list[str], list[str]]:
-        """Names of the SAE's weights, without one that a control freezes, and of its biases: the
-        parameters of Adam's two groups, in order."""
+        """Names of the parameters in Adam's two groups, in order: weights (all parameters but
+        `SAE.biases`, without those that a control freezes), and biases."""
         biases, parameters = list(self.sae.biases), self.sae.named_parameters()
         return [n for n, p in parameters if n not in biases and p.requires_grad], biases
 

@@ -22,7 +22,7 @@ def open_checkpoint(folder: Path) -> dict[str, Any]:
     path = locate_checkpoint(folder)
     with _report_damage(path, f"{path} is truncated or not a checkpoint"):
         checkpoint = load_tensors(path)
-        expect(checkpoint, {"global_step": int, "settings": dict}, "it")
+        expect(checkpoint, {"global_step": int, "settings": dict}, "checkpoint")
     return checkpoint
 
 
@@ -115,7 +115,7 @@ def _expect_progress(checkpoint: dict[str, Any], step: int, steps: int) -> None:
         "optimizer_states": list,
         "loops": {"fit_loop": loops},
     }
-    expect(checkpoint, expected, "it")
+    expect(checkpoint, expected, "checkpoint")
     # Lightning would migrate a checkpoint that seems to be from an older version
     version = Version(checkpoint["pytorch-lightning_version"])
     expect(version.major, range(2, 100), "Lightning's version")

@@ -80,7 +80,7 @@ class HParams(NamedTuple):
     settings: dict
     """Settings of the run, by name."""
     columns: dict
-    """Settings of all runs of the command, each with its value in one of them."""
+    """Settings of all runs of the command, each with its value in one of the runs."""
     swept: Collection[str] = ()
     """Names of the settings that are shown first."""
     headline: Sequence[str] = HEADLINE

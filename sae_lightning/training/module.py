@@ -36,10 +36,10 @@ class SAEModule(L.LightningModule):
         tuning_starts: Collection[int] = (),
     ):
         """`batch`: tokens per update; `steps`: updates in the whole run; `heads_in_pass`: number of
-        heads on all ranks (None: of `heads`); `resampling`: their resampling settings (None: those
-        of `heads`); `resume`: the command that continues the run; `starts_warm`: whether any head
-        of the pass starts from a saved SAE; `tuning_text`: the text on which `loss.kl` is measured;
-        `tuning_starts`: the updates at which `loss.kl` begins, for any head of the pass."""
+        heads on all ranks (None: of `heads`); `resampling`: settings of the heads on all ranks
+        (None: of `heads`); `resume`: the command that continues the run; `starts_warm`: whether any
+        head on any rank starts from a saved SAE; `tuning_text`: the text for `loss.kl`;
+        `tuning_starts`: the updates at which `loss.kl` begins, for any head on any rank."""
         super().__init__()
         # manual, so that memory holds the activations of one head at a time
         self.automatic_optimization = False
@@ -68,7 +68,7 @@ class SAEModule(L.LightningModule):
         return [head for head in self.heads if head.failure is None]
 
     def training_step(self, batch: dict[Site, Tensor], _: int) -> None:
-        """Update every head that has not failed on a batch {site: [batch, d_site]}."""
+        """Update every head that has not failed, with one batch {site: [batch, d_site]}."""
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.last_batch = batch
@@ -119,20 +119,15 @@ class SAEModule(L.LightningModule):
             optim = head.optim
             factor = optim.bias_lr or head.sae.W_enc.shape[0] ** 0.5
             parameters = dict(head.sae.named_parameters())
-            weights, biases = (
-                [parameters[name] for name in names] for names in head.group_parameters()
-            )
-            for name, group, rate in (
-                ("lr", weights, optim.lr),
-                ("bias_lr", biases, optim.lr * factor),
-            ):
+            rates = {"lr": optim.lr, "bias_lr": optim.lr * factor}
+            for (setting, rate), names in zip(rates.items(), head.group_parameters(), strict=True):
                 groups.append(
                     {
-                        "params": group,
+                        "params": [parameters[name] for name in names],
                         "lr": rate,
                         "peak_lr": rate,
                         "head": index,
-                        "rate": name,
+                        "rate": setting,
                         "betas": (optim.beta1, optim.beta2),
                         "eps": optim.eps,
                     }
@@ -141,7 +136,7 @@ class SAEModule(L.LightningModule):
 
 
 def _find_culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
-    """Find what is not finite in a head's update -> its name, and the remedy to suggest."""
+    """Name what is not finite in a head's update, and the setting that may prevent it."""
     for site in (head.source, head.target):
         if not batch[site].isfinite().all():
             return f"the LLM's activation at {site}", "llm.dtype=float32"

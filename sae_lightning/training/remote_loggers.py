@@ -42,13 +42,14 @@ class RemoteLogger(ExtraLogger):
         self.run, self.config, self.notes = run, config, notes
         self.id_path = run.folder / f"{self.kind}.json"
         self.queue: SimpleQueue = SimpleQueue()
-        self.failed, self.sent = False, 0  # `sent`: number of queued actions done so far
+        self.closed = False  # whether nothing more is sent: after an error or the end
+        self.sent = 0  # number of queued actions done so far
         self.logger: WandbLogger | MLFlowLogger | None = None  # None until `_start` has opened it
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
     def add_scalars(self, values: dict[str, float], tokens: int) -> None:
-        if not self.failed:
+        if not self.closed:
             self.queue.put((self._send, dict(values), tokens))
 
     def finish(self, outcome: str) -> None:
@@ -75,18 +76,18 @@ class RemoteLogger(ExtraLogger):
                 except Exception:
                     self.notes.add(self.kind)
                     raise
-            while (item := self.queue.get()) is not None and not self.failed:
+            while (item := self.queue.get()) is not None and not self.closed:
                 action, *arguments = item
                 action(*arguments)
                 self.sent += 1
         except Exception as error:  # a server, network or library failed: training goes on
             self._report(str(error).strip() or repr(error))
         finally:
-            self.failed = True
+            self.closed = True
 
     def _report(self, reason: str) -> None:
         """Print why nothing more is sent, and what to do."""
-        self.failed = True
+        self.closed = True
         remedy = self._describe_remedy() if self.logger else ""
         self._print(f"{reason}; TensorBoard's curves of {self.run.name} are complete{remedy}")
 
@@ -99,7 +100,7 @@ class RemoteLogger(ExtraLogger):
         return ""
 
     def _read_id(self) -> str | None:
-        """Read the id that a resumed run had on the server before; None for a new run."""
+        """Read the id that a resumed run had on the server; None if it is new or had none."""
         if self.run.resumed_at is None or not self.id_path.is_file():
             return None
         match = re.search(r'"run": "([\w-]{1,64})"', read_regular_file(self.id_path))
@@ -119,14 +120,14 @@ class RemoteLogger(ExtraLogger):
 
 
 class WandbCurves(RemoteLogger):
-    """A run in Weights & Biases. Its steps are tokens and can only grow, so the server keeps the
-    first of the points that a resumed run measures again."""
+    """A run in Weights & Biases. Steps (tokens) can only grow there, so points that a resumed run
+    measures again are not sent."""
 
     kind = "wandb"
     config: WandbConfig
 
     def add_histogram(self, tag: str, values: Tensor, tokens: int) -> None:
-        if not self.failed:
+        if not self.closed:
             self.queue.put((self._send_histogram, tag, values, tokens))
 
     def _start(self) -> None:

@@ -42,6 +42,6 @@ def compute_feedback(error: float, last_error: float, step: int, total: int) -> 
     logarithms, since L0 falls roughly as a power of the coefficient. In the middle of the run, a
     constant error of 1 (L0 off by a factor e) changes the coefficient by a factor e within about an
     eighth of the run, slowly enough for L0 to follow. Earlier, the first term is smaller, because
-    L0 then falls by itself. The second responds at once and keeps the first from overshooting.
+    L0 then falls by itself. The second term responds at once and prevents overshooting.
     """
     return math.exp(30 * step**2 / total**3 * error + (error - last_error))

@@ -1,4 +1,4 @@
-"""Warm starts: a head takes over the weights of a saved SAE and, if it is saved, Adam's state."""
+"""Warm starts: a head takes over the weights of a saved SAE and, if it was saved, Adam's state."""
 
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,11 @@ def _take_weights(head: Head, start_sae: SAE, keep_norms: bool) -> None:
 
 def _find_factors(head: Head, start_sae: SAE, W_dec: Tensor) -> Tensor:
     """Find the factors [features] by which the features of `start_sae` become stronger and their
-    decoder rows shorter, given these rows W_dec [features, d_out] in the head's units.
+    decoder rows W_dec [features, d_out], given in the head's units, shorter.
 
-    With fixed norms, each row gets the norm `decoder_norm`. Otherwise our own SAEs keep theirs, and
-    each row of another tool's SAE gets the norm 1. If its features compete, all are divided by the
-    same number, so that their order stays: the mean norm becomes 1.
+    With fixed norms, each row gets the norm `decoder_norm`. Otherwise, the rows of our own SAEs
+    keep their norms. A row of another tool's SAE is divided by its norm or, if the head's features
+    compete, by the mean norm of the rows, so that the order of strengths stays.
     """
     config, norms = head.sae.config, W_dec.norm(dim=1)
     is_nonzero = norms > SMALLEST_NORM  # a row of zeros counts as one of the mean norm
@@ -123,7 +123,8 @@ def _open_checkpoint(address: str) -> dict[str, Any] | None:
         return None
     try:
         checkpoint = load_tensors(path)
-        expect(checkpoint, {"settings": dict, "state_dict": dict, "optimizer_states": list}, "it")
+        form = {"settings": dict, "state_dict": dict, "optimizer_states": list}
+        expect(checkpoint, form, "checkpoint")
     except Exception as error:  # a damaged file may raise anything
         if is_out_of_memory(error):
             raise
@@ -141,10 +142,10 @@ def _refuse_checkpoint(address: str, error: Exception) -> UserError:
 
 
 def _find_differing_setting(head: Head, settings: dict[str, Any]) -> str | None:
-    """Find the first setting in which head and checkpoint (`settings`) differ, so that its moments
-    do not fit; None if there is none. Without an LLM, the data determine the activations."""
+    """Find the first setting in which head and checkpoint (`settings`) differ so that Adam's
+    moments do not fit; None if there is none."""
     names = ADAM_SETTINGS
-    if head.settings.get("llm.name") == NO_LLM:
+    if head.settings.get("llm.name") == NO_LLM:  # then `data` determines the activations
         names += tuple(name for name in head.settings | settings if name.startswith("data."))
     return next((name for name in names if head.settings.get(name) != settings.get(name)), None)
 

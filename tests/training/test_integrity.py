@@ -230,7 +230,7 @@ GOOD = {
         "heads.1.more does not belong to this SAE": at(
             ("state_dict",), lambda x: x | {"heads.1.more": torch.ones(1)}
         ),
-        "it.global_step is 1000000 and should be 1 to 40": at(
+        "checkpoint.global_step is 1000000 and should be 1 to 40": at(
             ("global_step",), lambda _: 1_000_000
         ),
         "epoch_progress is 5 and should be dict": at((*FIT, "epoch_progress"), lambda _: 5),

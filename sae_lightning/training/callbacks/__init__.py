@@ -4,7 +4,7 @@ Hooks follow one another from left to right, callbacks within a hook from top to
 
                 fit_start  train_start   batch_start   before_optimizer_step  batch_end   train_end
                            |             |<----------- every update ------------------->|
-    StopOnSignal           listen        defer signals                        agree       restore
+    StopOnSignal           listen        defer signals                        share       restore
     Normalize              mean, scale
     WarmStart              weights
     Schedule                             lr, penalty

@@ -12,13 +12,13 @@ from sae_lightning.training.schedules import is_due
 @torch.no_grad()
 def measure_training_scalars(head: Head) -> dict[str, float]:
     """Values of the training curves after a head's last step, by tag."""
-    step, join = head.last_step, head.sae.split.join
+    last, join = head.last_step, head.sae.split.join
     norms = join(head.sae.W_dec.norm(dim=1))
     scalars = {
-        "train/loss": step.loss,
-        **{f"train/{name}": term for name, term in step.terms.items()},
-        "train/l0": step.l0,
-        "train/explained_variance": compute_explained_variance(step.target, step.reconstruction),
+        "train/loss": last.loss,
+        **{f"train/{name}": term for name, term in last.terms.items()},
+        "train/l0": last.l0,
+        "train/explained_variance": compute_explained_variance(last.target, last.reconstruction),
         "train/dead": join(head.dead).float().mean(),
         "optim/grad_norm": head.grad_norm,
         "decoder/norm_mean": norms.mean(),
@@ -58,10 +58,9 @@ class Curves(L.Callback):
         rates: dict[int, dict[str, float]] = {}
         for group in trainer.optimizers[0].param_groups:
             rates.setdefault(group["head"], {})[f"optim/{group['rate']}"] = group["lr"]
-        data = {"distinct_sequences": stream.distinct_sequences, "epoch": stream.epoch}
+        data = {"data/distinct_sequences": stream.distinct_sequences, "data/epoch": stream.epoch}
         for index, head in enumerate(module.heads):
             if head.failure is None:
-                head.training_metrics = measure_training_scalars(head) | rates[index]
-                head.training_metrics |= {f"data/{name}": value for name, value in data.items()}
+                head.training_metrics = measure_training_scalars(head) | rates[index] | data
                 head.log.add_scalars(head.training_metrics, module.tokens_seen)
         gather_latest(module)

@@ -20,15 +20,17 @@ class KeepControl(L.Callback):
 
     @torch.no_grad()
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Find the principal directions of the activations from which the normalisation is
-        estimated."""
-        components: dict[tuple[Site, int], tuple[Tensor, Tensor]] = {}  # shared by heads of a site
+        """Give `pca` heads the principal directions of the activations from which their
+        normalisation is estimated."""
+        # mean and directions, shared by heads of a site
+        components: dict[tuple[Site, int], tuple[Tensor, Tensor]] = {}
         for head in module.heads:
             if head.sae.config.control is not Control.pca or trainer.global_step > 0:
                 continue
-            site, tokens = key = (head.source, head.callbacks.normalize.tokens)
+            tokens = head.callbacks.normalize.tokens
+            key = head.source, tokens
             if key not in components:
-                x = trainer.datamodule.stream.peek(tokens)[site].to(module.device)
+                x = trainer.datamodule.stream.peek(tokens)[head.source].to(module.device)
                 moments = measure_moments(x)
                 _, axes = moments.find_principal_directions()
                 components[key] = moments.mean, list_principal_directions(axes)

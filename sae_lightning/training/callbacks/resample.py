@@ -17,11 +17,11 @@ def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int
     """Restart the dead features of `head`, unless all are dead or `x` is empty; returns the number
     restarted on all ranks.
 
-    For each of them, a token is drawn with probability proportional to the square of its loss. The
-    encoder column takes the direction of the token's normalised input (`x` [n, d_in]) and 0.2 times
-    the mean norm of the columns of features that are not dead; the decoder row takes the direction
-    of the token's target (`target` [n, d_out]) and the mean norm of such rows. Other parameters are
-    reset, Adam's moments become 0.
+    For each dead feature, a token is drawn with probability proportional to the square of its loss.
+    The encoder column gets the direction of the token's normalised input (`x` [n, d_in]), the
+    decoder row that of its target (`target` [n, d_out]). The row gets the mean norm of the rows of
+    live features, the column 0.2 times the mean norm of their columns. Other parameters are reset,
+    and Adam's moments become 0.
     """
     sae, split = head.sae, head.sae.split
     all_dead = split.join(head.dead)

@@ -30,7 +30,8 @@ class StopOnSignal(L.Callback):
         """Install the signal handlers, in the main thread; ranks other than 0 ignore signals."""
 
         def stop(signal_number: int, _) -> None:
-            if not self.updating or module.received_signal and signal_number == signal.SIGINT:
+            is_second = module.received_signal and signal_number == signal.SIGINT
+            if is_second or not self.updating:
                 console.print(f"interrupted. Continue with\n\n  {module.resume}\n")
                 raise SystemExit(128 + signal_number)  # as shells report a signal
             module.received_signal = signal.Signals(signal_number)

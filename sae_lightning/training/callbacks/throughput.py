@@ -46,15 +46,15 @@ class Throughput(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the clock, at the update where this process starts."""
-        # begins with a pause; making the first batch, filling the pool included, is no part of it
-        self.first = self.last = self.paused = self._read_clock(trainer)
+        # training begins in a pause, which ends when the stream begins to make the first batch
+        self.first = self.last = self.pause_start = self._read_clock(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_) -> None:
         """End a pause, which lasted until the stream began to make this batch."""
-        if self.paused:
-            now = self._read_clock(trainer)
-            self.idle += now.seconds - self.paused.seconds - (now.stream - self.paused.stream)
-            self.paused = None
+        if self.pause_start:
+            now, start = self._read_clock(trainer), self.pause_start
+            self.idle += now.seconds - start.seconds - (now.stream - start.stream)
+            self.pause_start = None
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
         """Begin a pause if other callbacks may take time now; log if this is a log point."""
@@ -66,7 +66,7 @@ class Throughput(L.Callback):
         if not on_cpu and (is_log_point or pauses):
             torch.accelerator.synchronize()
         now = self._read_clock(trainer)
-        self.paused = now if pauses else None
+        self.pause_start = now if pauses else None
         if not is_log_point:
             return
         recent = _compute_speed(self.last, now, module.batch, shares=on_cpu)

@@ -110,8 +110,8 @@ class TargetL0(L.Callback):
                 buffers.append(head.l0_target)
             elif target is None:
                 continue
-            l0, last_error, warmup, *l0_target = torch.stack(buffers).tolist()
-            (target,) = l0_target or [target]
+            l0, last_error, warmup, *followed = torch.stack(buffers).tolist()
+            target = followed[0] if followed else target
             if warmup < 1 or target < 0:  # -1: the trained SAE's L0 is not known yet
                 continue
             error = measure_l0_error(l0, target)
