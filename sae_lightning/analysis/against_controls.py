@@ -123,7 +123,7 @@ def make_control_section(
     scores: Scores, controls: Mapping[str, Scores], random: Scores | None = None
 ) -> Section:
     """Make a table of all scores, with sentences that say what the SAE does better than its
-    controls. `random`: scores of random directions; empty or None if there are none."""
+    controls. random: scores of random directions, if measured."""
     columns = {"this SAE": scores, **controls, **({RANDOM: random} if random else {})}
     rows = [
         [kind.label, *(_format_score(column.get(name), kind) for column in columns.values())]
@@ -153,14 +153,14 @@ def make_control_section(
 
 def make_missing_section(subject: Subject) -> Section:
     """Say why the SAE has no control to compare with, and how to get one."""
-    kind = subject.config.model.control
+    control = subject.config.model.control
     lead = (
         "No control of this SAE was trained, so its scores cannot be compared with those of an SAE "
         "that learns less. python train.py -m ... sweep.controls=true trains controls on the same "
         "pass of the LLM; control=<folder> compares with any other SAE."
     )
-    if kind is not None:
-        lead = f"This SAE is a control itself, {kind.name}: {kind.value}."
+    if control is not None:
+        lead = f"This SAE is a control itself, {control.name}: {control.value}."
     return Section("Comparison with controls", lead)
 
 
@@ -197,10 +197,8 @@ def exceeds_noise(a: Sequence[float], b: Sequence[float], *, paired: bool) -> bo
     freedom = min(map(len, samples)) - 1
     if freedom < 1:
         return False
-    return (
-        fmean(a) - fmean(b)
-        > find_critical_t(freedom) * sum(variance(x) / len(x) for x in samples) ** 0.5
-    )
+    standard_error = sum(variance(x) / len(x) for x in samples) ** 0.5
+    return fmean(a) - fmean(b) > find_critical_t(freedom) * standard_error
 
 
 def _compare_reconstructions(scores: Scores, controls: Mapping[str, Scores]) -> str:

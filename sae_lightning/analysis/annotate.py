@@ -61,11 +61,11 @@ class TextTask(FeaturesTask):
         text_name = "text" if self.file is None else f"file={self.file}"
         subject = self.load_subject(given_settings)
         # counted before the LLM is loaded, because this may refuse the text
-        sequences = len(make_sequences(subject, text, text_name).sequence_ids)
+        num_sequences = len(make_sequences(subject, text, text_name).sequence_ids)
         catalogue = self.find_catalogue(subject, given_settings)
         annotated = AnnotatedText(annotate(subject, text, text_name), catalogue)
         ranked = annotated.rank_firings()
-        summary = make_text_section(annotated, ranked, sequences)
+        summary = make_text_section(annotated, ranked, num_sequences)
         print_section(make_token_section(annotated, self.top))
         print_section(summary)
         results = {
@@ -172,8 +172,9 @@ class FeaturesByToken:
             for i, values in enumerate(strengths[index]):
                 active = values.nonzero().squeeze(1)
                 active = active[(values * norms)[active].argsort(descending=True)]
-                firing = features[active.cpu()], values[active].cpu()
-                self.by_position[sequence, i] = bool(batch.keep[index, i]), *firing
+                is_read = bool(batch.keep[index, i])
+                active_features = features[active.cpu()], values[active].cpu()
+                self.by_position[sequence, i] = is_read, *active_features
 
 
 def make_entry(firing: Firing, annotated: AnnotatedText) -> dict[str, Any]:
@@ -206,13 +207,14 @@ def make_token_section(annotated: AnnotatedText, top: int) -> Section:
 
 
 def make_text_section(
-    annotated: AnnotatedText, ranked: Sequence[Firing], sequences: int
+    annotated: AnnotatedText, ranked: Sequence[Firing], num_sequences: int
 ) -> Section:
-    """List the features of the whole text, in the order of `ranked`. sequences: number of sequences
-    that the text was cut into."""
+    """List the features of a whole text that was cut into sequences, in the order of `ranked`."""
     read = sum(token.read for token in annotated.tokens)
     active = sum(len(token.features) for token in annotated.tokens) / max(1, read)
-    cut = f" in {sequences} sequences (of data.context, as in training)" * (sequences > 1)
+    cut = ""
+    if num_sequences > 1:
+        cut = f" in {num_sequences} sequences (of data.context, as in training)"
     rows = [
         [*make_cells(firing, annotated), f"‘{show_token(annotated.tokens[firing.place].text)}’"]
         for firing in ranked[:SUMMARY_FEATURES]

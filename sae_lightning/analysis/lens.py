@@ -279,11 +279,10 @@ def make_lens_section(
 
 def _pick_sharpest(result: Lens) -> list[int]:
     """The features with the sharpest effect; the first ones if only the tokens read are known."""
-    if result.effect is None:
-        return (
-            [] if result.read_tokens is None else [*range(len(result.read_tokens))][:SHARPEST_SHOWN]
-        )
-    return result.effect.sharpness.argsort(descending=True)[:SHARPEST_SHOWN].tolist()
+    if result.effect:
+        return result.effect.sharpness.argsort(descending=True)[:SHARPEST_SHOWN].tolist()
+    count = 0 if result.read_tokens is None else len(result.read_tokens)
+    return [*range(min(SHARPEST_SHOWN, count))]
 
 
 def _write_lead(result: Lens) -> str:

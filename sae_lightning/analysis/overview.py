@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sae_lightning.analysis import evaluate
 from sae_lightning.analysis.against_controls import (
     ControlReducers,
     Scores,
@@ -12,6 +11,7 @@ from sae_lightning.analysis.against_controls import (
     score_features,
     score_probes,
 )
+from sae_lightning.analysis.evaluate import Evaluation, make_scorecard_section, score_subject
 from sae_lightning.analysis.open_controls import open_controls
 from sae_lightning.analysis.probing import probe_sections
 from sae_lightning.analysis.probing.probe_task import run_probes
@@ -45,9 +45,9 @@ class OverviewTask(FeaturesTask):
         subject = self.load_subject(given_settings)
         controls = open_controls(subject, self.control, most=1)
         if not subject.config.data_source.has_llm:  # without text there is only a scorecard
-            evaluation = evaluate.score_subject(subject, controls=controls)
+            evaluation = score_subject(subject, controls=controls)
             comparison = _compare_with_controls(subject, *evaluation.list_scores())
-            sections = [evaluate.make_scorecard_section(evaluation), comparison]
+            sections = [make_scorecard_section(evaluation), comparison]
             self.print_and_write(subject, {"evaluate": evaluation.to_dict()}, sections)
             return
         theory_reducer = claims.TheoryReducer(subject)
@@ -57,10 +57,8 @@ class OverviewTask(FeaturesTask):
         theory = claims.measure_claims(subject, theory_reducer)
         del theory_reducer, pairs  # frees memory, which scoring needs
         feature_scores = {name: control_reducers.pop(name).result() for name in controls}
-        opened = subject.llm, subject.corpus
-        evaluation = evaluate.score_subject(subject, opened=opened, controls=controls)
-        scorecard = evaluate.make_scorecard_section(evaluation)
-        summary = make_features_section(survey)
+        evaluation = score_subject(subject, opened=(subject.llm, subject.corpus), controls=controls)
+        summary, scorecard = make_features_section(survey), make_scorecard_section(evaluation)
         print_section(summary)
         print_units(survey.features, pick_most_informative(survey.features, PRINTED_FEATURES))
         probes = None
@@ -99,7 +97,7 @@ def _compare_with_controls(
 
 
 def _gather_scores(
-    evaluation: evaluate.Evaluation,
+    evaluation: Evaluation,
     survey: Survey,
     theory: claims.TheoryResult,
     probes: Probes | None,

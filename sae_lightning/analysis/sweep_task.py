@@ -1,4 +1,4 @@
-"""`task=sweep`: rewrites the report of a multirun."""
+"""`task=sweep`: rewrites the report of a sweep."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from sae_lightning.terminal import quote_setting, shorten_path
 
 @dataclass(slots=True, kw_only=True)
 class SweepTask(Task):
-    """Write the report of a multirun again, from the metrics that its runs have saved."""
+    """Write the report of a sweep again, from the metrics that its runs have saved."""
 
     def execute(self, given_settings: Collection[str]) -> None:
         folder = Path(self.run)

@@ -32,7 +32,7 @@ class Task:
 
     run: str
     """Run folder, a folder with a saved SAE, an SAE on the hub (hub:owner/name/path@revision), or
-    for `task=sweep` the folder of a multirun."""
+    for `task=sweep` the folder of a sweep."""
     task: str
     """Which task to run on it."""
     llm: LLMConfig

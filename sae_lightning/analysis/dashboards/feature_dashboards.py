@@ -70,9 +70,9 @@ def _make_dashboards(content: DashboardContent, features: Tensor) -> list[Dashbo
         **_describe_strengths(content, features),
     }
     constants = {
-        f"correlated_{kind}_{number}": []
-        for kind in ("neurons", "features")
-        for number in ("indices", "l1", "pearson")
+        f"correlated_{units}_{column}": []
+        for units in ("neurons", "features")
+        for column in ("indices", "l1", "pearson")
     }
     constants |= {"n_prompts_total": prompts, "n_tokens_in_prompt": context}
     constants |= {"dataset": content.dataset, "decoder_weights_dist": []}

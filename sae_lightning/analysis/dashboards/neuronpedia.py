@@ -5,8 +5,8 @@
                                 activations/batch-0.jsonl.gz ...
                                 explanations/batch-0.jsonl.gz ...     if `task=explain` was run
 
-The importer takes a file's columns from its first line: all lines of a file have the same keys, and
-a file without lines, which it cannot read, is not written.
+The importer takes a file's columns from its first line, so all lines of a file have the same keys.
+It cannot read a file without lines, so no empty file is written.
 """
 
 import gzip
@@ -25,9 +25,9 @@ Row = dict[str, Any]
 """A row of a table of Neuronpedia's database: column -> value."""
 # Columns of a feature's row that have SAEDashboard's key and value.
 SAME_KEYS = [
-    *(f"neuron_alignment_{number}" for number in ("indices", "values", "l1")),
-    *(f"correlated_neurons_{number}" for number in ("indices", "pearson", "l1")),
-    *(f"correlated_features_{number}" for number in ("indices", "pearson", "l1")),
+    *(f"neuron_alignment_{column}" for column in ("indices", "values", "l1")),
+    *(f"correlated_neurons_{column}" for column in ("indices", "pearson", "l1")),
+    *(f"correlated_features_{column}" for column in ("indices", "pearson", "l1")),
     *("neg_str", "neg_values", "pos_str", "pos_values", "frac_nonzero", "decoder_weights_dist"),
     *("freq_hist_data_bar_heights", "freq_hist_data_bar_values"),
     *("logits_hist_data_bar_heights", "logits_hist_data_bar_values"),
@@ -108,25 +108,25 @@ def _describe_source(content: DashboardContent, created: str) -> dict[str, Row]:
     settings, name, subject = content.settings, content.name, content.subject
     prompts, context = content.prompt_shape
     shape = subject.config.data_source.read_shape()
-    public = {"visibility": "PUBLIC", "creatorId": settings.creator_id, "createdAt": created}
+    common = {"visibility": "PUBLIC", "creatorId": settings.creator_id, "createdAt": created}
     release = settings.release or name.source_set
     description = settings.description or subject.heading
     urls = [settings.url] if settings.url else []
     return {
-        "release": public
+        "release": common
         | {"name": release, "description": description, "descriptionShort": description}
         | {"urls": urls, "creatorName": settings.creator, "creatorNameShort": settings.creator}
         | {"isNewUi": False, "featured": False, "defaultUmapSourceIds": []},
-        "model": public
+        "model": common
         | {"id": name.model, "displayName": name.model, "displayNameShort": name.model}
         | {"instruct": name.model.endswith("-it"), "layers": shape.layers, "neuronsPerLayer": 0}
         | {"dimension": shape.width, "inferenceEnabled": False, "owner": "", "updatedAt": created},
-        "sourceset": public
+        "sourceset": common
         | {"modelId": name.model, "name": name.source_set, "releaseName": release}
         | {"description": subject.heading, "type": "", "creatorName": settings.creator}
         | {"urls": urls, "hasDashboards": True, "defaultRange": 1, "defaultShowBreaks": True}
         | dict.fromkeys(("showDfa", "showCorrelated", "showHeadAttribution", "showUmap"), False),
-        "source": public
+        "source": common
         | {"id": name.id, "modelId": name.model, "setName": name.source_set}
         | {"hasDashboards": True, "inferenceEnabled": False, "inferenceHosts": []}
         | dict.fromkeys(("hasUmap", "hasUmapLogSparsity", "hasUmapClusters"), False)

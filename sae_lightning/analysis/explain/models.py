@@ -80,7 +80,8 @@ class Endpoint(ChatModel):
         self.name, self.key = f"{url} {model}", read_key(key_env)
         is_local = check_url(url, self.key)
         for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # hydra.verbose=true shows headers
+            # otherwise hydra.verbose=true would log headers, which hold the key
+            logging.getLogger(name).setLevel(logging.WARNING)
         self._client = openai.OpenAI(
             api_key=self.key or "none",
             base_url=url,
