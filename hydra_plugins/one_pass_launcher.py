@@ -24,7 +24,7 @@ class OnePassLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Store what Hydra passes to a launcher."""
+        """Store the objects that Hydra passes to a launcher."""
         self.context, self.config, self.task_function = hydra_context, config, task_function
 
     def launch(

@@ -89,7 +89,7 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
     config.data_source.check_before_loading(llm, jobs[0].resumed)
     sites = [config.data_source.find_sites(job.config.layer, llm) for job in jobs]
     config.data_source.check_data(distinct_sites(sites), config.trainer.batch)
-    checked_streams: set = set()  # stream files, of which runs on one pass share one
+    checked_streams: set = set()  # stream files: all runs on a pass may share one file
     steps_done = [
         _read_steps_done(job, pair, llm, checked_streams) if job.resumed else 0
         for job, pair in zip(jobs, sites, strict=True)

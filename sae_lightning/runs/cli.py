@@ -59,12 +59,12 @@ PROCESS_START = time.time()
 
 @contextmanager
 def report_errors(folder: Path | None = None, multirun: bool = False) -> Iterator[None]:
-    """Print the errors of the block that a user can correct as one line, and exit with code 1; bugs
-    keep their traceback.
+    """Print an error that the user can correct as one line, and exit with code 1. Bugs keep their
+    traceback.
 
     With SAE_LIGHTNING_DEBUG=1 every error keeps its traceback. `folder`, which Hydra made for the
     run, is removed if still empty. In a `multirun` the error is only printed, with the folder's
-    name: other jobs go on.
+    name, and other jobs go on.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt on Ctrl-C
     # otherwise Hydra prints its own shortened traceback and exits before the error gets here
@@ -112,7 +112,7 @@ def refuse_other_ranks() -> None:
 
 
 def format_error(message: str) -> str:
-    """An error as it is printed: one line, or a line for each error of a sweep."""
+    """The printed form of an error: one line, or a line for each error of a sweep."""
     lines = message.split("\n  ") if message.startswith(SEVERAL_ERRORS) else [message]
     return "error: " + "\n  ".join(map(make_visible, lines))
 
@@ -213,7 +213,7 @@ def _describe_number_for_group(overrides: list[str]) -> str:
 
 def _find_sparsity_coefficient(overrides: list[str]) -> str | None:
     """Name of the sparsity coefficient of the chosen model's loss; None if it has none."""
-    # train.py's default, then what is typed
+    # train.py's default, then the typed models
     models = ["relu", *(o.removeprefix("model=") for o in overrides if o.startswith("model="))]
     entry = ARCHITECTURES.get(models[-1])
     return entry and entry.loss().sparsity
@@ -258,7 +258,7 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
 
 
 def _describe_bad_value(error: OmegaConfBaseException, overrides: list[str]) -> str:
-    """Say what is wrong with a value of the wrong type."""
+    """Explain why a value does not have the setting's type."""
     name, reason = str(error.full_key), str(error).splitlines()[0]
     override = next((o for o in overrides if o.lstrip("+").startswith(f"{name}=")), name)
     if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):

@@ -45,7 +45,7 @@ DATA_PRESETS = {
     "activations": "activations",
 }
 STREAM_HALF = ("llm", "data", "trainer", "eval", "seed")
-# Settings of the trainer that do not change what is trained (but for a split SAE's rounding).
+# Settings of the trainer that do not change the trained SAEs (but for a split SAE's rounding).
 DEVICE_SETTINGS = ("devices", "nodes", "split", "patience")
 # Prefixes of the overrides with which `resume` may change `sweep` and `trainer`.
 RESUME_OVERRIDES = (

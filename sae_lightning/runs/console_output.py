@@ -1,4 +1,4 @@
-"""Prints what is about to be trained, and the results."""
+"""Prints the plan of a pass, and the results."""
 
 from pathlib import Path
 
@@ -18,8 +18,7 @@ from sae_lightning.training.module import SAEModule
 
 
 def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
-    """Print what will be trained, on which data (`inputs`: label -> text), and where the results
-    go."""
+    """Print the SAEs, their data (`inputs`: label -> text) and the folder of the results."""
     jobs, llm, steps_done = planned.jobs, planned.llm, planned.steps_done
     trainer = jobs[0].config.trainer
     parameters = sum(
@@ -80,7 +79,7 @@ def print_results(job: Job, metrics: dict) -> None:
 
 
 def _format_kl_effect(before: dict[str, float], after: dict[str, float]) -> str:
-    """What fine-tuning with `loss.kl` has changed, from held-out metrics before and after it."""
+    """The effect of fine-tuning with `loss.kl`: held-out CE and KL before and after."""
     ce, kl = (f"{before[name]:.4f} -> {after[name]:.4f}" for name in ("ce_spliced", "kl"))
     closed = measure_gap_closed(before, after)
     gap = "" if closed is None else f" ({closed:.0%} of the gap closed)"

@@ -125,18 +125,17 @@ class Followers:
         return LaunchedRank(0, size, 0, "127.0.0.1", port)
 
     def check(self) -> None:
-        """RankLost if one of the processes that this one has started has ended."""
+        """RankLost if a rank that this process has started has ended."""
         for rank, process in enumerate(self.processes, 1):
             if process.poll() is not None:
                 raise RankLost(f"rank {rank} ended with exit code {process.returncode}")
 
     def send_pass(self, planned: PlannedPass | None) -> None:
-        """Have all other ranks train a pass; None makes them end."""
+        """Have all other ranks train a pass or, if it is None, end."""
         self.passes_sent += 1
         jobs = planned.jobs if planned else []
         plugins = sorted({name for job in jobs for name in job.config.plugins})
-        # a pickle in a pickle: to load the inner one, ranks need the plugins, which may define its
-        # classes
+        # the pass is pickled by itself: ranks must import the plugins before they load it
         message = plugins, planned and pickle.dumps(planned)
         world().store_message(f"pass/{self.passes_sent}", pickle.dumps(message))
 
@@ -165,9 +164,9 @@ followers = Followers()
 
 
 def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
-    """Train a pass on all its ranks; returns what `run_pass` does.
+    """Train a pass on all its ranks; returns the result of `run_pass`.
 
-    If it fails, the ranks that this process has started are ended; a later pass starts new ones.
+    If the pass fails, the ranks that this process has started end, and a later pass starts others.
     """
     size = len(planned.shares)
     if world().size not in (1, size):  # an earlier pass had another number of ranks

@@ -1,4 +1,4 @@
-"""What settings mean: the docstring below each field of a dataclass."""
+"""Reads the meaning of settings: the docstring below each field of a dataclass."""
 
 import ast
 import inspect
@@ -8,7 +8,7 @@ from functools import cache
 
 @cache
 def read_docstrings(schema: type) -> dict[str, str]:
-    """Field -> its docstring, those of a dataclass's bases too."""
+    """Field -> its docstring, including the fields that a dataclass inherits."""
     docs = {}
     for owner in reversed(schema.__mro__[:-1]):  # without `object`
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body

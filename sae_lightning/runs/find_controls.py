@@ -19,14 +19,14 @@ def find_controls(folder: Path) -> dict[Control, Path]:
     for file in sorted(folder.absolute().parent.glob(f"*/{CONFIG_FILE}")):
         try:
             other = read_job(file.parent, trusted=True).config
-        except UserError:  # one damaged run must not hide the others
+        except UserError:  # a damaged run must not hide other runs
             continue
         control, other_settings = other.model.control, other.to_flat_dict()
         if control is None or read_metrics(file.parent) is None:  # no control, or not finished
             continue
         # with another data.seed, synthetic data has other concepts
         same_data = other_settings.get("data.seed") == settings.get("data.seed")
-        # an SAE and its controls are of one experiment
+        # an SAE and its controls belong to the same experiment
         if not same_data or identify_experiment(other_settings) != experiment:
             continue
         same_seeds = (other.seed, other.model.seed) == (config.seed, config.model.seed)

@@ -57,8 +57,8 @@ def read_earlier_metrics(job: Job) -> dict | None:
 
 
 def make_unique_folder(path: Path) -> Path:
-    """Make the folder `path`, or `path`-2, `path`-3 and so on if it exists: processes that start
-    at the same time get one each."""
+    """Make the folder `path`, or `path`-2, `path`-3 and so on if it exists. Processes that start
+    at the same time get different folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder, number = path, 1
     while True:
@@ -125,7 +125,7 @@ def read_sweep_runs(folder: Path) -> list[SweepRun]:
 
 
 def _read_sweep_run(folder: Path) -> SweepRun:
-    """A run of a sweep; one whose files cannot be read is marked as damaged."""
+    """A run of a sweep, marked as damaged if its files cannot be read."""
     try:
         job = read_job(folder, trusted=True)  # no LLM is loaded
     except UserError as error:

@@ -43,7 +43,7 @@ class Job:
     resumed: bool = False
     """Whether the run began earlier: it goes on from its checkpoint, if it has one."""
     multirun: bool = False
-    """Whether the job is one of several: if it fails, the others go on."""
+    """Whether the job belongs to a multirun: if it fails, other jobs go on."""
     sweep_folder: Path | None = None
     """Folder of the sweep, if its jobs are trained together; None for a job trained alone."""
     swept: Sequence[str] = ()

@@ -64,8 +64,8 @@ def _read_address(launcher: str) -> tuple:
 
 
 def pick_port(job: int) -> int:
-    """A port that all ranks in the cluster's job number `job` pick, and those of other jobs
-    most likely do not."""
+    """A port that depends only on the number of the cluster's job, so that all its ranks agree and
+    other jobs most likely use others."""
     return 15000 + job % 10000
 
 

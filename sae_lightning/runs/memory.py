@@ -164,7 +164,7 @@ def check_memory(
     free: float,
     ranks: int = 1,
 ) -> None:
-    """UserError if an SAE does not fit in the free memory even on a pass of its own, split over
+    """UserError if an SAE does not fit in the free memory even when it trains alone, split over
     `ranks`. `needed`: the memory of one pass with all SAEs; `free`: bytes for each rank."""
     if free < PROCESS_BYTES:
         raise UserError(
@@ -172,7 +172,7 @@ def check_memory(
             f"{PROCESS_BYTES / 1e9:.1f} GB: free some, or try all the same with sweep.max_heads=1"
         )
     for index, (config, pair) in enumerate(zip(configs, sites, strict=True)):
-        # on a pass of its own, the SAE needs no more
+        # alone, the SAE needs no more
         if needed.count_bytes([index], [index], ranks) <= free:
             continue
         alone = estimate_memory([config], [pair], llm, ranks)

@@ -223,8 +223,8 @@ def _read_free_memory_per_rank(config: Config) -> float:
 
 
 def _is_split(choice: Splitting, heads_in_pass: int, needed: int, free: float) -> bool:
-    """Whether to split an SAE that needs `needed` of the `free` bytes if one rank trains it. With
-    `auto`, it is split if it does not fit, or is alone on its pass: other ranks would be idle."""
+    """Whether to split an SAE, which takes `needed` of the `free` bytes on one rank. With `auto`,
+    split it if it does not fit, or if it is alone on its pass: other ranks would be idle."""
     if choice is Splitting.auto:
         return heads_in_pass == 1 or needed > free
     return choice is Splitting.all
@@ -271,7 +271,7 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
             else explain_error(error, [])
         )
         if not folders.forget_empty_run(jobs[0]):
-            has_config = (jobs[0].folder / CONFIG_FILE).is_file()  # without one, nothing to resume
+            has_config = (jobs[0].folder / CONFIG_FILE).is_file()  # else, nothing to resume
             if isinstance(error, WriteError | RankLost) and has_config:
                 correct = "correct this and " if isinstance(error, WriteError) else ""
                 reason = f"{error}; {correct}continue with: {format_resume_command(jobs)}"

@@ -1,4 +1,4 @@
-"""The plan of a pass: which jobs share it, and which rank trains which of them."""
+"""The plan of a pass: its jobs, and the ranks that train them."""
 
 from bisect import bisect
 from collections.abc import Iterable, Sequence
@@ -52,7 +52,7 @@ def find_leaders(jobs: Sequence[Job]) -> list[int | None]:
 
 
 def group_by_leader(jobs: Sequence[Job]) -> list[list[int]]:
-    """Indices of the jobs, in groups that belong on one rank: an SAE, then the controls that it
+    """Indices of the jobs, in groups that should share a rank: an SAE, then the controls that it
     leads. Most groups are a single job."""
     groups: dict[int, list[int]] = {}
     for index, leader in enumerate(find_leaders(jobs)):
@@ -103,7 +103,7 @@ def assign_jobs(
     for group in sorted(groups, key=add_up, reverse=True):
         min(shares, key=add_up).extend(group)
     if any(groups):
-        # -index: of several smallest ones, the last
+        # -index: the last of several that are equally small
         smallest = min(chain(*groups), key=lambda index: (sizes[index], -index))
         shares = [share or [smallest] for share in shares]
     return [sorted(split) + sorted(share) for share in shares]

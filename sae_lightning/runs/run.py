@@ -46,7 +46,7 @@ from sae_lightning.training.settings import Accelerator, locate_checkpoint
 
 
 class RunParts(NamedTuple):
-    """What a pass trains with on this rank."""
+    """The objects that train a pass on this rank."""
 
     data: ActivationData
     module: SAEModule
@@ -109,7 +109,7 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
 
 
 def _fit(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
-    """Train, score and save; exits with 128 + signal if one stopped the run."""
+    """Train, score and save. If a signal stops the run, exit with 128 + its number."""
     jobs, steps_done, module = planned.jobs, planned.steps_done, parts.module
     started = time.monotonic()
     try:

@@ -1,5 +1,5 @@
-"""Registers with Hydra what conf/ refers to: schemas, options without a preset, our launcher,
-resolvers."""
+"""Registers with Hydra the schemas, options without a preset, launcher and resolvers that conf/
+refers to."""
 
 from collections.abc import Mapping
 from pathlib import Path

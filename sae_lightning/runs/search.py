@@ -14,8 +14,8 @@ from sae_lightning.scoring.metrics import Quality
 COMMON_METRICS = {*Quality._fields, *Copies._fields} - {"density", "dimension"}
 # Benchmarks (task=benchmark) whose score a search can maximise: run on each SAE once it is trained.
 BENCHMARK_OBJECTIVES = frozenset({"absorption", "probing"})
-# Penalty for an L0 that is e times sweep.l0 (an excess of 1 % costs 0.1). It must outweigh what a
-# metric gains from a larger L0: kl, the steepest, falls by 0.2 from L0 20 to 50 (SmolLM2, block 9).
+# Penalty for an L0 that is e times sweep.l0 (an excess of 1 % costs 0.1). It must outweigh the gain
+# of a metric from a larger L0: kl, the steepest, falls by 0.2 from L0 20 to 50 (SmolLM2, block 9).
 EXCESS_L0_PENALTY = 10.0
 
 

@@ -59,7 +59,7 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
 
 
 def _hash_files(folder: Path) -> str | None:
-    """Hash of the files that `_read_live_rows` reads in a run folder; None if one is missing."""
+    """Hash of the files that `_read_live_rows` reads in a run folder; None if a file is missing."""
     files = [folder / "sae" / WEIGHTS, folder / DENSITY_FILE]
     if not all(file.is_file() for file in files):
         return None

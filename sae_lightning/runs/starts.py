@@ -48,7 +48,7 @@ class Start(NamedTuple):
     is_ours: bool
     """Whether a run of this project saved it, so that all settings of the network are known."""
     metadata: dict[str, Any]
-    """What the SAE was trained on, from `check_metadata`."""
+    """LLM, site and other facts about the SAE's training, as `check_metadata` returns them."""
     norm_ratio: float
     """The largest norm of a decoder row over the smallest, without rows of 0; 1 if all are 0."""
 

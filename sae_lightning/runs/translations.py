@@ -55,7 +55,7 @@ TRANSLATIONS = {
 
 
 def translate_setting(argument: str) -> str | None:
-    """One line on what to write instead of another tool's setting; None if the name is unknown, and
+    """One line that names the setting to use instead of another tool's; None if it is unknown, and
     always in analyze.py, which has few of these settings."""
     if "task" in ConfigStore.instance().repo:
         return None

@@ -21,8 +21,8 @@ OVERRIDES_KEY = "overrides"  # the overrides that were typed: text that is never
 
 
 def read_settings(file: Path) -> Any:
-    """Read a run's `config.yaml` as a plain dict; UserError for what `parse_scalars` refuses, and
-    for an interpolation outside the overrides."""
+    """Read a run's `config.yaml` as a plain dict. UserError for syntax that `parse_scalars` refuses
+    and for an interpolation outside the overrides."""
     text = read_regular_file(file)
     for name, value in parse_scalars(file, text):
         # quote only the match: the file may be a link to secrets
