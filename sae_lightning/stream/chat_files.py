@@ -20,7 +20,7 @@ def copy_chats(files: list[str], column: str | None, where: str) -> "Dataset":
     and row}; the copy is reused until a file changes. `column` None: the first of `COLUMNS` that a
     row has.
 
-    UserError: files of this kind hold no conversations, or a row has none.
+    UserError: the files are not JSON or parquet, or a row has no conversation.
     """
     if pick_loader(files[0]) not in ("json", "parquet"):
         raise UserError(
@@ -67,11 +67,12 @@ def _read_messages(row: Any, column: str | None, where: str) -> list[dict[str, A
 
 def _read_message(message: Any, where: str) -> dict[str, Any]:
     """The fields of a message that are not null, with `role` and `content` in place of ShareGPT's
-    `from` and `value`. UserError: it lacks one of the two, or one is not text."""
+    `from` and `value`. UserError: role or content is missing or not text."""
     if isinstance(message, dict):
         fields = {key: value for key, value in message.items() if value is not None}
         if "from" in fields and "role" not in fields:
-            fields["role"] = ROLES.get(fields["from"], fields.pop("from"))
+            sender = fields.pop("from")
+            fields["role"] = ROLES.get(sender, sender)
             fields["content"] = fields.pop("value", None)
         if isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str):
             return fields

@@ -33,7 +33,7 @@ class ConceptWorld(NamedTuple):
     group: Tensor
     """[concepts], index of a concept's group, whose concepts tend to fire together"""
     correlation: float
-    """Correlation of the latent normals of two concepts in a group; children have none."""
+    """Correlation of the latent normals of two concepts in a group; 0 if one is a child."""
 
     def sample(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Sample activations [n, dim] and the strengths [n, concepts] of their concepts: log-normal
@@ -47,10 +47,10 @@ class ConceptWorld(NamedTuple):
     def _draw_active(self, n: int, generator: Generator) -> Tensor:
         """Draw which concepts are active -> [n, concepts] bool.
 
-        A one-factor Gaussian copula: concept i is active where sqrt(r) g + sqrt(1 - r) e_i, with r
-        the `correlation`, g common to its group and g and e_i normal, is below the quantile of its
-        rate. So correlation changes no rate. Where its parent is active, a child is active with
-        probability rate / (its parent's rate); elsewhere it is not.
+        A one-factor Gaussian copula: concept i is active where sqrt(r) g + sqrt(1 - r) e_i is below
+        the quantile of its rate. Here r is `correlation`, and g (the same for its whole group) and
+        e_i are standard normal. So correlation changes no rate. Where its parent is active, a child
+        is active with probability rate / (its parent's rate); elsewhere it is not active.
         """
         is_child = self.parent != torch.arange(len(self.rates))
         conditional = torch.where(is_child, self.rates / self.rates[self.parent], self.rates)

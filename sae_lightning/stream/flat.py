@@ -1,10 +1,10 @@
-"""Tokenises a map-style data set into one long array, and streamed documents into one array each.
+"""Tokenises an indexed data set into one long array, and streamed documents into an array each.
 
 A document longer than PIECE_BYTES is cut before it is tokenised, because a tokenizer takes 150
 bytes of memory for each byte of text:
 
     ... the quick brown| fox jumps over ...    the space goes with the next word
-    ... she said.\n|And then ...               no such space: after a line break
+    ... she said.\n|And then ...               no space between words: after a line break
     ... white\t\t|space ...                    no line break: before any white space
     ... 我思|故我在 ...                          no white space: between any two characters
 
@@ -36,7 +36,7 @@ TOKENISED_CHARACTERS = 1 << 20  # characters tokenised at a time
 FINGERPRINT_TOKENS = 1 << 12  # length of each sample in a long text's fingerprint
 WRITTEN_TOKENS = 1 << 22  # tokens written at a time
 CUT_PATTERNS = [
-    re.compile(pattern, re.DOTALL)  # each matches up to the last possible cut of its kind
+    re.compile(pattern, re.DOTALL)  # matches up to the last possible cut of its kind
     for pattern in (rb".*\S(?= \S)", rb".*\S\n(?=\S)", rb".*\S(?=\s)", rb".*(?=[^\x80-\xbf])")
 ]
 
@@ -71,26 +71,25 @@ def tokenise_documents(
 def _tokenise(
     tokenizer: Any, documents: Iterable[Any], separator: int
 ) -> Iterator[tuple[DocumentPiece, np.ndarray]]:
-    """Yield the pieces of UTF-8 documents and their tokens [n] int32.
-
-    The separator ends the last piece of a document, unless the document has no tokens.
-    `verbose=False` mutes the warning that a text is longer than the LLM's context: it is cut into
-    sequences later.
-    """
+    """Yield the pieces of UTF-8 documents and their tokens [n] int32. The separator ends the last
+    piece of a document, unless the document has no tokens."""
     has_tokens, prepends_space = False, None
     for pieces in _group_pieces(documents):
         if prepends_space is None and not all(piece.is_first for piece in pieces):
             prepends_space = _prepends_space(tokenizer)
-        # a tokenizer that prepends a space gives back the one with which a later piece begins
         texts = [
-            piece.text if piece.is_first or not prepends_space else piece.text.removeprefix(" ")
+            # the tokenizer prepends the space that is removed here
+            piece.text.removeprefix(" ") if prepends_space and not piece.is_first else piece.text
             for piece in pieces
         ]
+        # not verbose: no warning that a text is longer than the context, as it is cut later
         token_ids = tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
         for piece, tokens in zip(pieces, token_ids, strict=True):
-            has_tokens = bool(tokens) or has_tokens and not piece.is_first
+            if piece.is_first:
+                has_tokens = False  # of this document so far
+            has_tokens = has_tokens or bool(tokens)
             ends = has_tokens and piece.is_last
             yield piece, np.asarray([*tokens, separator] if ends else tokens, np.int32)
 
@@ -152,10 +151,10 @@ def tokenise_indexed(
     The file's name is a hash of all that determines the tokens, so that the next run with the same
     data, tokenizer and separator opens that file. Slices are read through its mmap.
     """
-    key = hashlib.sha256()
-    parts = (data._fingerprint, hash_tokenizer(tokenizer), str(separator), str(PIECE_BYTES))
-    for part in (*parts, chat.key) if chat else parts:
-        key.update(part.encode())
+    parts = [data._fingerprint, hash_tokenizer(tokenizer), str(separator), str(PIECE_BYTES)]
+    if chat:
+        parts.append(chat.key)
+    key = hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
     with mute_libraries(), phase(f"tokenising the {name}", total=len(data)) as advance:
 
         def tokenise() -> Iterator[np.ndarray]:
@@ -170,7 +169,7 @@ def tokenise_indexed(
 
         if not data.cache_files:
             return pa.chunked_array(_join_arrays(tokenise()), pa.int32())
-        file = prepare_text_cache() / f"tokens-{key.hexdigest()[:32]}.arrow"
+        file = prepare_text_cache() / f"tokens-{key}.arrow"
         if not file.exists():
             schema = pa.schema({"tokens": pa.int32()})
             with (
@@ -204,7 +203,7 @@ def _join_arrays(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
 def summarise_tokens(flat: pa.ChunkedArray) -> str:
     """Length and checksum of a text's tokens; beyond a million tokens, the checksum is of evenly
     spaced samples."""
-    # at most 256 x 4,096 tokens, a million; an empty text has no sample
+    # at most 256 samples of 4,096 tokens: a million; none of an empty text
     samples = min(256, -(-len(flat) // FINGERPRINT_TOKENS))
     checksum = 0
     for start in np.linspace(0, len(flat), samples, endpoint=False).astype(np.int64):

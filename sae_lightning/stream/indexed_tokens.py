@@ -30,13 +30,14 @@ class IndexedTokens(TokenStream):
         self._begin(1)
 
     def _begin(self, epoch: int, cursor: int = 0) -> None:
-        """Go to window `cursor` of the order of `epoch`."""
+        """Draw the order of `epoch` (from 1), and go to its window number `cursor` (from 0)."""
         self.epoch, self.cursor = epoch, cursor
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         self._order = random.permutation(self.window_count)
 
     @property
     def served(self) -> int:
+        """The number of sequences served so far."""
         return (self.epoch - 1) * self.window_count + self.cursor
 
     def next(self, n: int) -> Sequences:
@@ -56,7 +57,6 @@ class IndexedTokens(TokenStream):
         return IndexedTokens(self.flat, self.packing, self.seed)
 
     def fingerprint(self) -> str:
-        """What identifies the text (see `summarise_tokens`)."""
         if not self._fingerprint:
             self._fingerprint = summarise_tokens(self.flat)
         return self._fingerprint

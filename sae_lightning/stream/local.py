@@ -132,7 +132,7 @@ class LocalSource(TextSource):
     def _check_files(self) -> None:
         """UserError: a text is missing, or a file belongs to two texts of a mixture."""
         text_of_file: dict[str, str] = {}
-        # without weights there is only one text, which needs no name
+        # the only text needs no name
         for config, name in zip(self._list_texts(), self.data.weights or [""], strict=True):
             for file in _find_text_files(config) or [config.path]:  # a saved data set is a folder
                 other = text_of_file.setdefault(os.path.realpath(file), name)
@@ -149,20 +149,20 @@ class LocalSource(TextSource):
 
 
 def _open_text(config: LocalConfig) -> SplitDocuments:
-    """Open the one text of `config`, and hold out a part of it."""
+    """Open a text (one of the mixture, if there is one), and hold out a part of it."""
     documents = _load_or_explain(config)
-    if config.chat:
+    if config.chat:  # a conversation cannot be cut in two
         text = hold_out(documents.data, config.held_out, whole=True)
         return text._replace(where=documents.where, assistant_only=bool(config.assistant_only))
     return hold_out(keep_text_column(documents, config.column), config.held_out)
 
 
 def _load_or_explain(config: LocalConfig) -> Documents:
-    """Call `load_documents`; UserError in place of any error."""
+    """Call `load_documents`, and turn any error into a UserError."""
     where = f"data.path={config.path}"
     try:
         data = load_documents(config)
-        # names only: a text may be long
+        # columns only, as a text may be long
         row = dict.fromkeys(data.column_names) if len(data) else None
     except UserError:
         raise
@@ -188,7 +188,7 @@ def load_documents(config: LocalConfig) -> "Dataset":
     except UserError:
         raise
     except Exception as error:
-        # a parquet file has no lines to check
+        # `check_files` reads lines of text, which a parquet file does not have
         if not concerns_copy(error) and pick_loader(files[0]) != "parquet":
             check_files(files, where)
         raise
@@ -207,7 +207,7 @@ def _load_files(files: list[str], column: str, where: str) -> "Dataset":
     from datasets import load_dataset_builder
     from datasets.data_files import DataFilesList
 
-    # plain names would be parsed as patterns, from which datasets makes such a list
+    # datasets would take plain names for patterns
     data_files = DataFilesList(files, [(str(os.stat(file).st_mtime),) for file in files])
     loader = pick_loader(files[0])
     with phase("reading the text"):
@@ -216,14 +216,15 @@ def _load_files(files: list[str], column: str, where: str) -> "Dataset":
         builder = load_dataset_builder(
             loader, data_files=data_files, **_make_options(loader, files[0])
         )
-        if loader == "json" and not os.path.exists(builder.cache_dir):  # not prepared before
+        # a text that datasets has copied before was checked then
+        if loader == "json" and not os.path.exists(builder.cache_dir):
             check_json(files, column, where)
         builder.download_and_prepare()
         return builder.as_dataset("train")
 
 
 def _make_options(loader: str, file: str) -> dict[str, Any]:
-    """Options of a loader: that of CSV files reads all columns as text."""
+    """Make the options of a loader: CSV files are read with all columns as text."""
     if loader != "csv":
         return {}
     import pandas as pd

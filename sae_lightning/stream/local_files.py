@@ -98,16 +98,16 @@ def match_glob(pattern: Path) -> Iterator[str]:
         matches = glob.iglob(os.path.join(*names), root_dir=folder)
         yield from (str(folder / name) for name in matches)
         return
-    first = names.index("**")  # glob would follow circular links
+    first = names.index("**")  # not left to glob, which follows circular links
     tops = match_glob(folder.joinpath(*names[:first])) if first else [folder]
     for top in tops:
-        for folder, _ in _walk(top, hidden=False):
-            yield from match_glob(Path(folder, *(names[first + 1 :] or ["*"])))
+        for subfolder, _ in _walk(top, hidden=False):
+            yield from match_glob(Path(subfolder, *(names[first + 1 :] or ["*"])))
 
 
 def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]]]:
     """Yield `top` and each folder below it once, also through links, with the names of its files;
-    without hidden folders unless `hidden`."""
+    hidden folders only if `hidden`."""
     seen = set()
     for folder, subfolders, files in os.walk(top, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
@@ -127,7 +127,7 @@ def _read_suffix(file: str) -> str:
 
 def check_files(files: list[str], where: str) -> None:
     """Raise UserError for the first file that cannot be read, line that is not UTF-8, or row that
-    does not fit the others: `datasets` names neither file nor row."""
+    does not fit the others, and name it: errors of `datasets` do not."""
     for file in files:
         for _ in _read_lines(file, where):
             pass
@@ -141,7 +141,7 @@ def check_files(files: list[str], where: str) -> None:
 
 def _check_json_rows(file: str, types: dict[str, type], where: str) -> None:
     """Raise UserError for the first row that is not an object, or whose columns differ in type from
-    those of earlier rows; `types` holds these by column."""
+    those of earlier rows. `types`: {column: type} of the rows so far, which is updated."""
     for number, row in read_valid_json(file, where):
         at = f"{where}: row {number} of {file}"
         if not isinstance(row, dict):
@@ -150,7 +150,8 @@ def _check_json_rows(file: str, types: dict[str, type], where: str) -> None:
                 "out"
             )
         for name, value in row.items():
-            column_type = float if type(value) is int else type(value)  # a column may mix these
+            # a column may mix int and float
+            column_type = float if type(value) is int else type(value)
             if value is not None and column_type is not types.setdefault(name, column_type):
                 raise UserError(
                     f"{at} holds {type(value).__name__} in {name}, and an earlier row "
@@ -200,7 +201,7 @@ def read_json_rows(file: str, where: str) -> Iterator[tuple[int, Any]]:
 
 
 def read_valid_json(file: str, where: str) -> Iterator[tuple[int, Any]]:
-    """Yield (number, row) as `read_json_rows` does; UserError after the last row that is JSON."""
+    """Yield what `read_json_rows` yields; UserError where the file is not JSON."""
     number = 0
     try:
         for number, row in read_json_rows(file, where):

@@ -36,7 +36,7 @@ def copy_text_files(files: list[str]) -> "Dataset":
 
 def copy_documents(files: list[str], documents: Iterator[str], reader_key: str) -> "Dataset":
     """Copy documents that are read from files; the copy is reused until a file's name, size or time
-    changes, or `reader_key`, which says how documents are read from files."""
+    changes, or `reader_key`, which identifies the way in which files are read."""
 
     def make_arrays(_: Path) -> Iterator[pa.Array]:
         while group := list(islice(documents, WRITTEN_DOCUMENTS)):
@@ -48,12 +48,12 @@ def copy_documents(files: list[str], documents: Iterator[str], reader_key: str) 
 def _copy(
     files: list[str], reader_key: str, make_arrays: Callable[[Path], Iterator[pa.Array]]
 ) -> "Dataset":
-    """Write arrays of documents to a file in the cache, unless it is there, and open it;
+    """Write arrays of documents to a file in the cache, unless they are there, and open the file;
     `make_arrays` takes a folder for temporary files."""
     from datasets import Dataset
 
-    # the condition is always true: it gives the result a name
-    stats = [(file, stat.st_size, stat.st_mtime_ns) for file in files if (stat := os.stat(file))]
+    stats = [(file, os.stat(file)) for file in files]
+    stats = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
     identity = (stats, reader_key) if reader_key else stats
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
     cached = prepare_text_cache() / f"documents-{key}.arrow"

@@ -4,7 +4,7 @@
     sequences    b1  b2  c1  b3  b4  b5  c2  b6  b7  ...    next: the text furthest behind its share
 
 So each text has its share of the tokens at every point of the stream, to within a few sequences.
-Each text has epochs of its own: a small text with a large weight is repeated sooner.
+Each text has its own epochs: a small text with a large weight is repeated sooner.
 """
 
 from collections.abc import Sequence
@@ -30,11 +30,12 @@ class MixedTokens(TokenStream):
         return min(text.epoch for text in self.texts)
 
     def next(self, n: int) -> Sequences:
-        """Serve the next n sequences [n, context], each of the text furthest behind its share."""
+        """Serve the next n sequences, each from the text that is furthest behind its share."""
         counts = [text.served for text in self.texts]
         first, parts = sum(counts), []
         for total in range(first + 1, first + n + 1):
-            lags = [w * total - c for w, c in zip(self.weights, counts, strict=True)]
+            shares = [weight * total for weight in self.weights]
+            lags = [share - count for share, count in zip(shares, counts, strict=True)]
             index = lags.index(max(lags))
             counts[index] += 1
             parts.append(self.texts[index].next(1))
@@ -54,8 +55,8 @@ class MixedTokens(TokenStream):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last sequence served; UserError if a text is a different one."""
-        for text, part in zip(self.texts, state["texts"], strict=True):
-            text.load_state_dict(part)
+        for text, text_state in zip(self.texts, state["texts"], strict=True):
+            text.load_state_dict(text_state)
 
 
 class MixedHeldOut(HeldOutStream):
@@ -65,11 +66,11 @@ class MixedHeldOut(HeldOutStream):
         """`texts`: a `HeldOutTokens` for each of the weights."""
         self.texts, self.weights, self.packing = texts, weights, texts[0].packing
 
-    def pick_sequences(self, sequences: int) -> Tensor:
-        """Pick sequences of each text by its weight, at least one -> [about sequences, context]."""
+    def pick_sequences(self, count: int) -> Tensor:
+        """Pick sequences of each text by its weight, at least one -> [about `count`, context]."""
         parts = []
         for text, weight in zip(self.texts, self.weights, strict=True):
-            part = text.pick_sequences(max(1, round(weight * sequences)))
+            part = text.pick_sequences(max(1, round(weight * count)))
             if part.shape[1] < self.packing.context:
                 raise UserError(
                     f"data.weights: {text.where} holds out less than a sequence of "

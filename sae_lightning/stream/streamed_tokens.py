@@ -23,13 +23,13 @@ STREAMED_CHARACTERS = 1 << 16  # characters tokenised at a time
 class StreamedTokens(TokenStream):
     """Sequences of a streamed text, its documents shuffled through a buffer, anew each epoch.
 
-    documents --shuffle(seed, epoch)--> | d7 | d2 | d9 | ...     counted as they are tokenised
-                                              ^ documents
+    documents --shuffle(seed, epoch)--> | d7 | d2 | d9 | ...
+                                              ^ documents_read
     carry     tokens not served yet     [ . . . . . . . . ]      next window = its first tokens
 
-    state = (epoch, documents, their crc32, carry). Resuming shuffles with the same seed and reads
-    that many documents again, which is exact and verifies them. The state_dict of datasets is
-    faster but drops the documents in the shuffle buffer: a resumed run would never read them.
+    Resuming shuffles with the same seed and reads `documents_read` documents again, which is exact
+    and verifies their crc32. The state_dict of datasets is faster, but drops the documents in the
+    shuffle buffer.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class StreamedTokens(TokenStream):
         if self.seed is not None:
             seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
             data = data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        self._rows = iter(data)
+        self._documents = iter(data)
 
     def _read_texts(self) -> Iterator[str]:
         """Yield the documents that follow in this epoch, and count them."""
         try:
-            for row in self._rows:
+            for row in self._documents:
                 text = "" if row["text"] is None else row["text"]
                 self.documents_read += 1
                 if not isinstance(text, str):
@@ -75,7 +75,7 @@ class StreamedTokens(TokenStream):
             ) from error
 
     def _tokenise_more(self) -> bool:
-        """Tokenise some more documents into the carry; False at the end of the epoch."""
+        """Append the tokens of some more documents to the carry; False at the end of the epoch."""
         texts, characters = [], 0
         for text in self._read_texts():
             texts.append(text)
@@ -119,7 +119,7 @@ class StreamedTokens(TokenStream):
         return StreamedTokens(self.data, self.tokenizer, self.packing, self.seed, self.where)
 
     def fingerprint(self) -> str:
-        """Length and checksum of the first documents: the rest of a streamed text is not read."""
+        """Number and checksum of the first documents' tokens: the rest of the text is not read."""
         if not self._fingerprint:
             stream = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
             stream._tokenise_more()

@@ -68,7 +68,7 @@ class SyntheticConfig(DataConfig):
 
     seed: int = 0
     """Seed of the directions. It must differ from `model.seed`: with the same one, features would
-    start at the concepts, because both are drawn alike."""
+    start at the concepts, because the RNG draws both in the same way."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
@@ -138,7 +138,7 @@ def make_generator(purpose: str, seed: int) -> Generator:
 class ConceptRows(RowStream):
     """A `RowStream` of fresh samples: no activation is ever seen twice.
 
-    They are drawn on the CPU, so that rows are the same on every device.
+    Samples are drawn on the CPU, so that they are the same on every device.
     """
 
     def __init__(
@@ -152,14 +152,14 @@ class ConceptRows(RowStream):
         self._served = 0  # rows served so far
 
     def next(self, remaining: int) -> Rows:
-        """Sample `max_rows` rows, whatever `remaining` is; each counts as a sequence of its own."""
+        """Sample `max_rows` rows, whatever `remaining` is; each row counts as a sequence."""
         x, _ = self.world.sample(self.max_rows, self._generator)
         sequence_ids = torch.arange(self._served, self._served + len(x))
         self._served += len(x)
         return Rows(dict.fromkeys(self.sites, x.to(self.device)), sequence_ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows served, and the state of the RNG."""
+        """The number of rows served, and the state of the RNG."""
         return {"served": self._served, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -199,6 +199,7 @@ class HeldOutConcepts(HeldOutData):
         splits: Sequence[FeatureSplit],
         means: Sequence[Tensor] = (),
     ) -> list[Recovery]:
+        """Measure how well each SAE recovers the concepts; `means` are not used."""
         return [
             measure_recovery(
                 self.world.directions,
@@ -209,17 +210,18 @@ class HeldOutConcepts(HeldOutData):
         ]
 
     def _encode(
-        self, sae: Callable[[Tensor], Any], rows: int, split: FeatureSplit
+        self, sae: Callable[[Tensor], Any], n: int, split: FeatureSplit
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Yield activations, concept strengths and feature strengths [rows, ...] of all samples."""
-        for x, strengths in zip(self._x.split(rows), self.strengths.split(rows), strict=True):
+        """Yield activations, concept strengths and feature strengths of n samples at a time."""
+        for x, strengths in zip(self._x.split(n), self.strengths.split(n), strict=True):
             yield x.cpu(), strengths, split.join(sae(x).features.cpu().T).T
 
 
 def _join_weights(weights: dict[str, Tensor], split: FeatureSplit) -> dict[str, Tensor]:
     """The weights that `measure_recovery` reads, gathered from all ranks. They fit on one rank, as
     there are few concepts and so few features."""
-    dims = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
+    dims = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}  # which dimension is the features'
+    # a weight without dimensions is the same for all features
     return {
         name: split.join(x.movedim(dims[name], 0)).movedim(0, dims[name]) if x.ndim else x
         for name, x in weights.items()
@@ -242,14 +244,14 @@ class SyntheticSource(NoLLMSource):
         self.refuse_settings("layer", layer, LayerConfig(index=0))
 
     def read_shape(self) -> LLMShape:
-        """The shape of an LLM with one block, whose output the samples stand for."""
+        """The shape of an LLM with one block; the samples take the place of its output."""
         # nothing reads tokens: no limit of the context, and no vocabulary
         return LLMShape(layers=1, width=self.data.dim, context=None, vocabulary=0)
 
     def estimate_data_memory(
         self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
-        # strengths of the held-out samples, and about 4 arrays of their shape in `sample`
+        # strengths of the held-out samples, and about 4 arrays [SAMPLED_ROWS, concepts] in `sample`
         return DataMemory(SAMPLED_ROWS, (tokens + 4 * SAMPLED_ROWS) * self.data.concepts, 0)
 
     def check_stream_state(
@@ -266,7 +268,8 @@ class SyntheticSource(NoLLMSource):
         rows = ConceptRows(
             open_concept_world(self.data), needs.sites, seed=self.seed, device=device
         )
-        return OpenedData(rows, self.open_held_out(*needs[:3]), self._describe())
+        held_out = self.open_held_out(needs.sites, needs.tokens, needs.loss_tokens)
+        return OpenedData(rows, held_out, self._describe())
 
     def open_held_out(
         self,

@@ -3,7 +3,7 @@
     text           s0 s1 s2 s3 | s4 s5 s6 s7 | s8 ...     as training reads it, from its beginning
     update         first       | first + 1   | ...
 
-Which sequences an update reads depends only on its number and that of the first update with KL: so
+The number of the update and that of the first update with KL determine which sequences are read: so
 no state is saved, resuming is exact, and the training batches are not affected.
 """
 
@@ -25,9 +25,8 @@ from sae_lightning.terminal import phase
 class TuningText:
     """Sequences of training text, never held out, and the LLM's predictions on them without SAEs.
 
-    It also marks the tokens whose activations an SAE will replace: those that training keeps,
-    except that `max_norm` is relative to the median norm of each forward pass, not to that of the
-    run's first LLM batch.
+    It also marks the tokens whose activations an SAE will replace. They are chosen as in training,
+    but `max_norm` is relative to the median norm of each forward pass.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class TuningText:
         self.batch, self.max_norm = batch, max_norm
         dropped_ids = [] if keep_special else find_special_ids(llm.tokenizer)
         self._dropped_ids = torch.tensor(dropped_ids, dtype=torch.int64)
-        # first update -> a stream, and the update whose sequences come next in it
+        # first update with KL -> a stream, and the update whose sequences come next in this stream
         self._opened: dict[int, tuple[TokenStream, int]] = {}
 
     def run_update(self, first: int, update: int, token_count: int) -> list[CleanRun]:
@@ -60,8 +59,8 @@ class TuningText:
         return [run_clean(model, ids, self._drop_large_norms(ids, kept)) for ids, kept in parts]
 
     def _read(self, first: int, update: int, count: int) -> Sequences:
-        """Read the `count` sequences of an update; the first call in a resumed run first reads and
-        drops those of all updates before it."""
+        """Read the `count` sequences of an update. The first call in a resumed run also reads the
+        sequences of all earlier updates, and drops them."""
         stream, next_update = self._opened.get(first) or (self.token_stream.reopen(), first)
         if next_update < update:  # the run was resumed
             with phase("reading the text of loss.kl", total=update - next_update) as advance:

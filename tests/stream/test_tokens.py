@@ -235,7 +235,7 @@ def test_a_stream_explains_nobody_elses_errors(tokenizer, raised):
         raise raised
         yield
 
-    train._rows = rows()
+    train._documents = rows()
     with pytest.raises(raised if isinstance(raised, type) else UserError) as error:
         train.next(1)
     assert "broke off" not in str(error.value)
