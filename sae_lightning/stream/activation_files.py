@@ -238,8 +238,7 @@ def _list_shards(file: str, path: Path) -> list[MatrixShard]:
 
 
 def _read_headers(file: str) -> dict[str | None, tuple[Sequence[int], torch.dtype | str]]:
-    """List what a file holds -> {name: (shape, dtype)}, with names and dtypes as in
-    `MatrixShard`."""
+    """List what a file holds -> {name: (shape, dtype)}, as in `MatrixShard`."""
     if file.lower().endswith(".safetensors"):
         with safe_open(file, "pt") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118

@@ -88,7 +88,8 @@ def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitDocumen
     last = int(np.searchsorted(sums[1:], share * sums[-1]))  # the document that reaches the share
     # near the share: a half to four times, and at least half of 1 - share is left to train on
     lowest, highest = share / 2, min(4 * share, (1 + share) / 2)
-    for n in (count,) if whole else (count, last + 1, last):
+    sample_sizes = (count,) if whole else (count, last + 1, last)
+    for n in sample_sizes:
         if whole or lowest * sums[-1] <= sums[n] <= highest * sums[-1]:
             # sorted, so that files are read from front to back; shuffling comes later
             return SplitDocuments(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))

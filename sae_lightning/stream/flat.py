@@ -73,7 +73,7 @@ def _tokenise(
 ) -> Iterator[tuple[DocumentPiece, np.ndarray]]:
     """Yield the pieces of UTF-8 documents and their tokens [n] int32. The separator ends the last
     piece of a document, unless the document has no tokens."""
-    has_tokens, prepends_space = False, None
+    has_tokens, prepends_space = False, None  # None until a document is cut
     for pieces in _group_pieces(documents):
         if prepends_space is None and not all(piece.is_first for piece in pieces):
             prepends_space = _prepends_space(tokenizer)
@@ -87,9 +87,7 @@ def _tokenise(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
         for piece, tokens in zip(pieces, token_ids, strict=True):
-            if piece.is_first:
-                has_tokens = False  # of this document so far
-            has_tokens = has_tokens or bool(tokens)
+            has_tokens = bool(tokens) or (has_tokens and not piece.is_first)  # of this document
             ends = has_tokens and piece.is_last
             yield piece, np.asarray([*tokens, separator] if ends else tokens, np.int32)
 

@@ -62,8 +62,7 @@ class HeldOut(HeldOutData):
         self._keep = ~torch.isin(self.tokens, dropped_ids) & (sequences >= 0)
         self._keep[:, 0] = False  # BOS
         count = min(len(self.tokens), -(-loss_tokens // text.packing.window_size))
-        # indices of sequences
-        self._loss_sequences = torch.linspace(0, len(self.tokens) - 1, count).round().long()
+        self._loss_indices = torch.linspace(0, len(self.tokens) - 1, count).round().long()
         self._rows: dict[Site, Tensor] | None = None  # {site: [n, d]}, once they are read
         self._baselines: dict[Site, SpliceBaseline] = {}
 
@@ -81,7 +80,7 @@ class HeldOut(HeldOutData):
     def prepare(self, targets: Collection[Site]) -> None:
         """Capture the activations, and measure the baselines at the `targets` of every rank."""
         self._read()
-        if len(self._loss_sequences):
+        if len(self._loss_indices):
             for target in sorted(set().union(*world().gather_values(set(targets)))):
                 self.measure_baseline(target)
 
@@ -103,9 +102,7 @@ class HeldOut(HeldOutData):
         """Capture the activations {site: [n, d]} at the sites of this rank. Rank b % size runs LLM
         batch b, and sends the rows to the ranks that need them."""
         ranks, model = world(), self.llm.model
-        batches = list(
-            zip(self.tokens.split(self.batch), self._keep.split(self.batch), strict=True)
-        )
+        batches = [*zip(self.tokens.split(self.batch), self._keep.split(self.batch), strict=True)]
         rows: dict[Site, list[Tensor]] = {site: [] for site in self.sites if site in self.own_sites}
         sites_by_rank = ranks.gather_values(self.own_sites)
         width = model.config.get_text_config().hidden_size
@@ -126,7 +123,7 @@ class HeldOut(HeldOutData):
 
     def _select_loss_text(self) -> tuple[Tensor, Tensor]:
         """Tokens and `keep` of the sequences that the LLM's loss is measured on."""
-        return self.tokens[self._loss_sequences], self.keep[self._loss_sequences]
+        return self.tokens[self._loss_indices], self.keep[self._loss_indices]
 
     def measure_baseline(self, target: Site) -> SpliceBaseline:
         """Measure the LLM's clean loss and its loss with `target` zero- and mean-ablated. The first
@@ -163,7 +160,7 @@ class HeldOut(HeldOutData):
         """Measure the LLM's loss with each SAE's reconstruction in place of `target`, or None for
         each SAE if no loss is measured; `weights` are not used. If the SAEs are split over ranks,
         each of these ranks runs the LLM on a part of the batches."""
-        if not len(self._loss_sequences):
+        if not len(self._loss_indices):
             return [None] * len(saes)
         ranks = splits[0].ranks if splits else ALONE
 

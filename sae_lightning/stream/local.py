@@ -207,7 +207,7 @@ def _load_files(files: list[str], column: str, where: str) -> "Dataset":
     from datasets import load_dataset_builder
     from datasets.data_files import DataFilesList
 
-    # datasets would take plain names for patterns
+    # datasets takes plain names for patterns; the times tell it whether a file has changed
     data_files = DataFilesList(files, [(str(os.stat(file).st_mtime),) for file in files])
     loader = pick_loader(files[0])
     with phase("reading the text"):

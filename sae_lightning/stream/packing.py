@@ -43,7 +43,7 @@ class Sequences(NamedTuple):
     """[n] int64; unique within the run."""
 
     def mark_kept(self, dropped_ids: Tensor) -> Tensor:
-        """[n, context] bool: tokens of the text whose ids are not among `dropped_ids`."""
+        """Mark where `is_text` holds and the id is not in `dropped_ids` -> [n, context] bool."""
         return self.is_text & ~torch.isin(self.tokens, dropped_ids)
 
 

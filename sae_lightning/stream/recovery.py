@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 COMPARED_CONCEPTS = 1024  # concepts compared with all others at a time
-RECOVERED_COSINE = 0.9  # above this cosine a feature counts as its concept (26 degrees)
+RECOVERED_COSINE = 0.9  # above it, a feature recovers its concept (0.9 is 26 degrees)
 
 
 class Recovery(NamedTuple):

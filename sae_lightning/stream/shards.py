@@ -1,7 +1,7 @@
 """The activation cache on disk: a folder per key, a safetensors file per shard.
 
 0f3c5a.../
-    manifest.json                the settings that the key was made from, for people
+    manifest.json                what the key is a hash of, for people
     .lock                        held by the process that writes
     00000000.safetensors         the shard that begins with LLM batch 0
     00000112.safetensors         the next one
@@ -120,18 +120,14 @@ def write_shard(
     for site in batches[0].activations:
         tensors[str(site)] = torch.cat([batch.activations[site] for batch in batches])
     tensors |= {name: x for name, x in state["tokens"].items() if isinstance(x, Tensor)}
-    about = {
-        "rows": [len(batch.sequence_ids) for batch in batches],
-        "epochs": epochs,
-        "texts": crc32s,
-    }
+    row_counts = [len(batch.sequence_ids) for batch in batches]
+    about = {"rows": row_counts, "epochs": epochs, "texts": crc32s}
     # the state's tensors are saved among `tensors`: the header has null in their place
     header = json.dumps(about | {"state": state}, default=lambda tensor: None)
     path = folder / f"{state['llm_batches']:08d}{SHARD_SUFFIX}"
+    metadata = {"about": header, "crc32": _compute_checksum(header, tensors)}
     with write_atomically(path) as temporary:
-        save_file(
-            tensors, temporary, {"about": header, "crc32": _compute_checksum(header, tensors)}
-        )
+        save_file(tensors, temporary, metadata)
     return Shard(path)
 
 

@@ -246,7 +246,7 @@ class DataSource(ABC):
         """Read the LLM's dimensions without loading weights; data without an LLM makes them up."""
 
     def find_sites(self, layer: LayerConfig, shape: LLMShape) -> SitePair:
-        """Source and target of an SAE; UserError if there are no such sites."""
+        """Return an SAE's source and target site. UserError: the LLM lacks one."""
         return layer.resolve_sites(shape.layers)
 
     @abstractmethod

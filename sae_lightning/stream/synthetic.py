@@ -264,10 +264,8 @@ class SyntheticSource(NoLLMSource):
         expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)
 
     def open_data(self, needs: Needs) -> OpenedData:
-        device = pick_device(self.llm)
-        rows = ConceptRows(
-            open_concept_world(self.data), needs.sites, seed=self.seed, device=device
-        )
+        world = open_concept_world(self.data)
+        rows = ConceptRows(world, needs.sites, seed=self.seed, device=pick_device(self.llm))
         held_out = self.open_held_out(needs.sites, needs.tokens, needs.loss_tokens)
         return OpenedData(rows, held_out, self._describe())
 
