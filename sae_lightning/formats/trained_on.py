@@ -96,8 +96,8 @@ def choose_llm(
     llm: LLMConfig, metadata: dict[str, Any], address: str, typed_names: Collection[str]
 ) -> LLMConfig:
     """Take the LLM's name, revision, BOS and separator from the checked `metadata` of the SAE at
-    `address`, but keep those of `llm` that the user typed (`typed_names`). If he typed an LLM, all
-    of `llm` is kept."""
+    `address`, but keep those of `llm` that the user typed (`typed_names`). All of `llm` is kept if
+    an LLM was typed."""
     if {"llm", "llm.name"} & {*typed_names}:
         return llm
     settings = {name: metadata.get(name) for name in LLM_SETTING_TYPES}

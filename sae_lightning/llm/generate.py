@@ -71,7 +71,7 @@ def generate(
     x, y and the result are float32 [sequences, tokens, d]: first for all tokens of the prompt, then
     for each new token. Sequences share the Gumbel noise g of each step (argmax(log p + g) samples
     p), so they differ only by what `function` does. Each is cut before its first new separator.
-    `cache`: use the KV cache if the LLM has one.
+    Without a KV cache (`cache`, or if the LLM has none), x and y are of all tokens at each step.
     """
     from transformers import GenerationConfig
 

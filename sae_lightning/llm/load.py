@@ -123,7 +123,7 @@ class LLM(NamedTuple):
 
 
 def pick_device(config: LLMConfig) -> torch.device:
-    """The device that `llm.device` stands for on this machine."""
+    """The device that `llm.device` stands for; UserError if this machine has no such device."""
     if config.device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -75,7 +75,8 @@ PACKAGED = {
 
 
 def find_gguf_folder(name: str) -> Path:
-    """The folder that holds the GGUF file of packaged LLM `name`; its package is never imported."""
+    """The folder that holds the GGUF file of packaged LLM `name`; UserError if its package is not
+    installed. The package is not imported."""
     package = PACKAGED[name]
     spec = importlib.util.find_spec(package.module)
     for folder in (spec and spec.submodule_search_locations) or []:

@@ -87,8 +87,8 @@ def plot_tradeoff(
     points: "pd.DataFrame", quality: str, grouping: str | None = None
 ) -> "Figure | None":
     """Plot `quality` against L0 with the Pareto front of trained SAEs as a line, and that of
-    controls as a dotted line; None without finite points. With several seeds, points are means with
-    error bars of one spread, and a front has a band as wide.
+    controls as a dotted line; None without finite points. With several seeds, points are means,
+    trained SAEs have error bars of one spread, and fronts have bands of the same width.
 
     Columns of `points`: `l0`, `quality` (higher is better), their spreads `l0_spread` and `spread`,
     `seeds` (number of runs), `control` ("" for a trained SAE), `group` ("" if there are no groups),

@@ -56,9 +56,10 @@ class MeansTable:
         finished = [[i for i in group if table.is_finished[i]] for group in self.members]
         self.seeds = np.array([len(indices) for indices in finished])
         """Number of finished runs of each row."""
-        finite, measured = table.comparable.to_numpy(), table.frame[table.metrics].to_numpy(float)
+        comparable = table.comparable.to_numpy()
+        measured = table.frame[table.metrics].to_numpy(float)
         self.mean, self.spread = (
-            pd.DataFrame([summarise(finite[i]) for i in finished], columns=[*METRIC_COLUMNS])
+            pd.DataFrame([summarise(comparable[i]) for i in finished], columns=[*METRIC_COLUMNS])
             for summarise in (_average, _measure_spread)
         )
         """Mean and sample standard deviation of metrics as in `SweepTable.comparable`."""
@@ -106,8 +107,8 @@ class MeansTable:
         return front
 
     def mark(self, row: int, name: str) -> str:
-        """Choose the mark of a cell: `*` if its row alone is the best in its column, `≈` if it is
-        one of several that do not differ significantly, else empty."""
+        """Choose the mark of a cell: `*` if it is the best of its column. If there are seeds, and
+        several cells do not differ significantly from the best, their mark is `≈`."""
         count = self.best[name].sum()
         if not self.best.at[row, name]:
             return ""

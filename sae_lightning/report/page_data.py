@@ -51,8 +51,8 @@ class PageData(NamedTuple):
 
     index: dict[str, Any]
     """What the script needs to read the blocks: the vocabulary, and the layout of each block."""
-    blocks: "Blocks"
-    """Name -> base64 text."""
+    blocks: "Blocks | dict[str, str]"
+    """Name -> base64 text; empty if the blocks are files beside the page."""
 
 
 class Blocks(Mapping[str, str]):

@@ -54,7 +54,7 @@ class QualitySums:
         # on the CPU: not every accelerator has float64
         target, reconstruction = target.cpu().double(), reconstruction.cpu().double()
         if self.tokens == 0:
-            # subtracting it avoids cancellation in the variance
+            # subtracting `shift` avoids cancellation in the variance
             self.shift = target.mean(dim=0)
         self.tokens += len(target)
         error, square = (target - reconstruction).square(), (target - self.shift).square()

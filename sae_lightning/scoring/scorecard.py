@@ -52,6 +52,7 @@ class Scorecard(NamedTuple):
         """All numbers but those of `fidelity`, by name, for `metrics.json`, curves and tables."""
         numbers = self.quality._asdict() | self.copies._asdict()
         del numbers["density"], numbers["dimension"]
+        # "usual": of the tokens that are not dominant
         parts = {"usual": self.without_dominant, "dimension": self.quality.dimension}
         for prefix, part in parts.items():
             if part:
