@@ -247,8 +247,8 @@ def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
 
 
 def add_groups(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
-    """Add groups of these sizes to the `settings` of a Matryoshka SAE, as the share of each but the
-    last, which gets the rest; with a single group it is a BatchTopK SAE."""
+    """Add groups of these sizes to the `settings` of a Matryoshka SAE: the share of each but the
+    last, which gets the rest. A single group makes it a BatchTopK SAE."""
     if len(sizes) == 1:
         return settings | {"name": "batch_topk"}
     return settings | {"groups": [size / sum(sizes) for size in sizes[:-1]]}

@@ -117,7 +117,7 @@ def _build(stored: StoredSAE) -> SAE:
             f"b_dec has width {d_out} and cannot be subtracted from inputs of width {d_in}"
         )
     one, mean = torch.ones(()), sae.b_dec.double()
-    # the skip connection reads x, not x - b_dec: add back what `fold` subtracts for it
+    # `fold` would have the skip connection read x - b_dec; it reads x, so add b_dec @ W_skip
     out_mean = mean @ sae.W_skip.double() if config.skip else torch.zeros(d_out)
     sae.load_weights(sae.fold(mean, one, out_mean, one))
     return sae

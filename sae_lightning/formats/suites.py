@@ -23,8 +23,8 @@ class Suite(NamedTuple):
     paths: tuple[str, ...]
     """The path in it; of several, the first that exists. `*` stands for an L0."""
     names: dict[str, dict[str, str]]
-    """Part -> its short names -> what replaces them in `repo` and `paths`. Parts that are not
-    listed are inserted as they are typed."""
+    """Part -> short name -> its replacement in `repo` and `paths`. Parts that are not listed are
+    inserted as they are typed."""
 
 
 GEMMA_SCOPE_SITES = {"res": "res", "att": "att", "mlp": "mlp", "transcoders": "transcoders"}

@@ -46,7 +46,7 @@ HOOK_PATTERNS = {
     r"model\.layers\.(\d{1,6})\.post_feedforward_layernorm\.output": (Kind.mlp, 0),
     r"model\.layers\.(\d{1,6})\.pre_feedforward_layernorm\.output": (Kind.mlp_in, 0),
 }
-# Hook names that stand for none of our sites -> what is there.
+# Hook names of places that are not our sites -> a description.
 OTHER_HOOKS = {
     r".*(?:hook_z|o_proj\.input)": "the attention before its output projection",
     r"blocks\.0\.hook_resid_pre|hook_embed": "the input of the first block",

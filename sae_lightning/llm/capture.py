@@ -147,8 +147,8 @@ def _measure_scale(model: nn.Module, site: Site) -> float:
 
 
 def _run_block(model: nn.Module, x: Tensor, branches: dict[Site, Tensor]) -> Tensor:
-    """Output [1, 2, d] of a block run on two tokens, with x [d] as the input of both and the values
-    [d] of `branches` as the outputs of these branches."""
+    """Run a block on two tokens, with x [d] as the input of both and the values [d] of `branches`
+    in place of the outputs of its branches; returns its output [1, 2, d]."""
     block, outputs = find_decoder_stack(model)[next(iter(branches)).layer], []
 
     def replace_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

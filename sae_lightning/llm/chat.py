@@ -21,8 +21,8 @@ class ChatEncoder:
            the prompt for an answer
 
     A token that is not trained on is written as its complement ~id, which is negative. The template
-    may itself mark what the assistant writes ({% generation %}). If it does not, the assistant's
-    part is what its message adds to the text of the messages before it.
+    may itself mark the assistant's text ({% generation %}). If it does not, the assistant's text is
+    all that its message adds to the text of the messages before it.
     """
 
     def __init__(self, tokenizer: Any, assistant_only: bool) -> None:
@@ -42,7 +42,7 @@ class ChatEncoder:
 
     @property
     def key(self) -> str:
-        """Hash of what determines the tokens besides the tokenizer."""
+        """Hash of the template and of `assistant_only`."""
         text = json.dumps([self.template, self.assistant_only])
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -44,8 +44,8 @@ class Norm(NamedTuple):
         return self._centred(directions) * self.gain
 
     def apply_transpose(self, directions: Tensor) -> Tensor:
-        """centred(gain * directions) [n, d]: a dot product with these at the norm's input equals
-        one with `directions` [n, d] at its output."""
+        """centred(gain * directions) for directions [n, d] at the norm's output: its dot products
+        with the norm's input are those of `directions` with the output."""
         return self._centred(directions * self.gain)
 
     def _centred(self, x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def generate(
     function(x, y) replaces y, the activation at the target; x is the activation at the source.
     x, y and the result are float32 [sequences, tokens, d]: first for all tokens of the prompt, then
     for each new token. Sequences share the Gumbel noise g of each step (argmax(log p + g) samples
-    p), so they differ only by what `function` does. Each is cut before its first new separator.
+    p), so only `function` makes them differ. Each is cut before its first new separator.
     Without a KV cache (`cache`, or if the LLM has none), x and y are of all tokens at each step.
     """
     from transformers import GenerationConfig

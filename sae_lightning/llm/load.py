@@ -177,7 +177,7 @@ def read_llm_shape(config: LLMConfig) -> LLMShape:
 
 
 def count_llm_parameters(config: LLMConfig, blocks: int | None = None) -> int:
-    """Parameter count of what `load_llm` would read with these `blocks`, from the LLM's config
+    """Number of parameters that `load_llm` would read with these `blocks`, from the LLM's config
     alone; 0 without an LLM."""
     if config.name == NO_LLM:
         return 0

@@ -30,7 +30,7 @@ class LLMShape(NamedTuple):
     vocabulary: int
     """Number of token ids."""
     widths: Mapping[Site, int] | None = None
-    """Widths of the sites, for activations from files; None if all of them are `width`."""
+    """Widths of the sites, for activations from files; None if all are `width`."""
 
     def width_at(self, site: Site) -> int:
         """Width of the activations at a site."""

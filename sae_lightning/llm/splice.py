@@ -26,8 +26,8 @@ LOGIT_ROWS = 256  # positions whose logits are computed at a time
 # cache and are six times as fast as 256; a GPU is faster with fewer, larger chunks.
 FLOAT32_ROWS = {"cpu": 32, "other": 128}
 
-Function = Callable[[Tensor], Tensor]  # source -> what replaces the target
-Edit = Callable[[Tensor, Tensor], Tensor]  # source, target -> what replaces the target
+Function = Callable[[Tensor], Tensor]  # source -> replacement of the target
+Edit = Callable[[Tensor, Tensor], Tensor]  # source, target -> replacement of the target
 Advance = Callable[[int], None]  # called with the number of sequences that have just been scored
 
 
@@ -56,8 +56,8 @@ class SpliceScores(NamedTuple):
     kl: float
     """Mean KL(clean || spliced) of the next-token distributions."""
     ce_error: float | None = None
-    """Cross-entropy with function(source) replaced by its mean while its error, target -
-    function(source), is kept: what the error alone predicts. None if not measured."""
+    """Cross-entropy with the target replaced by the mean of function(source) plus the error, target
+    - function(source). None if not measured."""
 
 
 def score_baseline(
@@ -98,11 +98,11 @@ def score_splices(
 
     tokens, keep (bool): [sequences, context]; functions: float32 [n, d_in] -> [n, d_out];
     baseline: of the same tokens and keep; batch: sequences per forward pass. The clean model runs
-    once for all functions. The batches are shared out over `ranks`, which all call the functions
-    equally often, as these may communicate. Only positions in `keep` are replaced, in the ablations
-    too: an SAE never sees BOS and other special tokens. The scores are means over the predictions
-    of kept tokens. `means`: the mean output [d_out] of each function, to measure `ce_error` too
-    (one more forward pass of each batch for each function).
+    once for all functions. `ranks` share the batches and call the functions equally often, because
+    the functions may communicate. Only positions in `keep` are replaced, in the ablations too: an
+    SAE never sees BOS and other special tokens. The scores are means over the predictions of kept
+    tokens. `means`: the mean output [d_out] of each function, to measure `ce_error` too (one more
+    forward pass of each batch for each function).
     """
     edits = [partial(_ignore_target, function) for function in functions]
     edits += [partial(_keep_error, *pair) for pair in zip(functions, means, strict=False)]

@@ -49,7 +49,7 @@ def measure_spliced_kl(
     ranks: Ranks = ALONE,
 ) -> Tensor:
     """KL(clean || spliced) [] with function(source) in place of `target`, the mean over the
-    predictions of kept tokens, with a gradient for what `function` depends on.
+    predictions of kept tokens, with a gradient for the parameters of `function`.
 
     function: float32 [n, d_in] -> [n, d_out]. On several `ranks`, which all call this with the same
     runs, value and gradient are means over the ranks, so that they agree bit for bit.

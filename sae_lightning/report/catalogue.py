@@ -71,7 +71,8 @@ class TokenSetScores(NamedTuple):
     tokens: Tensor
     """[units, k] ids of the set's most frequent tokens, int32; padded with -1."""
     previous: Tensor
-    """[units] bool: the set is of tokens just before the unit fires, not of those it fires on."""
+    """[units] bool: True if the set is of tokens just before the unit fires, False if it is of
+    tokens on which the unit fires."""
 
 
 class RelatedUnits(NamedTuple):

@@ -18,8 +18,7 @@ CRITICAL_T = np.array(
 
 
 def find_critical_t(freedom: np.ndarray | float) -> np.ndarray:
-    """Critical value for degrees of freedom, rounded down and limited to those of the table."""
-    # the first entry is for 1 degree of freedom
+    """Critical value for degrees of freedom, which are rounded down and clipped to 1 ... 30."""
     return CRITICAL_T[np.clip(freedom, 1, len(CRITICAL_T)).astype(int) - 1]
 
 

@@ -114,7 +114,7 @@ def pack_catalogues(catalogues: Sequence[Catalogue]) -> PageData:
 
 def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarray]:
     """The texts of the tokens that the page shows, and page_ids [vocabulary + 1]: token id -> index
-    in these texts. The last entry, 0, is that of token id -1, no token."""
+    in these texts. The last entry is 0, for token id -1 (no token)."""
     vocabulary = catalogues[0].vocabulary
     # the first count is of token id -1
     counts = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)

@@ -81,8 +81,8 @@ def _to_array(values: Tensor) -> pa.Array:
 
 
 def _make_lists(values: Tensor | pa.Array, mask: Tensor) -> pa.ListArray:
-    """Make one list per row of `mask` [units, k], of the `values` where it is True. If `values` is
-    a pyarrow array, it holds only these, one after another."""
+    """Make one list per row of `mask` [units, k], of the `values` [units, k] where it is True. A
+    pyarrow array has the values where it is True only, one after another."""
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(dim=1).cumsum(0)])
     flat = _to_array(values[mask]) if isinstance(values, Tensor) else values
     return pa.ListArray.from_arrays(ends.int().numpy(), flat)

@@ -28,7 +28,7 @@ class DominantTokens(NamedTuple):
     share: float
     """Share of the variance that the dominant tokens hold."""
     max_norm: float
-    """The `data.max_norm`, a multiple of the median norm, that leaves out just these."""
+    """The `data.max_norm`, a multiple of the median norm, that leaves out the dominant tokens."""
 
     @property
     def token_count(self) -> int:

@@ -42,7 +42,7 @@ class Scorecard(NamedTuple):
     """Features with nearly the same decoder row."""
     scores: SpliceScores | Recovery | None = None
     """The LLM's loss with the reconstruction in place (None if not measured) or, on synthetic
-    concepts, how many of them were recovered."""
+    data, the recovery of its concepts."""
     fidelity: Fidelity | None = None
     """Size and kind of the error, if requested."""
     without_dominant: WithoutDominantTokens | None = None

@@ -22,7 +22,7 @@ def count_matches(a: Tensor, b: Tensor) -> int:
 
     In each round, rows that are each other's nearest are matched and removed, and so are rows whose
     nearest free row is below the threshold. This finds the pairs that a greedy matching over the
-    sorted cosines of all pairs would find, without keeping these cosines.
+    sorted cosines of all pairs would find, without keeping all cosines.
     """
     a, b = normalize(a), normalize(b)
     matched = 0
