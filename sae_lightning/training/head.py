@@ -76,13 +76,13 @@ class Head(nn.Module):
         self.tuned_from: int | None = None  # the first update with `loss.kl`; None without it
         self.before_kl: dict[str, float] = {}  # held-out metrics before that update
         self.adam_steps = 0  # updates that Adam's state already had at a warm start; else 0
-        self.fates: dict[str, int] = {}  # see `count_fates`; empty without a warm start
+        self.fates: dict[str, int] = {}  # features that stayed, died, ... (`count_fates`)
         self.last_step: StepResult | None = None  # None before the first update
         self.training_metrics: dict[str, float] = {}  # the last points of the training curves
         # results of the last evaluation; empty before the first
         self.held_out_metrics: dict[str, float] = {}
         self.density: Tensor | None = None  # share of tokens on which each feature fires [features]
-        self.density_counts: dict[str, int] = {}  # see `count_by_density`
+        self.density_counts: dict[str, int] = {}  # number of features by density
         self.failure: str | None = None  # why the head is frozen; None while it trains
         self.writes = True  # whether this rank writes its files
         self.leader: int | None = None  # index of the head whose L0 a control follows

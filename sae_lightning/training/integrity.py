@@ -93,14 +93,14 @@ def _report_damage(path: Path, problem: str) -> Iterator[None]:
 def _expect_progress(checkpoint: dict[str, Any], step: int, steps: int) -> None:
     """Check the progress that Lightning reads: the updates done, and its loops' counters."""
     done, seen = ("ready", "completed"), ("ready", "started", "processed")
-    adam = {"step": _list_counters(*done), "zero_grad": _list_counters(*done, "started")}
+    optimizer = {"step": _list_counters(*done), "zero_grad": _list_counters(*done, "started")}
     loops = {
         "state_dict": {"combined_loader": []},
         "epoch_progress": _list_counters(*done, *seen),
         "epoch_loop.state_dict": dict,
         "epoch_loop.batch_progress": _list_counters(*seen, count=step) | {"is_last_batch": bool},
         "epoch_loop.scheduler_progress": _list_counters(*done),
-        "epoch_loop.automatic_optimization.optim_progress": {"optimizer": adam},
+        "epoch_loop.automatic_optimization.optim_progress": {"optimizer": optimizer},
         "epoch_loop.manual_optimization.optim_step_progress": _list_counters(*done, count=step),
         "epoch_loop.val_loop.batch_progress": _list_counters(*done, *seen)
         | {"is_last_batch": bool},

@@ -55,7 +55,7 @@ class SAEModule(L.LightningModule):
         # the last points of the training curves, for the heads of all ranks
         self.latest_metrics: list[dict[str, float]] = []
         self.tokens_per_second = 0.0
-        self.speed: dict[str, float] = {}  # see `Throughput`
+        self.speed: dict[str, float] = {}  # tokens per second and shares of time
 
     @property
     def tokens_seen(self) -> int:

@@ -7,6 +7,7 @@ import lightning as L
 from sae_lightning.formats.saved_format import save_sae
 from sae_lightning.training.checkpoints import assemble_whole
 from sae_lightning.training.head import Head
+from sae_lightning.training.module import SAEModule
 from sae_lightning.training.schedules import is_due
 from sae_lightning.training.settings import locate_kept_sae
 
@@ -26,8 +27,7 @@ class Checkpoint(L.Callback):
     def __init__(self, every: int, keep_every: int | None):
         self.every, self.keep_every = every, keep_every
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Save if it is time or if the run was asked to stop."""
+    def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         step = trainer.global_step
         if self.keep_every and is_due(step, module.batch, self.keep_every):
             for head in module.training_heads:

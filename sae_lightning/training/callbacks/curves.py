@@ -6,6 +6,7 @@ import torch
 from sae_lightning.ranks import world
 from sae_lightning.scoring.metrics import compute_explained_variance
 from sae_lightning.training.head import Head
+from sae_lightning.training.module import SAEModule
 from sae_lightning.training.schedules import is_due
 
 
@@ -32,7 +33,7 @@ def measure_training_scalars(head: Head) -> dict[str, float]:
     return {name: float(value) for name, value in scalars.items()}
 
 
-def gather_latest(module: L.LightningModule) -> None:
+def gather_latest(module: SAEModule) -> None:
     """Collect the latest metrics of the heads of all ranks, for the progress bar."""
     heads = [head for head in module.training_heads if head.writes and head.training_metrics]
     parts = world().gather_values([head.training_metrics for head in heads])
@@ -45,12 +46,11 @@ class Curves(L.Callback):
     def __init__(self, log_every: int):
         self.log_every = log_every
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: SAEModule) -> None:
         """Show a resumed run's last metrics until there are new ones."""
         gather_latest(module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Log if it is time."""
+    def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         step, stream = trainer.global_step, trainer.datamodule.stream
         # a batch of 1, because `log_every` counts updates, not tokens
         if not (is_due(step, 1, self.log_every) or step == module.steps):

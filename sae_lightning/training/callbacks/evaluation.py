@@ -9,6 +9,7 @@ from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.scoring.scorecard import Scorecard, score_saes
 from sae_lightning.stream.source import HeldOutData
 from sae_lightning.training.head import Head
+from sae_lightning.training.module import SAEModule
 from sae_lightning.training.schedules import is_due
 from sae_lightning.training.warm_start import count_fates
 
@@ -63,24 +64,21 @@ class Evaluate(L.Callback):
     def __init__(self, every: int):
         self.every = every
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: SAEModule) -> None:
         """Evaluate the heads of a new run that start from a saved SAE or begin with `loss.kl`; all
         ranks take part if any rank has such a head."""
         if trainer.global_step == 0 and (module.starts_warm or 0 in module.tuning_starts):
             heads = [head for head in module.heads if head.start or head.tuned_from == 0]
             self._evaluate(heads, trainer, module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Evaluate if it is time."""
+    def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         step = trainer.global_step
         heads, due = module.training_heads, is_due(step, module.batch, self.every)
         if step < module.steps and (due or step in module.tuning_starts):
             about_to_tune = [head for head in heads if head.tuned_from == step]
             self._evaluate(heads if due else about_to_tune, trainer, module)
 
-    def _evaluate(
-        self, heads: Sequence[Head], trainer: L.Trainer, module: L.LightningModule
-    ) -> None:
+    def _evaluate(self, heads: Sequence[Head], trainer: L.Trainer, module: SAEModule) -> None:
         """Evaluate `heads`; those that begin fine-tuning now keep the scores as `before_kl`."""
         evaluate_heads(heads, trainer.datamodule.held_out, module.tokens_seen)
         for head in heads:

@@ -10,6 +10,7 @@ from sae_lightning.sae.gated import Gated
 from sae_lightning.scoring.moments import Moments
 from sae_lightning.terminal import phase
 from sae_lightning.training.head import Head
+from sae_lightning.training.module import SAEModule
 
 MOMENT_ROWS = 4096  # activations that are in float64 at a time
 
@@ -19,7 +20,7 @@ class KeepControl(L.Callback):
     soft-frozen decoder rows back after each step."""
 
     @torch.no_grad()
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: SAEModule) -> None:
         """Give `pca` heads the principal directions of the activations from which their
         normalisation is estimated."""
         # mean and directions, shared by heads of a site
@@ -37,8 +38,7 @@ class KeepControl(L.Callback):
             set_principal_directions(head, *components[key])
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Limit how far soft-frozen rows have turned from their start."""
+    def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         for head in module.training_heads:
             if head.sae.config.control is Control.soft_frozen_decoder:
                 head.sae.W_dec.copy_(limit_turn(head.sae.W_dec, head.random_rows))

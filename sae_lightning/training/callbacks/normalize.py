@@ -8,6 +8,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.llm.sites import Site
 from sae_lightning.scoring.dominance import find_dominant_tokens
 from sae_lightning.terminal import console
+from sae_lightning.training.module import SAEModule
 from sae_lightning.training.settings import Normalization
 
 
@@ -49,7 +50,7 @@ class Normalize(L.Callback):
     """Sets each head's mean and scale before the first step of a new run, from activations that
     stay in the shuffle pool for training."""
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: SAEModule) -> None:
         """Estimate mean and scale of each head's source and target site."""
         if trainer.global_step > 0:  # they come from the checkpoint
             return

@@ -4,6 +4,7 @@ import lightning as L
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sae_lightning.terminal import console, show_live
+from sae_lightning.training.module import SAEModule
 
 
 class ProgressBar(L.Callback):
@@ -13,7 +14,7 @@ class ProgressBar(L.Callback):
     If the output is not a terminal, it prints a line after every tenth of the run instead.
     """
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: SAEModule) -> None:
         """Show the bar; a resumed run starts at the step it had reached."""
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -32,8 +33,7 @@ class ProgressBar(L.Callback):
             "training", total=module.steps, completed=trainer.global_step, text=""
         )
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Advance the bar to this update."""
+    def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         step, text = trainer.global_step, _format_progress(module)
         self.bar.update(self.task, completed=step, text=text)
         if not console.is_terminal and step * 10 // module.steps > (step - 1) * 10 // module.steps:
@@ -48,7 +48,7 @@ class ProgressBar(L.Callback):
     on_exception = on_train_end
 
 
-def _format_progress(module: L.LightningModule) -> str:
+def _format_progress(module: SAEModule) -> str:
     """The text beside the bar; without metrics until the first log point."""
     parts = [
         f"{module.tokens_seen:,}/{module.steps * module.batch:,} tokens",

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from sae_lightning.ranks import Ranks
 from sae_lightning.training.head import Head
+from sae_lightning.training.module import SAEModule
 from sae_lightning.training.schedules import is_due
 from sae_lightning.training.settings import ResampleConfig
 
@@ -58,8 +59,7 @@ def _average(values: Tensor, ranks: Ranks) -> float:
 class Resample(L.Callback):
     """Resamples dead features every `callbacks.resample.every` tokens."""
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Resample the heads that are due."""
+    def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         stream = trainer.datamodule.stream
         if any(_is_due(settings, module) for settings in module.resampling):
             stream.peek(1)  # fills the pools, for which all ranks are needed
@@ -73,7 +73,7 @@ class Resample(L.Callback):
             head.log.add_scalars({"train/resampled": count}, module.tokens_seen)
 
 
-def _is_due(settings: ResampleConfig, module: L.LightningModule) -> bool:
+def _is_due(settings: ResampleConfig, module: SAEModule) -> bool:
     """Whether features are resampled after this update."""
     step = module.global_step
     # after the last update the pool is empty

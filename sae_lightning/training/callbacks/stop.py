@@ -10,6 +10,7 @@ import lightning as L
 from sae_lightning.errors import UserError
 from sae_lightning.ranks import world
 from sae_lightning.terminal import console
+from sae_lightning.training.module import SAEModule
 
 
 class StopOnSignal(L.Callback):
@@ -26,7 +27,7 @@ class StopOnSignal(L.Callback):
         self.printed: set[str] = set()  # lines about failed heads
         self.handlers: dict = {}
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: SAEModule) -> None:
         """Install the signal handlers, in the main thread; ranks other than 0 ignore signals."""
 
         def stop(signal_number: int, _) -> None:
@@ -47,7 +48,7 @@ class StopOnSignal(L.Callback):
         """From now on, a signal takes effect at the end of the update."""
         self.updating = True
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         """Stop on all ranks if rank 0 got a signal, and print which heads have failed.
 
         UserError if no head is left.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import lightning as L
 import torch
 
+from sae_lightning.training.module import SAEModule
 from sae_lightning.training.schedules import is_due
 
 
@@ -44,7 +45,7 @@ class Throughput(L.Callback):
         self.log_every, self.pause_every = log_every, pause_every
         self.idle = 0.0  # seconds in pauses so far
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, module: SAEModule) -> None:
         """Start the clock, at the update where this process starts."""
         # training begins in a pause, which ends when the stream begins to make the first batch
         self.first = self.last = self.pause_start = self._read_clock(trainer)
@@ -56,7 +57,7 @@ class Throughput(L.Callback):
             self.idle += now.seconds - start.seconds - (now.stream - start.stream)
             self.pause_start = None
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         """Begin a pause if other callbacks may take time now; log if this is a log point."""
         step, devices = trainer.global_step, {module.device, trainer.datamodule.stream.device}
         on_cpu = all(device.type == "cpu" for device in devices)

@@ -7,6 +7,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.profiler import record_function
 
 from sae_lightning.training.head import Head
+from sae_lightning.training.module import SAEModule
 from sae_lightning.training.schedules import (
     compute_decay,
     compute_feedback,
@@ -18,8 +19,7 @@ from sae_lightning.training.schedules import (
 class Schedule(L.Callback):
     """Warm-up and decay of the learning rate, warm-up of the sparsity penalty, head by head."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Set the values for the coming update."""
+    def on_train_batch_start(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         step, steps = trainer.global_step, module.steps
         for group in trainer.optimizers[0].param_groups:
             head = module.heads[group["head"]]
@@ -37,14 +37,12 @@ class DecoderNorm(L.Callback):
     """With `model.fixed_norm`: projects the decoder gradient onto the tangent space of fixed-norm
     rows, before it is clipped, and renormalises the rows after the step."""
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Project the gradients of fixed-norm decoders."""
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         for head in module.training_heads:
             if head.sae.config.fixed_norm and head.sae.W_dec.grad is not None:
                 head.sae.project_gradient()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Renormalise the rows of fixed-norm decoders."""
+    def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         for head in module.training_heads:
             if head.sae.config.fixed_norm and head.sae.W_dec.requires_grad:
                 head.sae.fix_norms()
@@ -58,7 +56,7 @@ class ClipGradient(L.Callback):
     others.
     """
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         """Clip, and freeze the heads whose loss or gradient is not finite."""
         heads = module.training_heads
         if not heads:  # all of this rank have failed; other ranks train on
@@ -99,8 +97,7 @@ class TargetL0(L.Callback):
     It starts after the penalty's warm-up, during which L0 is large at any coefficient.
     """
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
-        """Adjust the coefficients of the heads that have a target."""
+    def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         for head in module.training_heads:
             target = getattr(head.loss, "target_l0", None)
             # read together: each read makes the host wait for the GPU
@@ -121,7 +118,7 @@ class TargetL0(L.Callback):
             head.l0_error.fill_(error)
 
 
-def _follow_leader(control: Head, module: L.LightningModule) -> None:
+def _follow_leader(control: Head, module: SAEModule) -> None:
     """Make the trained SAE's L0 at this update the control's target. Both counted it on the same
     batch, so that differences between batches hardly matter."""
     if control.leader is None:
