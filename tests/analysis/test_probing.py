@@ -243,7 +243,7 @@ def test_a_tie_is_on_no_side():
 def test_a_score_is_the_mean_over_folds_with_its_standard_error(labels, planted):
     probes = fit_probes(planted, labels, k=(1,))
     outcomes = [FoldScore(0.8, 0.5), FoldScore(0.5, 0.9)]
-    scores = [score._replace(folds=outcomes) for score in probes.scores]
+    scores = [score._replace(fold_scores=outcomes) for score in probes.scores]
     table = make_probe_sections(probes._replace(scores=scores))[0].table
     rows = {row[0]: row[1] for row in table.rows}
     assert rows["features: accuracy"] == "0.650 ± 0.150"  # 0.3 / sqrt(2) / sqrt(2)

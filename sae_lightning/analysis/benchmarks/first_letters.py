@@ -30,7 +30,7 @@ from sae_lightning.terminal import phase
 
 MAX_READ_WORDS = 16_384
 WORDS_IN_PROMPT = 32
-EXAMPLES = 4  # first words of a prompt, which are not read
+EXAMPLES = 4  # words at the start of a prompt that are not read
 FIT_SHARE, CHOOSE_SHARE = 0.6, 0.2  # parts of the prompts; the others are the test part
 MIN_WORDS = 10  # that begin with a letter, in each part; letters with fewer are left out
 MIN_F1 = 0.6  # of a letter's probe; letters whose probe has less are left out (SAEBench)

@@ -62,26 +62,24 @@ def score_sets(
     """Fit and test all probes. x: activations [texts of all sets, d_in], set after set; saes: kind
     of units -> the SAE whose features they are; splits: random splits of each set."""
     kinds = [FEATURES, NEURONS, RANDOM, *(kind for kind in saes if kind != FEATURES)]
-    # kind of units -> k (None: all) -> [sets, splits], filled set by set
-    scores: dict[str, dict[int | None, list[list[float]]]] = {kind: {} for kind in kinds}
+    # on all random directions no probe is fitted: they hold the same information as all neurons
+    sizes = {kind: SIZES if kind == RANDOM else (*SIZES, None) for kind in kinds}
+    aurocs = {kind: {k: np.zeros((len(sets), splits)) for k in sizes[kind]} for kind in kinds}
+    parts = x.split([len(s.texts) for s in sets])
     with phase("fitting probes", total=len(sets) * splits) as advance:
-        for x_of_set, labelled_set in zip(x.split([len(s.texts) for s in sets]), sets, strict=True):
+        for i, (x_of_set, labelled_set) in enumerate(zip(parts, sets, strict=True)):
             neurons, labels = x_of_set.numpy(), labelled_set.labels
             encoded = {kind: encode_sparse(sae, x_of_set) for kind, sae in saes.items()}
-            for kind in kinds:
-                for k in (*SIZES, None) if kind != RANDOM else SIZES:
-                    scores[kind].setdefault(k, []).append([])
             for seed in range(splits):
                 split = split_texts(len(labels), seed)
                 projections = project_on_random_directions(
                     neurons, encoded[FEATURES].shape[1], labels, split.train, max(SIZES)
                 )
                 for kind, matrix in (encoded | {NEURONS: neurons, RANDOM: projections}).items():
-                    aurocs = score_sparse(matrix, labels, split, SIZES)
-                    for k, auroc in zip(SIZES, aurocs, strict=True):
-                        scores[kind][k][-1].append(auroc)
-                    if kind != RANDOM:  # all of them hold the same information as all neurons
-                        scores[kind][None][-1].append(score_all(matrix, labels, split))
+                    sparse = score_sparse(matrix, labels, split, SIZES)
+                    for k, auroc in zip(SIZES, sparse, strict=True):
+                        aurocs[kind][k][i, seed] = auroc
+                    if None in sizes[kind]:
+                        aurocs[kind][None][i, seed] = score_all(matrix, labels, split)
                 advance(1)
-    arrays = {kind: {k: np.array(v) for k, v in by_k.items()} for kind, by_k in scores.items()}
-    return ProbingScores(sets, arrays)
+    return ProbingScores(sets, aurocs)

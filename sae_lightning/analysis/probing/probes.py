@@ -171,8 +171,8 @@ def probe(
     for name, control_reducer in control_reducers.items():
         with phase(f"fitting probes on {name}"):
             features = control_reducer.result()[FEATURES].numpy()
-            fold_scores, _ = _fit_folds(features, text, [*CONTROL_K])
-        control_scores += [ProbeScore(name, size, scores) for size, scores in fold_scores.items()]
+            by_size, _ = _fit_folds(features, text, [*CONTROL_K])
+        control_scores += [ProbeScore(name, size, scores) for size, scores in by_size.items()]
     return result._replace(controls=control_scores)
 
 
@@ -196,8 +196,8 @@ def fit_probes(
             # not on all random directions, which hold the same information as all neurons
             if kind != RANDOM:
                 sizes.append(None)  # all units
-            fold_scores, best = _fit_folds(x, text, sizes)
-            scores += [ProbeScore(kind, size, values) for size, values in fold_scores.items()]
+            by_size, best = _fit_folds(x, text, sizes)
+            scores += [ProbeScore(kind, size, fold_scores) for size, fold_scores in by_size.items()]
             if kind != RANDOM:
                 best_units[kind] = best
             advance(1)
@@ -218,14 +218,14 @@ def _fit_folds(
     """Fit probes on units of x [pieces, units], and test them on each fold in turn -> {number of
     units (None: all): score on each fold}, and the best single unit of each class."""
     class_indices, folds = text.class_indices.numpy(), text.fold.numpy()
-    fold_scores, best_of_fold = {size: [] for size in sizes}, []
+    by_size, best_of_fold = {size: [] for size in sizes}, []
     for tested in np.unique(folds).tolist():
         split = FoldSplit(x, class_indices, folds, tested)
         best_of_fold.append(split.score_best_units())
         for size in sizes:
-            fold_scores[size].append(split.fit_all() if size is None else split.fit_sparse(size))
+            by_size[size].append(split.fit_all() if size is None else split.fit_sparse(size))
     units, aurocs = map(np.stack, zip(*best_of_fold, strict=True))  # [folds, classes]
     most_common = [Counter(chosen).most_common(1)[0] for chosen in units.T.tolist()]
     means = np.nanmean(aurocs, 0).tolist()  # NaN on a fold without pieces of the class
     best = [BestUnit(unit, n, mean) for (unit, n), mean in zip(most_common, means, strict=True)]
-    return fold_scores, best
+    return by_size, best

@@ -21,7 +21,7 @@ from sae_lightning.report.printer import print_section, print_units
 from sae_lightning.sae import SAE
 
 PRINTED_FEATURES = 5  # features shown in the terminal
-CATALOGUE_SETTINGS = {"tokens", "examples", "neurons"}  # settings that a catalogue depends on
+CATALOGUE_SETTINGS = {"tokens", "examples", "neurons"}  # those that change a catalogue
 
 
 @dataclass(slots=True, kw_only=True)

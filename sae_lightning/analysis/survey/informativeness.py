@@ -45,7 +45,7 @@ def rate_informativeness(
 
 def _measure_rarity(ids: np.ndarray, sample: Sample, vocabulary: Sequence[str]) -> np.ndarray:
     """Compute the rarity [places], 0 to 1, of the token at each place of the sample: its surprisal
-    -log2 p minus the entropy, clipped at 0, divided by the greatest such difference in the
+    -log2 p minus the mean surprisal, clipped at 0, divided by the largest difference in the
     vocabulary; 0 if the token is no word. A piece of a word has PIECE_WEIGHT times that."""
     share = np.bincount(ids.ravel(), minlength=len(vocabulary)) / ids.size
     surprisal = -np.log2(share.clip(min=1 / ids.size))  # unread tokens count as read once

@@ -79,16 +79,16 @@ def _draw_part(
 
 def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
     """Find the entries [n] of the sample that are not the peak of an example in `top`."""
-    size, context = sample.tokens.numel(), sample.tokens.shape[1]
-    keys = sample.list_entry_units().numpy() * size + sample.places.numpy()  # ascending
-    unit, i = (top.peak_strength > 0).numpy().nonzero()
-    sequence, position = top.sequence.numpy()[unit, i], top.position.numpy()[unit, i]
+    places, context = sample.tokens.numel(), sample.tokens.shape[1]
+    keys = sample.list_entry_units().numpy() * places + sample.places.numpy()  # ascending
+    unit, slot = (top.peak_strength > 0).numpy().nonzero()
+    sequence, position = top.sequence.numpy()[unit, slot], top.position.numpy()[unit, slot]
     sampled = sample.sequence_indices.numpy()
     # index of each sequence in the sample, if it was sampled
     index = np.searchsorted(sampled, sequence).clip(max=len(sampled) - 1)
     in_sample = sampled[index] == sequence
     candidate = np.ones(len(keys), bool)
-    peaks = (unit * size + index * context + position)[in_sample]
+    peaks = (unit * places + index * context + position)[in_sample]
     candidate[np.searchsorted(keys, peaks)] = False
     return candidate.nonzero()[0]
 
@@ -116,32 +116,32 @@ def _draw_entries(
     return order[rank_in_runs(group[order]) < per_interval]
 
 
-def _make_examples(sample: Sample, entries: np.ndarray, slot: np.ndarray, n: int) -> Examples:
-    """Make examples [units, n] of the sample's `entries`, each in the given `slot` of its unit."""
+def _make_examples(sample: Sample, entries: np.ndarray, slots: np.ndarray, n: int) -> Examples:
+    """Make examples [units, n] of the sample's `entries`; `slots`: index of each in its unit."""
     context, units = sample.tokens.shape[1], sample.unit_count
     examples = make_empty_examples(units, n)
     entry_units, offsets = sample.list_entry_units(), torch.arange(-BEFORE, AFTER + 1)
     parts = zip(
         torch.from_numpy(entries).split(WINDOWS_AT_ONCE),
-        torch.from_numpy(slot).split(WINDOWS_AT_ONCE),
+        torch.from_numpy(slots).split(WINDOWS_AT_ONCE),
         strict=True,
     )
-    for entry, column in parts:
+    for entry, slot in parts:
         unit, place = entry_units[entry], sample.places[entry]
         sequence, position = place // context, place % context
-        examples.peak_strength[unit, column] = sample.strengths[entry]
-        examples.sequence[unit, column] = sample.sequence_indices[sequence]
-        examples.position[unit, column] = position.int()
+        examples.peak_strength[unit, slot] = sample.strengths[entry]
+        examples.sequence[unit, slot] = sample.sequence_indices[sequence]
+        examples.position[unit, slot] = position.int()
         inside = ((position[:, None] + offsets) >= 0) & ((position[:, None] + offsets) < context)
         window = (place[:, None] + offsets).clamp(0, sample.tokens.numel() - 1)
         tokens = sample.tokens.flatten()[window]
-        examples.tokens[unit, column] = torch.where(inside, tokens, -1)
-        examples.strengths[unit, column] = _read_windows(sample, entry_units, entry).half()
+        examples.tokens[unit, slot] = torch.where(inside, tokens, -1)
+        examples.strengths[unit, slot] = _read_windows(sample, entry_units, entry).half()
     return examples
 
 
 def _read_windows(sample: Sample, entry_units: Tensor, entry: Tensor) -> Tensor:
-    """Read the strengths [m, WINDOW] of a unit in the windows around its entries `entry` [m].
+    """Read the strengths [m, WINDOW] of the entry's unit in the window around each `entry` [m].
     `entry_units`: the unit of each entry of the sample."""
     context, place = sample.tokens.shape[1], sample.places[entry, None]
     # a unit's entries are sorted by place, so those in the window are among the WINDOW nearest

@@ -22,7 +22,7 @@ MAX_PAIRS = 400_000_000  # most pairs of features that fire on the same token: b
 
 @torch.no_grad()
 def find_neighbours(W_dec: Tensor, k: int = 5) -> RelatedUnits:
-    """Find the features with the largest cosine similarity of decoder rows [features, d_out].
+    """Find for each feature the others with the most similar decoder rows [features, d_out].
 
     With more than 16,384 features, each is compared with only about 8,000 others, so time grows
     linearly. With 32,768 features in 768 dimensions, this misses one pair in 2,000 at a cosine of
@@ -71,8 +71,8 @@ def _pick_comparisons(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def find_partners(sample: Sample, k: int = 5) -> RelatedUnits:
-    """Find the features with the largest Jaccard index of firing: the number of tokens on which
-    both fire, divided by the number on which either fires. A feature that fires together with fewer
+    """Find for each feature the others with the largest Jaccard index of firing: tokens on which
+    both fire, divided by tokens on which either fires. A feature that fires together with fewer
     than `k` others is padded with unit -1 and a similarity of 0."""
     from scipy.sparse import csr_array
 
