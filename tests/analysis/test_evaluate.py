@@ -86,7 +86,7 @@ def test_controls_are_scored_beside_an_sae_as_they_are_alone_on_one_run_of_the_c
     runs, run_body = [], splice.run_body
     monkeypatch.setattr(splice, "run_body", lambda *args: runs.append(1) or run_body(*args))
     result = evaluate(both_signs(WIDTH), held_out, SITES, controls)
-    batches = -(-len(held_out._loss_sequences) // held_out.batch)
+    batches = -(-len(held_out._loss_indices) // held_out.batch)
     assert len(runs) == batches * (1 + 3 * 2)  # clean; of each SAE, its features and its error
     cards = [result.card, *result.controls.values()]
     for card, single in zip(cards, alone, strict=True):
