@@ -103,8 +103,8 @@ def _gather_scores(
     probes: Probes | None,
     feature_scores: dict[str, Scores],
 ) -> tuple[Scores, dict[str, Scores], Scores]:
-    """Gather the scores of the SAE, of its controls by name, and of random directions. Those of the
-    controls' features are given as `feature_scores`, by name."""
+    """Gather the scores of the SAE, of its controls by name, and of random directions.
+    feature_scores: name of a control -> scores of its features."""
     scores, controls = evaluation.list_scores()
     f1 = {best.concept: best.feature.f1 for best in theory.detectors}
     scores |= score_features(survey.features.token_sets.score, [f1[c] for c in CONCEPTS if c in f1])
