@@ -37,8 +37,7 @@ class Matrix(ABC):
 
     @abstractmethod
     def stored_columns(self, indices: Tensor) -> Tensor | None:
-        """[batch, n]: all values of the features at `indices` [n]; None in a sparse matrix, which
-        does not store all of them."""
+        """[batch, n]: all values of the features at `indices` [n]; None in a sparse matrix."""
 
     @abstractmethod
     def __matmul__(self, W_dec: Tensor) -> Tensor:
@@ -46,7 +45,8 @@ class Matrix(ABC):
 
     @abstractmethod
     def matmul_by_group(self, sizes: list[int], W_dec: Tensor) -> Iterable[Tensor]:
-        """[batch, d_out] for each group of consecutive features: what it adds to `self @ W_dec`."""
+        """[batch, d_out] for each group of `sizes` consecutive features: its part of the product
+        with W_dec."""
 
     @abstractmethod
     def apply_penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:

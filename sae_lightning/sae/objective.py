@@ -29,11 +29,10 @@ class TrainingStatus(NamedTuple):
 class Loss:
     """loss = mse + sum of coefficient x term.
 
-    With `kl`, (mse + kl x (mse' / KL') x KL) / (1 + kl) takes the place of the mse in the last part
-    of the run: KL compares the LLM's predictions with and without the SAE in place, and a prime
-    marks values that get no gradient. The KL is scaled to the size of the mse, and the weighted
-    mean has that size, so that the other coefficients keep their meaning (Karvonen 2025, arXiv
-    2503.17272, with kl = 1)."""
+    With `kl`, the mse is replaced in the last part of the run by (mse + kl x KL x mse' / KL') /
+    (1 + kl). KL is the divergence between the LLM's predictions without and with the SAE in place;
+    mse' and KL' get no gradient. The result is as large as the mse, so that the other coefficients
+    keep their meaning (Karvonen 2025, arXiv 2503.17272, with kl = 1)."""
 
     sparsity = None
     """Name of the term that makes features sparse: `warmup` and `target_l0` act on its

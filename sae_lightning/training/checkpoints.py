@@ -88,7 +88,7 @@ class HeadCheckpoints(CheckpointIO):
 
 
 @contextmanager
-def assemble_whole(head: Head, tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def assemble_whole(head: Head, weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Yield a head's weights with all features, gathered from its ranks; they are valid within the
     `with`. On a rank that does not write, a weight that is split is None."""
     is_split = head.sae.split.ranks.size > 1
@@ -97,7 +97,7 @@ def assemble_whole(head: Head, tensors: dict[str, Tensor]) -> Iterator[dict[str,
         dims = head.sae.split_dims
         yield {
             name: _gather(head, folder, x, dims[name], name) if name in dims else x
-            for name, x in tensors.items()
+            for name, x in weights.items()
         }
 
 
@@ -123,8 +123,8 @@ def _load_part(head: Head, options: dict[str, Any]) -> dict[str, Any]:
 def _convert_split_tensors(
     part: dict[str, Any], head: Head, convert: Callable[[Tensor, int, str], Any]
 ) -> dict[str, Any]:
-    """A head's checkpoint with convert(tensor, dim, name) for each tensor that is split by features
-    along `dim`: weights, counters and Adam's moments."""
+    """A head's checkpoint with convert(tensor, dim, name) in place of each tensor that is split by
+    features along `dim`: weights, counters and Adam's moments."""
     dims = {f"heads.0.sae.{name}": dim for name, dim in head.sae.split_dims.items()}
     dims |= {f"heads.0.{name}": 0 for name in ("tokens_since_fired", "start_rows", "start_fired")}
 

@@ -108,8 +108,8 @@ class TrainerConfig:
     precision: Precision = Precision.auto
     """Matrix products of the SAE in fp32 or bf16; auto is bf16 where the hardware has it."""
     products: Products = Products.auto
-    """dense (all features), sparse (those that are active on a token), or auto: for each SAE what
-    is faster at the density of its last update."""
+    """dense (all features), sparse (those that are active on a token), or auto: for each SAE
+    the faster one at the density of its last update."""
     log_every: int = 8
     """Updates between two points of a training curve."""
     checkpoint_every: int = 131_072
@@ -225,7 +225,7 @@ class NormalizeConfig:
     mode: Normalization = Normalization.standardize
     """standardize (subtract the mean, divide by one scalar), scale (divide only), or none."""
     tokens: int = 65_536
-    """Tokens from which mean and scale are estimated (at most what the shuffle pool holds)."""
+    """Tokens from which mean and scale are estimated (at most those in the shuffle pool)."""
 
     def __post_init__(self):
         _check_positive("callbacks.normalize.tokens", self.tokens)

@@ -31,7 +31,7 @@ ADAM_SETTINGS = (
     "callbacks.normalize.mode",
     "model.decoder_norm",
     "model.fixed_norm",
-    "model.control",  # what a control freezes has no moments
+    "model.control",  # frozen weights have no moments
 )
 NORMALISATION = ("in_mean", "in_scale", "out_mean", "out_scale")
 
@@ -78,7 +78,7 @@ def _take_weights(head: Head, start_sae: SAE, keep_norms: bool) -> None:
     in_mean, in_scale, out_mean, out_scale = (
         getattr(head, name).cpu().double() for name in NORMALISATION
     )
-    # the inverse of what `fold` does with mean and scale
+    # folding in the inverse of the normalisation converts weights for raw activations
     weights = start_sae.fold(
         -in_mean / in_scale, 1 / in_scale, -out_mean / out_scale, 1 / out_scale
     )

@@ -20,7 +20,7 @@ def evaluate_heads(heads: Sequence[Head], held_out: HeldOutData, tokens: int) ->
     split over them."""
     held_out.prepare({head.target for head in heads})
 
-    def make_key(head: Head) -> tuple:  # False comes first: heads that are split
+    def make_key(head: Head) -> tuple:  # split heads come first, as False < True
         return head.sae.split.ranks.size == 1, head.source, head.target
 
     for (_, source, target), same_sites in groupby(sorted(heads, key=make_key), key=make_key):
@@ -66,7 +66,7 @@ class Evaluate(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: SAEModule) -> None:
         """Evaluate the heads of a new run that start from a saved SAE or begin with `loss.kl`; all
-        ranks take part if any rank has such a head."""
+        ranks take part if any rank has one."""
         if trainer.global_step == 0 and (module.starts_warm or 0 in module.tuning_starts):
             heads = [head for head in module.heads if head.start or head.tuned_from == 0]
             self._evaluate(heads, trainer, module)

@@ -19,10 +19,9 @@ class Elapsed(NamedTuple):
     seconds: float
     """Training time; only differences are meaningful."""
     stream: float
-    """Part of `seconds` spent in the stream, LLM included, and in the LLM with SAEs in place (for
-    `loss.kl`), measured on the CPU."""
+    """Part of `seconds` that the stream (LLM included) and `loss.kl` took."""
     llm: float
-    """Part of `seconds` spent in the LLM, measured on the CPU."""
+    """Part of `seconds` that the LLM and `loss.kl` took."""
 
 
 class Throughput(L.Callback):
@@ -46,7 +45,7 @@ class Throughput(L.Callback):
         self.idle = 0.0  # seconds in pauses so far
 
     def on_fit_start(self, trainer: L.Trainer, module: SAEModule) -> None:
-        """Start the clock, at the update where this process starts."""
+        """Start the clock: a resumed run starts at the update of its checkpoint."""
         # training begins in a pause, which ends when the stream begins to make the first batch
         self.first = self.last = self.pause_start = self._read_clock(trainer)
 
