@@ -37,8 +37,8 @@ UNREADABLE = {
 
 
 def find_format(names: Collection[str], weights: str | None = None) -> Format | None:
-    """The format of an SAE whose folder has the files `names` (paths below it, with "/"), and whose
-    weights are in the file `weights` if that is given.
+    """Find the format of an SAE from the files `names` in its folder (paths below it, with "/");
+    `weights`, if given, is its weights file.
 
     None if there is no SAE; if its settings are missing, the first format whose weights match.
     UserError for a kind of SAE that this project lacks.

@@ -25,8 +25,8 @@ HUB_NAMES = {
 # Beginning of another model name without an owner -> its owner on the hub.
 HUB_OWNERS = {"gpt2-": "openai-community", "pythia-": "EleutherAI", "gemma-": "google"}
 HUB_OWNERS |= {"Llama-": "meta-llama", "Qwen": "Qwen", "Mistral-": "mistralai"}
-# Hook and module names of TransformerLens and transformers, with the block's index -> kind of site,
-# and an offset of the index (resid_pre of a block is resid of the previous block).
+# Hook names of TransformerLens and paths of modules in transformers -> kind of site, and an offset
+# to the block's index in the name: resid_pre is resid of the previous block.
 HOOK_PATTERNS = {
     r"blocks\.(\d{1,6})\.hook_resid_post": (Kind.resid, 0),
     r"blocks\.(\d{1,6})\.hook_resid_pre": (Kind.resid, -1),

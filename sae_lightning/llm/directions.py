@@ -3,10 +3,10 @@
     r = embedding + what blocks add        logits = W_U N(r)
     N(r) = gain * centred(r) / scale(r) + b
 
-A direction v that is added to r reaches the logits along the direct path as W_U (gain * centred(v))
-/ scale(r): linear, if the norm's scale is held fixed (Elhage et al. 2021, "A mathematical framework
-for transformer circuits"; the logit lens, nostalgebraist 2020, reads whole activations this way).
-scale(r) is positive, so it changes no ranking; RMSNorm does not centre.
+If scale(r) is held fixed, a direction v that is added to r changes the logits by
+W_U (gain * centred(v)) / scale(r) along the direct path (Elhage et al. 2021, "A mathematical
+framework for transformer circuits"). scale(r) is positive, so it changes no ranking of tokens.
+RMSNorm does not centre.
 `measure_response` measures the effect of v through all later blocks as well.
 
 Shapes: d = width of the residual stream; contexts = token sequences, each of `length` tokens and
@@ -148,10 +148,11 @@ def measure_response(
     share: float,
     advance: Callable[[int], None],
 ) -> Tensor:
-    """Mean change [n, d] of the unembedding's input at the last token of `tokens` [contexts,
-    length] when each of `directions` [n, d_target] is added at `target`, scaled to `share` of the
-    norm of the activation there. `advance` is called with the number of directions just done: 1 + n
-    in all for each context, as the unchanged LLM is run as a direction of zeros.
+    """Mean change over contexts [n, d] of the unembedding's input at the last token of `tokens`
+    [contexts, length] when a direction is added to this token's activation at `target`. Each of
+    `directions` [n, d_target] is scaled to `share` of the activation's norm. `advance` is called
+    with the number of directions just done: 1 + n in all for each context, as the unchanged LLM is
+    run as a direction of zeros.
 
         BOS  It  was  the  best   of     a direction is added at this last token only, and the
          .    .   .    .    .     *      output there is compared with the unchanged LLM's
@@ -190,8 +191,8 @@ def _fill_cache(model: nn.Module, tokens: Tensor) -> Any:
 
 
 def _make_edit(additions: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of (x, y) that adds |y| additions[i] to y at the last token of sequence i, for
-    additions [n, d] to the first n sequences of a batch."""
+    """A function of (x, y) for a batch whose first n sequences get `additions` [n, d]: it adds
+    |y| additions[i] to y at the last token of sequence i."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
         # OPT's MLP returns [sequences * tokens, d]

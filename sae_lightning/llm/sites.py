@@ -203,11 +203,10 @@ def find_module_paths(model: nn.Module, sites: Iterable[Site]) -> dict[Site, str
 def add_hook(
     model: nn.Module, site: Site, function: Callable[[Tensor], Tensor | None]
 ) -> RemovableHandle:
-    """Call function(x) in each forward pass, where x is the output of the module at `site` (its
-    input for mlp_in), and replace x by the result unless that is None.
+    """In each forward pass, call function(x) and replace x by its result, unless that is None.
 
-    x: [sequences, context, d_site], or [sequences * context, d_site] at OPT's MLP, in the model's
-    dtype.
+    x: the output of the module at `site` (its input for mlp_in) in the model's dtype, [sequences,
+    context, d_site], or [sequences * context, d_site] at OPT's MLP.
     """
 
     def replace_first(values: Tensor | tuple | list) -> Tensor | tuple | list | None:

@@ -4,9 +4,9 @@
                            \\                      |                               | KL
                             -> reconstruction -> leaf  -> blocks -> hidden -> logits     spliced
 
-The gradient goes back from the KL to the leaf, a batch of sequences at a time, only through the
-blocks after the target, and the LLM's weights get none. The caller's backward pass continues from
-the leaf to the SAE. Shapes: n = kept tokens, d_in and d_out = widths of source and target.
+The gradient of the KL reaches the leaf through the blocks after the target only, one batch of
+sequences at a time; the LLM's weights get none. The caller's backward pass continues from the leaf
+to the SAE. Shapes: n = kept tokens, d_in and d_out = widths of source and target.
 """
 
 from collections.abc import Callable, Sequence

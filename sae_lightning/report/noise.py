@@ -1,8 +1,8 @@
 """Which means over seeds differ by more than their noise.
 
 Two means differ significantly if they differ by more than either spread, and by more than Welch's
-t-test allows at the 5 % level (as equal SAEs do in one of twenty comparisons). A single run borrows
-the other side's spread. Of two single runs the noise is unknown: any difference counts.
+t-test allows at the 5 % level (equal SAEs do in at most one of twenty comparisons). A single run
+borrows the other side's spread. Of two single runs the noise is unknown: any difference counts.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,9 @@
 """Stable features: those that an SAE trained with another seed has, too.
 
 Decoder rows of two SAEs are matched one to one, pairs with the largest cosine first, down to a
-cosine of 0.7. Paulo & Belrose 2025 (arXiv 2501.16615) have this threshold, too, but require it of
-encoders as well, and match by the Hungarian algorithm, which takes hours for 131,072 features.
-Above this cosine few rows have a second candidate, so that the two matchings hardly differ.
+cosine of 0.7. Paulo & Belrose 2025 (arXiv 2501.16615) require this cosine of the encoder rows, too,
+and match by the Hungarian algorithm, which takes hours for 131,072 features. Above this cosine few
+rows have a second candidate, so that the two matchings hardly differ.
 
 Shapes: features = decoder rows, d_out = width of the target site.
 """
@@ -40,8 +40,8 @@ def count_matches(a: Tensor, b: Tensor) -> int:
 
 
 def _find_nearest(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Find the nearest row in b of each row of a, and in a of each row of b -> (cosines, indices)
-    for a, and for b; of rows with equal cosines the first."""
+    """For each row of a, find the nearest row of b, and vice versa. Returns (cosines, indices) for
+    the rows of a, then for those of b; of rows with equal cosines, the first is the nearest."""
     best_a, best_b = (rows.new_full((len(rows),), -2.0) for rows in (a, b))
     nearest_a, nearest_b = (
         torch.zeros(len(rows), dtype=torch.long, device=rows.device) for rows in (a, b)
