@@ -17,8 +17,8 @@ LONGEST_WAIT = 60.0  # seconds; the client itself would wait for hours if the hu
 def convert_hub_errors(
     address: str, repo: str, revision: str = "main", keep_bars: bool = False
 ) -> Iterator[None]:
-    """Mute huggingface_hub (its bars, too, unless `keep_bars`), and raise what goes wrong as a
-    UserError that begins with `address`."""
+    """Mute huggingface_hub (its bars, too, unless `keep_bars`), and raise its errors as a UserError
+    that begins with `address`."""
     from huggingface_hub.errors import HTTPError
 
     try:

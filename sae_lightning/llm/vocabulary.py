@@ -70,7 +70,7 @@ def read_vocabulary(llm: LLM) -> list[str]:
 
     tokenizer, size = llm.tokenizer, llm.model.get_output_embeddings().weight.shape[0]
     pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-    literal = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}  # the piece is its text
+    literal = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}  # shown as they are
     learned = [piece for piece in pieces if piece is not None and piece not in literal]
     # the character that byte-level BPE (GPT-2, Radford et al. 2019) writes for a byte -> the byte
     alphabet = {character: byte for byte, character in bytes_to_unicode().items()}

@@ -36,6 +36,7 @@ def render_sweep_page(folder: Path, means: MeansTable) -> str:
     plotted = [name for name, plot in plots.items() if plot]
     comparisons = compare_with_controls(means)
     has_labels = sum(means.seeds > 0) <= MAX_LABELLED
+    is_missing = table.comparable.loc[table.is_finished, plotted].isna().any(axis=1)
     return render_template(
         "sweep.html",
         figures=bool(plotted),
@@ -46,7 +47,7 @@ def render_sweep_page(folder: Path, means: MeansTable) -> str:
         comparisons=comparisons,
         plots={PLOTTED_METRICS[name]: plots[name] for name in plotted},
         labels=[key for key in means.keys if key != group] if has_labels else [],
-        unplotted=int(table.comparable.loc[table.is_finished, plotted].isna().any(axis=1).sum()),
+        unplotted=int(is_missing.sum()),
         links=[_make_links(folder, means, row) for row in range(len(means.members))],
         commands=[
             format_tensorboard_command(folder),
@@ -56,7 +57,8 @@ def render_sweep_page(folder: Path, means: MeansTable) -> str:
 
 
 def describe_runs(runs: list[SweepRun]) -> dict[str, str]:
-    """Describe the data and SAEs of the runs, by label; up to four different values are listed."""
+    """Describe the data and SAEs of the runs: label -> the values that occur, or their number if
+    they are more than four."""
     values: dict[str, list[str]] = {}
     for settings in (run.settings for run in runs if run.settings):
         described = {

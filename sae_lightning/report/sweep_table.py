@@ -151,11 +151,8 @@ class SweepTable:
     def __init__(self, runs: list[SweepRun]):
         import pandas as pd  # imported late: slow, and train.py needs it only when a sweep ends
 
-        self.keys = [
-            key
-            for key in find_swept([run.override_values for run in runs])
-            if key not in RUN_COLUMNS
-        ]
+        swept = find_swept([run.override_values for run in runs])
+        self.keys = [key for key in swept if key not in RUN_COLUMNS]
         """Names of the settings in which the runs differ."""
         self.runs = sorted(
             runs, key=lambda run: [*map(make_natural_key, self._read_swept(run).values())]
