@@ -225,8 +225,7 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
     parent, _, key = name.rpartition(".")
     schema = error.object_type
     tasks = list_tasks()
-    # this preset also sets settings of training
-    if schema in tasks.values() and "data=synthetic" in overrides:
+    if schema in tasks.values() and "data=synthetic" in overrides:  # it sets model.features
         return (
             "data=synthetic has no meaning here: the run folder says what it was trained on; leave "
             "it out"

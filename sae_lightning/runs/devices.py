@@ -89,8 +89,7 @@ def count_local_ranks(config: Config, ranks: int | None = None) -> int:
 
 
 def count_threads(config: Config) -> int:
-    """CPU threads of each rank: torch's default, shared by the ranks unless the launcher or the
-    user has set it."""
+    """CPU threads of each rank: torch's default divided by the ranks, or a number that was set."""
     if find_launched_rank() or "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
     return max(1, torch.get_num_threads() // count_ranks(config))

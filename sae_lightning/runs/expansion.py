@@ -105,10 +105,9 @@ def _copy_job(job: Job, setting: str, value: Control | int) -> Job:
 
 
 def _make_key(config: Config) -> str:
-    """A key that is the same for runs that train the same SAE. (`pca` draws nothing at random, so
-    its runs are the same under all seeds.)"""
+    """A key that is the same for runs that train the same SAE."""
     settings = config.to_flat_dict()
-    if config.model.control is Control.pca:
+    if config.model.control is Control.pca:  # draws nothing at random
         del settings["model.seed"]
     compared = {k: v for k, v in settings.items() if not k.startswith(("sweep.", "logger."))}
     return json.dumps(compared, sort_keys=True)

@@ -26,7 +26,6 @@ def find_controls(folder: Path) -> dict[Control, Path]:
             continue
         # with another data.seed, synthetic data has other concepts
         same_data = other_settings.get("data.seed") == settings.get("data.seed")
-        # an SAE and its controls belong to the same experiment
         if not same_data or identify_experiment(other_settings) != experiment:
             continue
         same_seeds = (other.seed, other.model.seed) == (config.seed, config.model.seed)

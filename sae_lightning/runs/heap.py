@@ -12,8 +12,7 @@ def keep_freed_memory() -> None:
     """Make glibc keep the memory of freed tensors for the next ones (see `give_back_freed_memory`).
 
     By default glibc returns large blocks to the system at once, and the system zeroes every page
-    that the next tensor gets. This takes an eighth of the LLM's time and a third of an SAE's. With
-    other C libraries, which have no `mallopt`, nothing changes.
+    that the next tensor gets. This takes an eighth of the LLM's time and a third of an SAE's.
     """
     # glibc before 2.35 accepts at most 32 MiB
     if _set_option(M_MMAP_THRESHOLD, 1024 * MIB) or _set_option(M_MMAP_THRESHOLD, 32 * MIB):

@@ -24,8 +24,7 @@ from sae_lightning.training.settings import Accelerator
 # in SmolLM2 with eager attention, at a context of 128, without gradients of weights.
 KEPT_WIDTHS = 30
 PROCESS_BYTES = 800_000_000  # Python with torch, transformers and lightning
-# A token in evaluation needs at most this share of the memory of a token in training.
-EVALUATION_SHARE = 5 / 8
+EVALUATION_SHARE = 5 / 8  # memory of a token in evaluation, at most, as a share of training's
 
 
 class PassMemory(NamedTuple):

@@ -107,10 +107,8 @@ def _resume_if_begun(job: Job) -> Job:
 def _read_earlier_results(jobs: Iterable[Job]) -> dict[Path, dict[str, float] | None]:
     """Folder -> held-out metrics of each resumed job that has finished, or None if it diverged;
     jobs that are still to be trained are left out. UserError if a plain run had diverged."""
-    results = {}
-    for job in jobs:
-        if not job.resumed:
-            continue
+    results, resumed_jobs = {}, [job for job in jobs if job.resumed]
+    for job in resumed_jobs:
         failure = folders.read_failure(job.folder)
         if metrics := folders.read_earlier_metrics(job):
             remove_leftovers(job.folder)  # a killed run may have left temporary files
@@ -175,9 +173,8 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
         left = 0.9 * free - needed.shared_bytes  # a tenth in reserve: these are estimates
         per_rank = max(1, int(left // (largest_bytes + needed.hidden_bytes)))
         rank_groups = cut_groups(leader_groups, per_rank)
-        if splitting is Splitting.all:  # each rank has a part of every SAE
-            max_heads = per_rank
-        else:
+        max_heads = per_rank  # with split=all, each rank has a part of every SAE
+        if splitting is not Splitting.all:
             largest_group = max(map(len, rank_groups))
             max_heads = ranks * (per_rank // largest_group) * largest_group
     else:
@@ -265,11 +262,8 @@ def _train_pass(planned: PlannedPass) -> HeldOutResults:
         console.print(f"interrupted. Continue with\n\n  {format_resume_command(jobs)}\n")
         sys.exit(130)  # 128 + SIGINT, as shells report it
     except Exception as error:  # even a bug must not stop other passes
-        reason = (
-            _describe_out_of_memory(jobs)
-            if is_out_of_memory(error) or str(error).endswith(OUT_OF_MEMORY)
-            else explain_error(error, [])
-        )
+        no_memory = is_out_of_memory(error) or str(error).endswith(OUT_OF_MEMORY)  # of another rank
+        reason = _describe_out_of_memory(jobs) if no_memory else explain_error(error, [])
         if not folders.forget_empty_run(jobs[0]):
             has_config = (jobs[0].folder / CONFIG_FILE).is_file()  # else, nothing to resume
             if isinstance(error, WriteError | RankLost) and has_config:

@@ -28,7 +28,6 @@ SETTING = "plugins"
 def load_plugins(arguments: list[str], tasks: dict[str, type] | None = None) -> list[str]:
     """Import the plugins that are typed or installed, and register all schemas with Hydra; returns
     the arguments with `plugins=[...]` in Hydra's syntax. `tasks`: TASKS, for analyze.py."""
-    # argument -> the plugins that it names
     typed = {a: _read_names(a) for a in arguments if a.lstrip("+").startswith(f"{SETTING}=")}
     import_plugins([name for names in typed.values() for name in names], tasks)
     parsed, _ = get_args_parser().parse_known_intermixed_args(arguments)

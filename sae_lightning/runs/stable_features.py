@@ -32,8 +32,7 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
     each pair of SAEs.
     """
     table = SweepTable([*runs])
-    # folders of finished runs; the runs of a group differ only in seeds
-    finished = [
+    finished = [  # folders; the runs of a group differ only in seeds
         [table.runs[i].folder for i in group if table.is_finished[i]]
         for group in MeansTable(table).members
     ]
