@@ -63,7 +63,7 @@ def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
     if copied.exists():
         return copied
     content = pq.ParquetFile(file)
-    names = [field.name for field in content.schema_arrow if str(field.type) in ARROW_FLOATS]
+    floats = [field.name for field in content.schema_arrow if str(field.type) in ARROW_FLOATS]
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, width)}
     with (
         phase(f"copying {Path(file).name}", total=rows) as advance,
@@ -72,7 +72,7 @@ def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
     ):
         np.lib.format.write_array_header_1_0(copy, header)
         first_row = 0
-        for batch in content.iter_batches(READ_ROWS, columns=names if name is None else [name]):
+        for batch in content.iter_batches(READ_ROWS, columns=floats if name is None else [name]):
             array = _convert(batch, name, width, file, first_row)
             copy.write(np.ascontiguousarray(array, dtype).tobytes())
             first_row += len(batch)
