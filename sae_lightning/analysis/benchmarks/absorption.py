@@ -113,7 +113,7 @@ class ConceptSamples(NamedTuple):
     """[concepts, d] of norm 1"""
     parts: SampleParts
     probe_f1: list[float]
-    """F1 of `detected` on tested samples, by concept; NaN without a probe."""
+    """F1 of `detected` on the test part, by concept; NaN without a probe."""
     children: Tensor | None = None
     """[n, concepts] bool: whether a child of the concept, a more specific one, is active; None if
     that is not known"""
@@ -143,7 +143,7 @@ class ConceptResult(NamedTuple):
     """Name of each absorbed sample, and the feature that absorbs the concept there."""
     silent_with_child: float = math.nan
     """Of the counted samples in which a child is active, the share on which the feature closest to
-    the concept's direction is silent: the true absorption. NaN if children are not known."""
+    the concept's direction is silent; NaN if there are none, or children are not known."""
     silent_without: float = math.nan
     """The same share of the counted samples in which no child is active."""
 

@@ -3,8 +3,7 @@
     token-set score x mean rarity of tokens x words / (words + 1) / rank
 
 The mean is over the feature's firings, weighted by strength; words = number of different words in
-the token set; rank = 1 for the best of the features whose token sets have the same first word, 2
-for the next. As no word list is needed, any language or code works.
+the token set; rank = 1, 2, ... among the features whose token sets have the same first word.
 """
 
 from collections.abc import Sequence

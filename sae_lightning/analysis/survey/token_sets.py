@@ -56,8 +56,8 @@ def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
     for shift in (0, 1):
         a, b = _count_halves(sample, vocabulary, shift)
         # each set is tested on the half that it was not chosen on, and the counts are added up
-        hits_b, hits_a = _count_hits(_choose_sets(a), b), _count_hits(_choose_sets(b), a)
-        scores.append(_correlate(*(x + y for x, y in zip(hits_a, hits_b, strict=True))))
+        on_b, on_a = _count_hits(_choose_sets(a), b), _count_hits(_choose_sets(b), a)
+        scores.append(_correlate(*(x + y for x, y in zip(on_a, on_b, strict=True))))
         sets.append(_choose_sets(_Counts(a.firings + b.firings, a.occurrences + b.occurrences)))
     # the shift is chosen on all of the text; the score is still that of the held-out halves
     previous = sets[1].score > sets[0].score

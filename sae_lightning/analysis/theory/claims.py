@@ -137,8 +137,8 @@ def measure_activity(l0_counts: Tensor, density: Tensor) -> dict[str, float]:
     l0 = torch.arange(len(l0_counts)).double()
     share = l0_counts.double() / l0_counts.sum()
     cumulative_share = l0_counts.double().cumsum(0) / l0_counts.sum()
-    # the quantile q is the smallest L0 that a share q of the tokens does not exceed (1e-9: rounding
-    # errors; for q = 0, the smallest L0 that occurs)
+    # The quantile q is the smallest L0 that a share q of the tokens does not exceed, and for 0 the
+    # smallest that occurs. 1e-9 allows for rounding errors.
     quantiles = 0, 0.05, 0.25, 0.5, 0.75, 0.95, 1
     return {
         "mean": density.sum().item(),

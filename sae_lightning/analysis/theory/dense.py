@@ -39,8 +39,7 @@ def compare_dense(variances: Tensor, sample: Tensor, l0: float, mse: float) -> d
         "explained": explained_variance,
         "at_l0": at_l0,  # explained variance of as many dense features as the SAE's L0
         "worth": float(min(worth, d)),  # dense features that explain as much as the SAE
-        # networks with half of all features, one fewer than all, and all
-        "checks": [
+        "checks": [  # each size once, also if d is small
             _run_dense(sample, size)
             for size in dict.fromkeys(max(1, n) for n in (d // 2, d - 1, d))
         ],

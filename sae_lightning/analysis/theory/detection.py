@@ -55,8 +55,7 @@ class StrengthCounts(NamedTuple):
     """Histogram of each unit's strengths on each concept's tokens, in two halves of the text
     (sequences of even index, of odd index).
 
-    Of `counts[half, concept, unit, bin]` only the cells that are not 0 are stored. They are few,
-    because a feature fires on few tokens.
+    Of `counts[half, concept, unit, bin]` only the cells that are not 0 are stored.
     """
 
     cells: Tensor
