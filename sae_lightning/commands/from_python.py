@@ -123,7 +123,7 @@ def _start_hydra(config_dir: str | os.PathLike | None) -> Iterator[Hydra]:
         folder = os.path.abspath(config_dir)
         if not os.path.isdir(folder):
             raise UserError(f"config_dir={config_dir}: no such folder")
-        schema = SearchPathQuery(provider="schema")  # the place of --config-dir
+        schema = SearchPathQuery(provider="schema")  # Hydra puts --config-dir there
         search_path.prepend("command-line", f"file://{folder}", anchor=schema)
     version.setbase("1.3")
     backup = get_gh_backup()

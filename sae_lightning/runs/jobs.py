@@ -45,7 +45,7 @@ class Job:
     multirun: bool = False
     """Whether the job belongs to a multirun: if it fails, other jobs go on."""
     sweep_folder: Path | None = None
-    """Folder of the sweep, if its jobs are trained together; None for a job trained alone."""
+    """Folder of the job's sweep if all jobs of the sweep are trained together; else None."""
     swept: Sequence[str] = ()
     """Names of the settings that vary in its multirun (see `read_swept_settings`)."""
     hparams: "HParams | None" = None

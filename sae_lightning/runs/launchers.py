@@ -64,8 +64,8 @@ def _read_address(launcher: str) -> tuple:
 
 
 def pick_port(job: int) -> int:
-    """A port that depends only on the number of the cluster's job, so that all its ranks agree and
-    other jobs most likely use others."""
+    """A port that depends only on the number of the cluster's job, so that all its ranks agree.
+    Another job most likely gets another port."""
     return 15000 + job % 10000
 
 

@@ -40,8 +40,8 @@ HeldOutResults = list[dict[str, float] | None]
 
 
 def find_leaders(jobs: Sequence[Job]) -> list[int | None]:
-    """For each control whose sparsity coefficient is adjusted, the index of its leader: the
-    trained SAE of the same experiment and seed, whose L0 it follows. None for all other jobs."""
+    """For each control that follows the L0 of an SAE, the index of its leader: the trained SAE of
+    the same experiment and seed. None if that is not among `jobs`, and for all other jobs."""
     keys = [(identify_experiment(job.config.to_flat_dict()), job.config.model.seed) for job in jobs]
     is_control = [job.config.model.control is not None for job in jobs]
     sae_indices = {key: index for index, key in enumerate(keys) if not is_control[index]}

@@ -39,8 +39,8 @@ from sae_lightning.terminal import (
 
 
 class Sweep(Callback):
-    """Makes the folder of a run or multirun. In a multirun it also checks all jobs before the
-    first starts (unless Hydra's launcher does), and writes a report. Set in conf/config.yaml."""
+    """Makes the folder of a run or multirun, and writes the report of a multirun. Checks all jobs
+    first, unless the launcher does or a search chooses them. Set in conf/config.yaml."""
 
     def __init__(self):
         self.resuming = False
