@@ -166,8 +166,8 @@ def find_matrices(path: Path, names: Mapping[str, str], where: str) -> dict[Site
 
     names: {site: name of a tensor, column, file or folder}; empty if these have names such as
     `resid.9`. If no name is that of a site, there must be one matrix: it is at `UNNAMED`. `where`
-    names the data in messages. UserError: no file; no matrix, or several without a site; the shards
-    of a site differ in width.
+    names the data in messages. UserError: no file; nothing of a given name; no matrix, or several
+    without a site; the shards of a site differ in width.
     """
     files = [file for file in list_files(path) if file.lower().endswith(SUFFIXES)]
     if not files:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -127,15 +127,14 @@ def _find_cut(text: "Buffer", share: float) -> int:
 
 
 def _mark_characters(text: "Buffer") -> Iterator[np.ndarray]:
-    """Yield, for pieces of SCANNED_BYTES, whether each byte of UTF-8 begins a character."""
+    """Yield, SCANNED_BYTES at a time, whether each byte of UTF-8 begins a character."""
     for start in range(0, len(text), SCANNED_BYTES):
         # the later bytes of a character are 10xxxxxx
         yield np.frombuffer(text[start : start + SCANNED_BYTES], np.uint8) & 0xC0 != 0x80
 
 
 def _find_byte(text: "Buffer", index: int) -> int:
-    """Find the byte at which character `index` (from 0) begins, or the text's length past the
-    last one."""
+    """Find the byte at which character `index` begins, or the text's end if there is none."""
     start = 0
     for begins in _mark_characters(text):
         first_bytes = np.flatnonzero(begins)
@@ -170,7 +169,7 @@ def _append_part(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -
     return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=key)])
 
 
-def keep_text_column(documents: Documents, column: str) -> Any:
+def keep_text_column(documents: Documents, column: str) -> "Dataset | IterableDataset":
     """Keep one column and call it `text`. UserError: no such column, or it is not text."""
     data, row, where = documents
     if row is None:

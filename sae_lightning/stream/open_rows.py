@@ -48,7 +48,8 @@ def open_rows(
 
     With several ranks, which run the LLM in turn, this one gets the rows at `own_sites` (None: at
     all). On a GPU `ahead` rows are prefetched while SAEs train, but not with a cache, whose writes
-    wait for the LLM anyway. UserError: no disk space for the cache of a run that is not `resumed`.
+    wait for the LLM anyway. If the disk is too full for the cache, a new run fails at the first
+    `next`, and a `resumed` one adds nothing to the cache.
     """
     settings = {
         "batch": config.batch,

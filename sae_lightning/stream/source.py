@@ -176,7 +176,7 @@ class Needs(NamedTuple):
     ahead: int = 0
     """Rows to prefetch while SAEs train; 0: none."""
     resumed: bool = False
-    """Whether the run resumes: if the disk has no space for a cache, it then goes on without."""
+    """Whether the run resumes: if the disk is too full for the cache, it goes on without writing."""
     own_sites: Sequence[Site] | None = None
     """With several ranks, the sites whose rows this one needs (None: all)."""
 
@@ -272,7 +272,7 @@ class DataSource(ABC):
 
     @abstractmethod
     def open_data(self, needs: Needs) -> OpenedData:
-        """Open rows to train on, and held-out data. UserError: no disk space to cache the rows."""
+        """Open rows to train on, and held-out data. UserError: the data cannot be read."""
 
     @abstractmethod
     def open_held_out(
