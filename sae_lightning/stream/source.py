@@ -176,7 +176,7 @@ class Needs(NamedTuple):
     ahead: int = 0
     """Rows to prefetch while SAEs train; 0: none."""
     resumed: bool = False
-    """Whether the run resumes: if the disk is too full for the cache, it goes on without writing."""
+    """Whether the run resumes: if the disk is too full for a cache, it goes on without writing."""
     own_sites: Sequence[Site] | None = None
     """With several ranks, the sites whose rows this one needs (None: all)."""
 
