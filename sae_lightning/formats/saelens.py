@@ -57,7 +57,7 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
     is_saelens_2 = "hook_point" in cfg  # hook_name since SAELens 3
     if is_saelens_2:
         cfg = {"hook_name": cfg["hook_point"]} | cfg
-    # SAELens 3 to 5 have no architecture topk, but an activation function
+    # SAELens 3 to 5 have no architecture topk, but an activation function topk
     cfg = {"architecture": "standard", "activation_fn": cfg.get("activation_fn_str", "relu")} | cfg
     if cfg["activation_fn"] == "topk":
         cfg |= {"architecture": "topk", "activation_fn": "relu"} | cfg["activation_fn_kwargs"]
@@ -68,8 +68,9 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
         else _translate_settings(files.settings_file, cfg)
     )
     scale = _read_scale(files.settings_file, cfg.get("normalize_activations") or "none")
-    weights, metadata = rename_tensors(SAELENS, files.tensors), cfg.get("metadata", cfg)
-    # where a key is missing, SAELens' default holds
+    weights = rename_tensors(SAELENS, files.tensors)
+    metadata = cfg.get("metadata", cfg)  # older versions write it among the settings
+    # where a key is missing, SAELens' default holds; SAELens 2 centred the LLM's weights
     centred = "transcoder" not in architecture and cfg.get("apply_b_dec_to_input", True)
     options = metadata.get("model_from_pretrained_kwargs", {})
     has_layernorm = str(metadata.get("model_name")).startswith(LAYERNORM_MODELS)

@@ -26,7 +26,7 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: Any, assistant_only: bool) -> None:
-        """UserError: the tokenizer has no chat template or, for `assistant_only`, no offsets."""
+        """UserError if the tokenizer has no chat template or, with `assistant_only`, no offsets."""
         if tokenizer.chat_template is None:
             raise UserError(
                 "data.chat=true: the LLM's tokenizer has no chat template; choose an LLM that was "
@@ -48,9 +48,8 @@ class ChatEncoder:
 
     def encode_chat(self, chat: dict[str, Any], separator: int) -> np.ndarray:
         """Tokens [n] int32 of a conversation {messages, origin} and the separator after it, as
-        complements where they are not trained on.
-
-        UserError: the template fails on it, or does not show what the assistant writes."""
+        complements where they are not trained on. UserError if the template fails, or does not show
+        which text is the assistant's."""
         messages = chat["messages"]
         try:
             ids, is_trained = self._encode(messages)

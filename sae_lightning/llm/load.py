@@ -116,7 +116,7 @@ class LLM(NamedTuple):
 
     model: nn.Module
     """The causal LM: frozen, in eval mode, on its device."""
-    tokenizer: object
+    tokenizer: Any
     """Its tokenizer (transformers)."""
     name: str
     """llm.name as configured."""
@@ -234,7 +234,7 @@ def load_tokenizer(config: LLMConfig):
     return _last_tokenizer[key]
 
 
-def load_llm(config: LLMConfig, blocks: int | None = None, tokenizer: object = None) -> LLM:
+def load_llm(config: LLMConfig, blocks: int | None = None, tokenizer: Any = None) -> LLM:
     """The LLM in eval mode, without gradients, and its tokenizer.
 
     `blocks`: load only the first `blocks` blocks, without the LM head; None for the whole LLM.

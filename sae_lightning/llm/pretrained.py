@@ -38,7 +38,7 @@ def read_config(config, folder: Path | None):
             f"llm.name={config.name}: the folder has no config.json; give a folder that "
             "save_pretrained wrote"
         )
-    with _one_line_errors(config):
+    with _convert_errors(config):
         hf_config = AutoConfig.from_pretrained(**_locate(config, folder))
         hf_config.get_text_config().num_hidden_layers  # noqa: B018 (raises if there are no blocks)
     if not _is_custom(hf_config) and (why := _explain_not_causal(hf_config)):
@@ -93,7 +93,7 @@ def read_tokenizer(config, folder: Path | None, hf_config):
     """
     from transformers import AutoTokenizer
 
-    with _one_line_errors(config, "tokenizer"):
+    with _convert_errors(config, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**_locate(config, folder))
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         # Some tokenizer classes load as empty, without an error, if there are no files.
@@ -156,7 +156,7 @@ def read_model(
 ) -> nn.Module:
     """The causal LM with its weights; if `blocks` is given, only its first `blocks` blocks and no
     LM head."""
-    with _one_line_errors(config):
+    with _convert_errors(config):
         model_class = _pick_loader(hf_config)
         if blocks is not None:
             whole = build_without_weights(config, hf_config)
@@ -190,13 +190,13 @@ def check_quantisation(config, hf_config) -> None:
     """UserError if `llm.load` asks for a quantisation that cannot work here; a model that is
     quantised already is not checked."""
     if getattr(hf_config, "quantization_config", None) is None:
-        with _one_line_errors(config):
+        with _convert_errors(config):
             raise_quantiser_errors(config.load)
 
 
 def build_without_weights(config, hf_config, blocks: int | None = None) -> nn.Module:
     """The model of `read_model` (`blocks` too) on the meta device, where weights take no memory."""
-    with _one_line_errors(config), torch.device("meta"):
+    with _convert_errors(config), torch.device("meta"):
         model = _pick_loader(hf_config).from_config(
             hf_config, trust_remote_code=config.trust_remote_code
         )
@@ -246,7 +246,7 @@ def _locate(config, folder: Path | None) -> dict:
 
 
 @contextmanager
-def _one_line_errors(config, part: str = "model") -> Iterator[None]:
+def _convert_errors(config, part: str = "model") -> Iterator[None]:
     """Raise an error in loading `part` (the model or its tokenizer) as a UserError."""
     try:
         yield

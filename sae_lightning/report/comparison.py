@@ -29,7 +29,7 @@ ADDED_BY_TRAINING = {
 
 
 class Comparison(NamedTuple):
-    """A metric of a trained SAE, compared with that of the control that is best in it."""
+    """A metric of a trained SAE and of its best control, as `compare_with_controls` chooses it."""
 
     trained: int
     """Row of the trained SAE in the `MeansTable`."""
