@@ -134,7 +134,7 @@ def _measure_scale(model: nn.Module, site: Site) -> float:
     scale, rounding = ratios.mean().item(), torch.finfo(c.dtype).eps
     if abs(scale - 1) < rounding:
         scale = 1.0
-    # ratios are equal, up to a few rounding errors
+    # if the block only scales, the ratios are equal, up to a few rounding errors
     scales_only = scale > 0 and (ratios - scale).abs().max().item() < 8 * rounding * scale
     if not scales_only or (other and not (_run_block(model, c, zero_branches) == c).all()):
         block = find_decoder_stack(model)[site.layer]

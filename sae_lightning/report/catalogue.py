@@ -13,7 +13,8 @@ from torch import Tensor
 # An example is a window of tokens around its peak, which is at index BEFORE.
 BEFORE, AFTER = 20, 11
 WINDOW = BEFORE + 1 + AFTER
-# Edges of the histogram of strengths, half an octave apart; outliers go into the outermost bins.
+# Edges of the histogram of strengths, half an octave apart (a factor of sqrt(2)). Outliers go into
+# the outermost bins.
 EDGES = 2.0 ** torch.arange(-10, 14.5, 0.5)
 INTERVALS = 5  # equally wide intervals of strength from 0 to a unit's maximum
 LINEAR_BINS = 50  # equally wide bins of a histogram: 10 for each interval of strengths

@@ -105,9 +105,11 @@ def plot_tradeoff(
         xaxis=_make_l0_axis(points.l0.min(), points.l0.max()),
     )
     trained, controls = points[points.control == ""], points[points.control != ""]
-    fronts = ((controls, "front of controls", "dot"), (trained, "front of trained SAEs", "solid"))
-    # in the legend, each front comes after its points, which have the ranks 1 and 3
-    for legend_rank, (candidates, name, dash) in zip((4, 2), fronts, strict=True):
+    # in the legend, a front (ranks 4 and 2) comes after its points (ranks 3 and 1)
+    for candidates, name, dash, legend_rank in (
+        (controls, "front of controls", "dot", 4),
+        (trained, "front of trained SAEs", "solid", 2),
+    ):
         if len(candidates):
             style = {"name": name, "legendrank": legend_rank, "showlegend": len(controls) > 0}
             _draw_front(figure, candidates, dash, style)

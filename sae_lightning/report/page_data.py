@@ -116,7 +116,6 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
     """The texts of the tokens that the page shows, and page_ids [vocabulary + 1]: token id -> index
     in these texts. The last entry is 0, for token id -1 (no token)."""
     vocabulary = catalogues[0].vocabulary
-    # the first count is of token id -1
     counts = torch.zeros(len(vocabulary) + 1, dtype=torch.int64)
     ids = [torch.from_numpy(catalogues[0].token_ids)]
     for catalogue in catalogues:
@@ -124,9 +123,10 @@ def _number_tokens(catalogues: Sequence[Catalogue]) -> tuple[list[str], np.ndarr
             ids += [catalogue.token_sets.tokens]
         if catalogue.effect is not None:
             ids += [catalogue.effect.promoted, catalogue.effect.suppressed]
-    for part in (part for tensor in ids for part in tensor.split(COUNTED_AT_ONCE)):
-        counts += torch.bincount(part.flatten() + 1, minlength=len(counts))
-    counts = counts[1:]  # without the count of -1, no token
+    for tensor in ids:
+        for part in tensor.split(COUNTED_AT_ONCE):
+            counts += torch.bincount(part.flatten() + 1, minlength=len(counts))
+    counts = counts[1:]  # the first count is of token id -1, no token
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
     # page ids go from 0, no token, to len(used)
     page_ids = np.zeros(len(vocabulary) + 1, "u2" if len(used) < 2**16 else "u4")

@@ -63,10 +63,9 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
     Lists are padded to the longest, [units, k]. Any exception means that the file is damaged.
     """
     columns = dict(_combine_columns(pyarrow.parquet.read_table(path)))
-    # the first column has the number of each unit, and is named after their kind
-    kind, ids = next(iter(columns)), {word: i for i, word in enumerate(vocabulary)}
-    # `last`: index of the last unit
-    last, tokens = len(columns[kind]) - 1, read_header(path).tokens
+    kind = next(iter(columns))  # the first column numbers the units and is named after their kind
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    last_unit, tokens = len(columns[kind]) - 1, read_header(path).tokens
     numbers = {"firing_counts": _read_integers(columns["fired"], MAX_COUNT)}
     numbers |= {name: _read_reals(columns[name]) for name in ("mean", "maximum")}
     histogram = _read_counts(columns["histogram"], len(EDGES) - 1)
@@ -83,13 +82,13 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
         catalogue = catalogue._replace(token_sets=token_sets)
     if "telling" in columns:
         informativeness = _to_tensor(columns["telling"]).float()
-        copy_of = _read_integers(columns["copy_of"], last)
+        copy_of = _read_integers(columns["copy_of"], last_unit)
         catalogue = catalogue._replace(informativeness=informativeness, copy_of=copy_of)
     for name in ("neighbour", "partner"):
         if f"{name}s" in columns:
             units, similarity = columns[f"{name}s"], columns[f"{name}_likeness"]
             related = RelatedUnits(
-                _pad_lists(units, _read_integers(units.flatten(), last), -1),
+                _pad_lists(units, _read_integers(units.flatten(), last_unit), -1),
                 _read_real_lists(similarity),
             )
             if related.units.shape != related.similarity.shape:
@@ -104,7 +103,7 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
 
 
 def _read_effect(columns: dict[str, pa.Array], ids: dict[str, int]) -> LogitEffect:
-    """Read what units do to logits; files of older versions lack the numbers."""
+    """Read the effect of units on logits; files of older versions have the tokens only."""
     tokens = (_read_tokens(columns[name], ids).long() for name in ("promoted", "suppressed"))
     effect = LogitEffect(*tokens, _to_tensor(columns["sharpness"]).float())
     if "effect_histogram" not in columns:
@@ -216,10 +215,10 @@ def _rebuild_text(*lists: Examples) -> np.ndarray:
     parts = [[], [], []]
     for examples in lists:
         place = examples.position[..., None] + torch.arange(-BEFORE, AFTER + 1)
-        inside = examples.tokens >= 0  # the sequence
+        in_sequence = examples.tokens >= 0
         sequence = examples.sequence[..., None].expand_as(place)
         for part, values in zip(parts, (sequence, place, examples.tokens), strict=True):
-            part.append(values[inside].numpy())
+            part.append(values[in_sequence].numpy())
     sequence, place, tokens = map(np.concatenate, parts)
     # without any example, one sequence of one token
     shape = sequence.max(initial=0) + 1, place.max(initial=0) + 1
