@@ -77,12 +77,12 @@ class LensTask(Task):
 
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
-        chosen = self.feature and subject.check_features(self.feature)
+        named = self.feature and subject.check_features(self.feature)
         text = None if self.direct else subject.corpus.train
-        result = lens(subject, self.top, text, chosen or (), self.contexts)
-        section = make_lens_section(result, read_vocabulary(subject.llm), chosen)
+        result = lens(subject, self.top, text, named or (), self.contexts)
+        section = make_lens_section(result, read_vocabulary(subject.llm), named)
         results = section.table._asdict() if section.table else {}
-        self.print_and_write(subject, results, [section], feature=chosen[0] if chosen else None)
+        self.print_and_write(subject, results, [section], feature=named[0] if named else None)
 
 
 class Lens(NamedTuple):

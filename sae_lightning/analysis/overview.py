@@ -38,7 +38,7 @@ class OverviewTask(FeaturesTask):
 
     control: str | None = None
     """What to compare with: a kind of control that the SAE's sweep has, such as frozen_decoder,
-    `all` of them, or another SAE of the same site, as in `run`; null for the first kind that the
+    `all` of them, or another SAE of the same site, given like `run`; null for the first that the
     sweep has."""
 
     def execute(self, given_settings: Collection[str]) -> None:

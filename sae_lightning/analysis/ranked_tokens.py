@@ -15,7 +15,7 @@ def rank_tokens(changes: Tensor, top: int) -> LogitEffect:
     low, high = smallest.values[:, :1], largest.values[:, :1]
     bins = (changes - low).mul_(LINEAR_BINS / (high - low).clamp(min=tiny))
     bins = bins.clamp_(max=LINEAR_BINS - 1).int()
-    # bins of its own for each feature, so that one bincount makes all histograms
+    # shifted by feature, so that one bincount makes all histograms
     bins += LINEAR_BINS * torch.arange(len(bins), dtype=bins.dtype, device=bins.device)[:, None]
     histogram = torch.bincount(bins.flatten(), minlength=LINEAR_BINS * len(bins))
     squares = (changes - changes.mean(-1, keepdim=True)).square_()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_lightning.analysis.explain.answers import Answers
-from sae_lightning.analysis.explain.evidence import gather, pick_features
+from sae_lightning.analysis.explain.evidence import MIN_TEXTS, gather, pick_features
 from sae_lightning.analysis.explain.explainer import Explainer
 from sae_lightning.analysis.explain.explanation_sections import (
     Explanations,
@@ -59,7 +59,7 @@ class ExplainTask(Task):
         for name in ("count", "concurrency", "tokens", "together"):
             check_at_least(name, getattr(self, name), 1)
         for name in ("examples", "scored"):
-            check_at_least(name, getattr(self, name), 8)  # half of them must be MIN_TEXTS or more
+            check_at_least(name, getattr(self, name), 2 * MIN_TEXTS)
         for name in ("budget", "thinking"):
             check_at_least(name, getattr(self, name), 0)
         if self.endpoint is not None and self.explainer is None:
