@@ -4,13 +4,7 @@ path of the weights file."""
 import re
 
 from sae_lightning.errors import UserError
-from sae_lightning.formats.format import (
-    Format,
-    Layout,
-    SavedFiles,
-    StoredSAE,
-    rename_tensors,
-)
+from sae_lightning.formats.format import Format, Layout, SavedFiles, StoredSAE, rename_tensors
 
 
 def read_qwen_scope(files: SavedFiles) -> StoredSAE:

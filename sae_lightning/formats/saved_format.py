@@ -16,13 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lightning.files import write_atomically, write_json
-from sae_lightning.formats.saelens import (
-    CFG,
-    NOTE_KEY,
-    OWN_KEY,
-    TRANSCODERS,
-    WEIGHTS,
-)
+from sae_lightning.formats.saelens import CFG, NOTE_KEY, OWN_KEY, TRANSCODERS, WEIGHTS
 from sae_lightning.sae import SAE
 
 

@@ -8,12 +8,7 @@ import numpy as np
 from sae_lightning.report.experiments import identify_experiment
 from sae_lightning.report.figures import find_pareto_front
 from sae_lightning.report.noise import Estimates, differ_significantly
-from sae_lightning.report.sweep_table import (
-    METRIC_COLUMNS,
-    SweepRun,
-    SweepTable,
-    make_natural_key,
-)
+from sae_lightning.report.sweep_table import METRIC_COLUMNS, SweepRun, SweepTable, make_natural_key
 
 SEED_SETTINGS = ("seed", "data.seed", "model.seed")
 CONTROL_SETTING = "model.control"
