@@ -54,8 +54,8 @@ class Packaged(NamedTuple):
     """Parameter count of the LLM, whose LM head is tied to its embedding."""
 
     def parameters_of(self, blocks: int | None) -> int:
-        """Parameter count of the LLM if `blocks` is None, else of its embedding and first `blocks`
-        blocks."""
+        """Parameter count of the LLM if `blocks` is None, else about that of its embedding and
+        first `blocks` blocks."""
         if blocks is None:
             return self.parameters
         embedding = self.shape.vocabulary * self.shape.width

@@ -145,8 +145,8 @@ def read_tensors(model: nn.Module, name: str, tensor: Tensor) -> list[Tensor]:
 
 
 def move_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy `x` to `device`; to a GPU asynchronously, from pinned memory, which torch does not reuse
-    before the copy is done."""
+    """Copy `x` to `device`, from the CPU to a GPU asynchronously: torch does not reuse the pinned
+    memory before the copy is done."""
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)

@@ -21,8 +21,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 NUMBER = re.compile(r"^[^\w.]*?([-−+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
 
 MAX_ONE_LINE = 40  # characters; a longer cell of a table may wrap
-# Largest unpacked size of blocks that stay in the page. (They are compressed, as base64, to about a
-# third of it.)
+# Largest unpacked size of blocks that stay in the page, where they take about a third of it.
 MAX_EMBEDDED_BYTES = 1 << 26
 
 
@@ -53,13 +52,13 @@ def render_template(template: str, *, figures: bool, **values: object) -> str:
 
 
 class AnalysisPage(NamedTuple):
-    """The content of an analysis page, from top to bottom."""
+    """The content of an analysis page."""
 
     title: str
     facts: dict[str, str]
     """Shown below the title."""
     sections: Sequence[Section]
-    """Shown below the browser of features and neurons."""
+    """Parts of the page that are shown instead of the browser of features and neurons."""
     catalogues: Sequence[Catalogue] = ()
     commands: Sequence[str] = ()
     """Command lines to paste, shown at the end."""
@@ -70,8 +69,7 @@ class AnalysisPage(NamedTuple):
 
 
 def write_page(path: Path, page: AnalysisPage) -> None:
-    """Write `page`; if its blocks have more than MAX_EMBEDDED_BYTES, they go into a folder beside
-    it."""
+    """Write `page` to `path`. Blocks of more than MAX_EMBEDDED_BYTES go into a folder beside it."""
     page_data = pack_catalogues(page.catalogues) if page.catalogues else None
     if page_data and page_data.blocks.size > MAX_EMBEDDED_BYTES:
         page_data.index["folder"] = write_blocks(path, page_data.blocks)

@@ -70,7 +70,7 @@ def _print_table(folder: Path, means: MeansTable) -> None:
     """Print the table of means, why runs failed, and where the files are."""
     table = means.table  # one row per run
     grid = _make_table(means)
-    # the full width of its lines, which the terminal wraps; rich would squeeze the columns
+    # not limited to the terminal, which wraps long lines; rich would squeeze the columns
     unbounded = console.options.update(max_width=10_000)
     grid.width = Measurement.get(console, unbounded, grid).maximum
     console.print(grid)
@@ -101,7 +101,7 @@ def _make_table(means: MeansTable) -> Table:
     columns = {heading: [*map(Text, map(make_visible, cells))] for heading, cells in texts.items()}
     columns |= {"seeds": map(str, means.seeds)} if means.is_repeated else {}
     columns |= {column.header: _make_cells(means, name) for name, column in means.columns.items()}
-    # a number of training tokens that all runs share goes into the title
+    # the number of training tokens goes into the title if it is the same for all runs
     title, tokens = "sweep, on held-out data", frame.tokens.dropna().unique()
     if len(tokens) == 1:
         title += f" after {tokens[0]:,} tokens"
