@@ -1,4 +1,4 @@
-"""How much time does the activation cache save, and how much does writing it take?
+"""How much time does the activation cache save, and how long does it take to write it?
 
 Trains the same SAE three times on the packaged LLM and text (without a cache, writing it, reading
 it), prints the speeds side by side, and fails if the weights differ.
@@ -33,9 +33,9 @@ def main(overrides: list[str]) -> None:
             train_jobs([job])
             speed = json.loads((job.folder / "metrics.json").read_text("utf8"))["speed"]
             # shares are not measured on a GPU
-            parts = [speed.get(f"{part}_share") for part in ("llm", "data", "sae")]
-            shares = ["" if part is None else f"{part:.1%}" for part in parts]
-            table.add_row(name, f"{speed['tokens_per_second']:,.0f}", *shares)
+            shares = [speed.get(f"{part}_share") for part in ("llm", "data", "sae")]
+            cells = ["" if share is None else f"{share:.1%}" for share in shares]
+            table.add_row(name, f"{speed['tokens_per_second']:,.0f}", *cells)
             weights.add((job.folder / "sae" / WEIGHTS).read_bytes())
         files = [path for path in folder.glob("activations/**/*") if path.is_file()]
         table.caption = f"the cache takes {sum(f.stat().st_size for f in files) / 1e6:,.0f} MB"

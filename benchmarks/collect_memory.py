@@ -3,15 +3,15 @@
     python benchmarks/collect_memory.py
 
 Runs a survey of 100,000 tokens and one of 1,000,000, each in its own process, on the packaged LLM
-with an SAE of random weights (64 active features per token). Prints the peak memory of both and
-the ratio, which should be at most 1.1. On two cores: 2.170 GB and 2.264 GB, ratio 1.043.
+with an SAE of random weights (64 active features per token). Prints both peaks of memory and their
+ratio, which should be at most 1.1. On two cores: 2.170 GB and 2.264 GB, ratio 1.043.
 
 Time and memory of an overview, and the size of its page, by the number of features:
 
     python benchmarks/collect_memory.py --tokens 131072 --grow 16384 32768 65536 131072
 
-For each number of features it runs the whole of `analyze.py run=...` in its own process, on a
-random LLM of GPT-2's width (two blocks, so that it is fast) with SmolLM2's tokenizer. The SAE is a
+For each number of features it runs all of `analyze.py run=...` in its own process, on a random LLM
+of GPT-2's width (with only two blocks, to be fast) and with SmolLM2's tokenizer. The SAE is a
 JumpReLU SAE of random directions with 64 active features per token; every hundredth feature is a
 copy of another. Prints seconds in total and without reading text, peak memory, size of the page
 with its files, and seconds until Chromium shows it.
@@ -35,7 +35,7 @@ import torch
 from sae_lightning.terminal import console
 
 WIDTH, ACTIVE = 768, 64
-# functions that run the LLM and the SAE over text, by file: their time is that of reading
+# file -> functions that read text with the LLM and the SAE
 READING = {
     "collect.py": {"collect"},
     "scorecard.py": {"_measure_reconstruction"},
@@ -100,13 +100,12 @@ def make_sae(folder: Path, llm: Path, features: int, x: torch.Tensor) -> None:
     from sae_lightning.formats.saved_format import save_sae
     from sae_lightning.sae import ARCHITECTURES, build_sae
 
-    kind = ARCHITECTURES["jumprelu"].config(name="jumprelu", features=features)
-    sae = build_sae(kind, WIDTH, WIDTH).requires_grad_(False)
+    config = ARCHITECTURES["jumprelu"].config(name="jumprelu", features=features)
+    sae = build_sae(config, WIDTH, WIDTH).requires_grad_(False)
     rows = torch.nn.functional.normalize(sae.W_dec)
     rows[1::100] = rows[::100][: len(rows[1::100])] + 0.01 * torch.randn(WIDTH)
-    centred = x - x.mean(0)
-    sample = centred @ rows[:4096].T
-    threshold = sample.flatten().topk(int(sample.numel() * ACTIVE / features)).values[-1]
+    pre = (x - x.mean(0)) @ rows[:4096].T  # of some features, centred
+    threshold = pre.flatten().topk(int(pre.numel() * ACTIVE / features)).values[-1]
     weights = {"W_enc": rows.T.contiguous(), "W_dec": rows, "b_dec": x.mean(0)}
     weights["b_enc"], weights["threshold"] = -(rows @ x.mean(0)), threshold.expand(features).clone()
     metadata = {"model_name": str(llm), "hook_name": "blocks.0.hook_resid_post"}
@@ -115,7 +114,7 @@ def make_sae(folder: Path, llm: Path, features: int, x: torch.Tensor) -> None:
 
 
 def measure_overview(tokens: int, features: int) -> dict[str, Any]:
-    """Make an SAE of random weights and its overview; returns the overview's time and memory."""
+    """Make an SAE of random weights and its overview; returns time and memory of the overview."""
     from sae_lightning.analysis.overview import OverviewTask
     from sae_lightning.llm.load import LLMConfig
     from sae_lightning.llm.sites import LayerConfig
@@ -151,7 +150,8 @@ def measure_overview(tokens: int, features: int) -> dict[str, Any]:
 
 
 def time_browser(page: Path | None) -> float:
-    """Seconds for a browser to show a page (None: an empty one) and exit; the fastest of three."""
+    """Seconds in which Chromium shows a page (None: an empty one) and exits; the fastest of three;
+    NaN without Chromium."""
     browser = shutil.which("chromium")
     if browser is None:
         return float("nan")
@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--features", type=int, default=10_000)
-    parser.add_argument("--block", type=int, default=1, help="a low one is quick")
+    parser.add_argument("--block", type=int, default=1, help="a low one makes reading quick")
     parser.add_argument("--grow", type=int, nargs="+", help="features of overviews to compare")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -28,7 +28,7 @@ def split_options(
     command_line: list[str], flag: str, names: Collection[str]
 ) -> tuple[bool, dict[str, str], list[str]]:
     """Split a command line: whether `flag` is there, the options with these names, and the
-    overrides for `train.py`. UserError for anything else."""
+    overrides for `train.py`. UserError for an argument that is none of these."""
     options = dict(a.split("=", 1) for a in command_line if a.partition("=")[0] in names)
     overrides = [a for a in command_line if a != flag and a.partition("=")[0] not in names]
     if stray := [a for a in overrides if "=" not in a]:

@@ -1,7 +1,7 @@
 """What do several devices change? The same SAEs are trained on one device and on several.
 
-Each device is a process with a GPU or, where there are too few GPUs, with an equal share of the
-CPU's cores. A run on one device gets the same share: the last bits of a result depend on it.
+Each device is a process with a GPU or, if there are too few GPUs, with an equal share of the CPU's
+cores. A run on one device gets the same share, because the last bits of a result depend on it.
 
     python benchmarks/devices.py                           # on 2 devices; a few minutes
     python benchmarks/devices.py devices=4 sweep= wide=topk
@@ -84,7 +84,7 @@ class Arguments(NamedTuple):
 
     devices: int
     cases: dict[str, list[str]]
-    """Names of the cases -> architectures that train on one pass."""
+    """Name of the case -> the architectures of its SAEs, which train on one pass."""
     overrides: list[str]
     out: Path
 
@@ -114,7 +114,8 @@ def make_runs(case: str, devices: int, arguments: Arguments) -> list[list[str]]:
 
 
 def compute_least_bytes(case: str, devices: int, rank: dict[str, Any]) -> float:
-    """The least that each device must send per update, on average (see the top of this file)."""
+    """The bytes that a device must send per update, on average (`least` at the top of this file),
+    from what one `rank` measured."""
     shares = (devices - 1) / devices
     return shares * rank["rows"] if case == "sweep" else 2 * shares * rank["reconstruction"]
 
@@ -151,8 +152,10 @@ def main(command_line: list[str]) -> None:
                 console.print(f"{case} on {devices} failed: {error}")
                 break
             result = {"case": case, "devices": devices, **summarize(case, ranks)}
-            pairs = [[folder / str(sae) for folder in folders] for sae in range(len(runs))]
-            result["differences"] = [compare_weights(pair[0], pair[-1]) for pair in pairs]
+            # on one device, a run is compared with itself
+            first, last = folders[0], folders[-1]
+            names = [str(index) for index in range(len(runs))]
+            result["differences"] = [compare_weights(first / n, last / n) for n in names]
             results.append(result)
             write_json(arguments.out / "devices.json", results)
     console.print(_make_table(results))

@@ -32,7 +32,7 @@ RIGHT, WRONG = "right", "WRONG"
 def check_family(family: str) -> dict[Kind, str] | str:
     """Check each site of a family; returns one verdict per site, or one if the family is refused.
 
-    ValueError: transformers cannot build a tiny model of it.
+    ValueError: transformers cannot build a tiny model of it, or this does not run.
     """
     with tempfile.TemporaryDirectory() as name, mute_libraries():
         config = LLMConfig(name=name, device="cpu")
@@ -56,6 +56,7 @@ def check_family(family: str) -> dict[Kind, str] | str:
         return {kind: _check_kind(model, kind) for kind in Kind}
 
 
+# part of an error message -> the verdict
 REASONS = {
     "both directions": "reads in both directions",
     "takes an image": "takes an image with every text",
@@ -98,26 +99,27 @@ def _is_right(model: nn.Module, site: Site) -> bool:
     tokens = torch.randint(2, 60, (2, 8), generator=generator)
     before, after = Site(site.layer - 1, Kind.resid), Site(site.layer, Kind.resid)
     value = _capture_site(model, tokens, site)
-    other = tokens.clone()
-    other[:, -1] += 1
-    if not _is_close(_capture_site(model, other, site)[:, :-1], value[:, :-1]):
+    changed = tokens.clone()
+    changed[:, -1] += 1
+    if not _is_close(_capture_site(model, changed, site)[:, :-1], value[:, :-1]):
         return False  # it depends on a later token
     logits = _compute_logits(model, tokens)
     replaceable = value.shape == (2, 8, WIDTH) and all(
-        _is_close(_run_replaced(model, tokens, site, new, _compute_logits), logits) is same
-        for new, same in ((lambda y: y, True), (torch.zeros_like, False))
+        _is_close(_run_replaced(model, tokens, site, replacement, _compute_logits), logits) is same
+        for replacement, same in ((lambda y: y, True), (torch.zeros_like, False))
     )
     if site.kind in (Kind.resid, Kind.mlp_in):
         return replaceable
     end = _capture_site(model, tokens, after)
-    without = _run_replaced(
-        model, tokens, site, torch.zeros_like, lambda m, t: _capture_site(m, t, after)
-    )
     try:
-        rest = _capture_site(model, tokens, Site(site.layer, _OTHER[site.kind]))
-    except UserError:
-        return replaceable and _is_close(end - value, without)
-    return replaceable and _is_close(_capture_site(model, tokens, before) + value + rest, end)
+        other_branch = _capture_site(model, tokens, Site(site.layer, _OTHER[site.kind]))
+    except UserError:  # it cannot be read: compare with the block without this branch
+        end_without = _run_replaced(
+            model, tokens, site, torch.zeros_like, lambda m, t: _capture_site(m, t, after)
+        )
+        return replaceable and _is_close(end - value, end_without)
+    beginning = _capture_site(model, tokens, before)
+    return replaceable and _is_close(beginning + value + other_branch, end)
 
 
 _OTHER = {Kind.attn: Kind.mlp, Kind.mlp: Kind.attn}
@@ -132,10 +134,10 @@ def _compute_logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _run_replaced(
-    model: nn.Module, tokens: Tensor, site: Site, new: Callable, then: Callable
+    model: nn.Module, tokens: Tensor, site: Site, replacement: Callable, run: Callable
 ) -> Tensor:
-    with replace_activations(model, site, site, lambda x, y: new(y)):
-        return then(model, tokens)
+    with replace_activations(model, site, site, lambda x, y: replacement(y)):
+        return run(model, tokens)
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
@@ -143,7 +145,8 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
 
 
 def check_families(names: list[str] | None = None) -> dict[str, dict[Kind, str] | str | None]:
-    """Check several families; None for those of which no tiny model can be built."""
+    """Family -> what `check_family` returns, or None if no tiny model of it can be built. `names`:
+    the families (None or empty: all)."""
     verdicts = {}
     with phase("families", total=len(names or list_families())) as advance:
         for family in names or list_families():

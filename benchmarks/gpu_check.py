@@ -5,14 +5,14 @@
     python benchmarks/gpu_check.py only=speed trainer.tokens=4194304
 
     tests      those marked `gpu`
-    products   `sparse.py`: times of dense and sparse products by density, in bf16 and fp32; the
-               density at which they are equal is what
-               `sae_lightning.sae.products.break_even_density` must return
+    products   `sparse.py`: times of dense and sparse products by density, in bf16 and fp32;
+               `sae_lightning.sae.products.break_even_density` must return the density at which
+               they are equal
     speed      `throughput.py gpu`: ReLU at L0 60 and TopK k = 32, 24,576 features, batch 8,192, on
                block 8 of an LLM of GPT-2 small's shape; the share of the floor, and a profile
-    peers      `speed.py gpu`: the same beside SAELens where it is installed
+    peers      `speed.py gpu`: the same beside SAELens, if it is installed
 
-Each part is a process of its own; one that fails does not stop the others. Tables and JSON files
+Each part has separate processes; a part that fails does not stop the others. Tables and JSON files
 are written to `out` (outputs/gpu_check).
 """
 
@@ -30,7 +30,8 @@ from sae_lightning.terminal import console
 HERE = Path(__file__).resolve().parent
 TEXT_BYTES = 16_000_000
 TOKENS = 12_582_912  # half a minute at 500,000 tokens/s
-PEER_TOKENS = 1_048_576  # the others' speed is constant
+PEER_TOKENS = 1_048_576  # enough, because SAELens' speed is constant
+LINE_BYTES = 1_200  # about 200 words
 
 
 def main(arguments: list[str]) -> None:
@@ -45,10 +46,11 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"only={unknown.pop()}: no such part; choose from {', '.join(parts)}")
     for part in only:
         started = time.perf_counter()
-        for number, line in enumerate(parts[part]):
+        for number, arguments_of_python in enumerate(parts[part]):
             log = out / f"{part}-{number}.log"
             with log.open("w") as output:
-                done = subprocess.run([sys.executable, *line], stdout=output, stderr=output)
+                command = [sys.executable, *arguments_of_python]
+                done = subprocess.run(command, stdout=output, stderr=output)
             console.print(log.read_text("utf8")[-6000:], markup=False, highlight=False)
             if done.returncode:
                 console.print(f"{part} failed: {log}")
@@ -56,7 +58,7 @@ def main(arguments: list[str]) -> None:
 
 
 def list_parts(out: Path, overrides: list[str]) -> dict[str, list[list[str]]]:
-    """The command lines of each part."""
+    """Part -> its commands, as arguments of Python."""
     text = write_text(out / "text.txt")
     work = ["gpu", "data=text", f"data.path={text}", f"trainer.tokens={TOKENS}", *overrides]
     sizes = ["features=24576", "d=768", "batch=8192", "device=cuda"]
@@ -73,11 +75,11 @@ def list_parts(out: Path, overrides: list[str]) -> dict[str, list[list[str]]]:
 
 
 def write_text(file: Path) -> Path:
-    """Random words, 200 a line; made on the first call."""
+    """Write random words, 200 on a line, unless the file exists; returns the file."""
     if not file.exists():
         rng = random.Random(0)
         words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(5_000)]
-        lines = (" ".join(rng.choices(words, k=200)) for _ in range(TEXT_BYTES // 1_200))
+        lines = (" ".join(rng.choices(words, k=200)) for _ in range(TEXT_BYTES // LINE_BYTES))
         file.write_text("\n".join(lines), "utf8")
     return file
 

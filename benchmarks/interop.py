@@ -1,14 +1,14 @@
-"""Do the tools themselves open what we write, and do we open what they write?
+"""Do other tools open our SAEs, and do we open theirs?
 
-Every tool gets an environment of its own, because their packages cannot be installed together;
-packages of our environment are reused where their versions fit. The tool opens SAEs that we wrote,
-of every architecture, and writes its own, which are opened here. Both sides run the same raw
-activations through each SAE.
+Each tool gets a separate environment, because their packages cannot be installed together; packages
+of our environment are reused where their versions fit. The tool opens SAEs of every architecture
+that we wrote, and we open those that the tool writes. Both sides run the same raw activations
+through each SAE.
 
-    python benchmarks/interop.py                          # first installs the tools, for minutes
+    python benchmarks/interop.py                          # installs the tools first: minutes
     python benchmarks/interop.py tools=sparsify,saelens   # only these
     python benchmarks/interop.py run=outputs/<day>/<time> # also this run's dashboards
-    python benchmarks/interop.py folder=/tmp/tools        # another place for the environments
+    python benchmarks/interop.py folder=/tmp/tools        # keep the environments in this folder
 
 The environments stay in `folder` (~/.cache/sae_lightning/interop, 30 to 400 MB each). The SAEs,
 logs, and the table as Markdown go to `out` (outputs/interop).
@@ -68,7 +68,7 @@ TOOLS = {
     DASHBOARD: Tool("SAEDashboard", ("--no-deps", "sae-dashboard==0.8.0"), "saedashboard"),
 }
 OPTIONS = ("tools", "run", "folder", "out")
-KINDS = ("", " transcoder", " skip transcoder")
+KINDS = ("", " transcoder", " skip transcoder")  # after the architecture, in an SAE's name
 WIDTH, FEATURES = 16, 40
 SPARSITY = {"topk": {"k": 7}, "batch_topk": {"k": 7}, "matryoshka": {"k": 7, "groups": [0.1, 0.3]}}
 SITE = {"model_name": "gpt2", "hook_name": "blocks.0.hook_resid_post"}
@@ -76,14 +76,16 @@ SITES = {"hook_name": "blocks.0.mlp.hook_in", "hook_name_out": "blocks.0.hook_ml
 
 
 class Row(NamedTuple):
-    """SAEs that one side wrote, and whether the other opened them."""
+    """SAEs that one side wrote, and which of them the other opened."""
 
     tool: str
     """Name and version."""
     direction: str
     """opens ours, or opened by us"""
     opened: list[str]
+    """Names of the SAEs."""
     difference: float
+    """The largest one over these SAEs; see the top of this file."""
     refused: dict[str, str]
     """Name of the SAE -> why."""
 
@@ -166,8 +168,8 @@ def try_dashboards(run: str, folder: Path, python: str) -> Row:
 
 
 def write_ours(format: str, folder: Path) -> tuple[dict[str, SAE], dict[str, str]]:
-    """Write an SAE of each architecture, as an autoencoder, a transcoder, and one with a skip
-    connection. Returns those that were written by name, and why the others were not."""
+    """Write an SAE of each architecture and each of KINDS. Returns name -> SAE of those that were
+    written, and name -> reason of those that were refused."""
     saes, refused = {}, {}
     for architecture, kind in product(ARCHITECTURES, KINDS):
         name = architecture + kind
@@ -183,7 +185,7 @@ def write_ours(format: str, folder: Path) -> tuple[dict[str, SAE], dict[str, str
 
 @torch.no_grad()
 def make_sae(architecture: str, kind: str) -> SAE:
-    """An SAE with random weights, as if it had been trained."""
+    """Make an SAE whose weights are all random, as if it had been trained."""
     settings = SPARSITY.get(architecture, {}) | {"skip": "skip" in kind}
     config = ARCHITECTURES[architecture].config(
         name=architecture, features=FEATURES, start_bias=0, **settings
@@ -217,7 +219,8 @@ def list_names(names: Iterable[str]) -> str:
     """The names of SAEs as text: ours grouped by kind, paths on the hub shortened."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        name = "/".join(name.split("/")[:3][-2:])
+        owner_name_folder = name.split("/")[:3]  # of a path on the hub
+        name = "/".join(owner_name_folder[-2:])
         architecture, _, kind = name.partition(" ")
         ours = architecture in ARCHITECTURES and f" {kind}" in KINDS
         groups.setdefault(f"{kind}s " if ours else "", []).append(architecture if ours else name)
@@ -228,6 +231,7 @@ def describe_refusals(row: Row) -> str:
     """What was refused, and why: a line for each reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in row.refused.items():
+        # without the architecture's name, so that SAEs with the same reason share a line
         general = reason.replace(f" {name.partition(' ')[0]} ", " such ")
         reasons.setdefault(general.removesuffix("; choose another format"), []).append(name)
     return "\n".join(f"{list_names(names)}: {reason}" for reason, names in reasons.items())

@@ -1,7 +1,7 @@
 """How much of its speed does a run keep while other processes use the same cores?
 
-Starts `train.py` as a user does, in turn alone and beside one busy process per core. A run that
-gets its fair share of the cores keeps half of its speed.
+Starts `train.py` as a user does, in turn alone and beside one busy process per core. With a fair
+share of the cores, a run keeps half of its speed.
 
     python benchmarks/neighbour.py                          # three rounds, about six minutes
     python benchmarks/neighbour.py rounds=5 model.features=10000
@@ -53,12 +53,11 @@ def busy_cores() -> Iterator[None]:
 def measure_speed(train: Path, overrides: list[str]) -> float:
     """Run `train.py` once; returns tokens per second."""
     with tempfile.TemporaryDirectory() as folder:
-        chosen = {setting.partition("=")[0]: setting for setting in [*SETTINGS, *overrides]}
-        command = [sys.executable, train, *chosen.values(), f"hydra.run.dir={folder}/run"]
+        by_name = {setting.partition("=")[0]: setting for setting in [*SETTINGS, *overrides]}
+        command = [sys.executable, train, *by_name.values(), f"hydra.run.dir={folder}/run"]
         subprocess.run(command, check=True, capture_output=True)
-        return json.loads(Path(folder, "run/metrics.json").read_text())["speed"][
-            "tokens_per_second"
-        ]
+        metrics = json.loads(Path(folder, "run/metrics.json").read_text())
+        return metrics["speed"]["tokens_per_second"]
 
 
 def main(arguments: list[str]) -> None:
@@ -81,8 +80,9 @@ def main(arguments: list[str]) -> None:
     table = Table("program", "alone", "beside", "beside / alone", "alone / first's alone")
     for program in programs:
         a, b = median(alone[program]), median(beside[program])
-        against = median(x / y for x, y in zip(alone[program], alone[programs[0]], strict=True))
-        cells = f"{a:,.0f} tokens/s", f"{b:,.0f} tokens/s", f"{b / a:.2f}", f"{against:.3f}"
+        pairs = zip(alone[program], alone[programs[0]], strict=True)  # of the same round
+        ratio = median(speed / first_speed for speed, first_speed in pairs)
+        cells = f"{a:,.0f} tokens/s", f"{b:,.0f} tokens/s", f"{b / a:.2f}", f"{ratio:.3f}"
         table.add_row(str(program), *cells)
     console.print(table)
 

@@ -1,8 +1,7 @@
 """How long does a sweep on one pass of the LLM take, compared with its runs one by one?
 
-Runs `train.py -m ...` as a user does, with `hydra/launcher=one_pass` and with `basic` (which trains
-one job after another in one process, so imports happen once), and compares their wall time. The
-saved SAEs of both are compared too.
+Runs `train.py -m ...` as a user does, with `hydra/launcher=one_pass` and with `basic`, which trains
+one job after another in one process. Compares the wall times and the saved SAEs of both.
 
     python benchmarks/one_pass.py                      # block 20, 2,048 features, 8 values of l1
     python benchmarks/one_pass.py wide                 # block 9, 10,000 features, 3 values
@@ -51,17 +50,17 @@ def main(arguments: list[str]) -> None:
     table = Table("sweep", "jobs", "one by one", "one pass", "ratio", "same SAEs")
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            chosen = {o.partition("=")[0]: o for o in [*SWEEPS[name], TOKENS, *overrides]}
-            settings = [*chosen.values()]
-            together, saes = run_sweep("one_pass", settings, Path(folder, "one_pass"))
-            alone, other_saes = run_sweep("basic", settings, Path(folder, "basic"))
+            by_name = {o.partition("=")[0]: o for o in [*SWEEPS[name], TOKENS, *overrides]}
+            settings = [*by_name.values()]
+            seconds, hashes = run_sweep("one_pass", settings, Path(folder, "one_pass"))
+            basic_seconds, basic_hashes = run_sweep("basic", settings, Path(folder, "basic"))
         table.add_row(
             name,
-            str(len(saes)),
-            f"{alone:.0f} s",
-            f"{together:.0f} s",
-            f"{together / alone:.3f}",
-            f"{sum(saes[job] == other_saes.get(job) for job in saes)} of {len(saes)}",
+            str(len(hashes)),
+            f"{basic_seconds:.0f} s",
+            f"{seconds:.0f} s",
+            f"{seconds / basic_seconds:.3f}",
+            f"{sum(hashes[job] == basic_hashes.get(job) for job in hashes)} of {len(hashes)}",
         )
     console.print(table)
 

@@ -10,6 +10,7 @@ The table goes to `out` (outputs/probing).
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from command import run_command
 from peers.environment import make_environment
 from pyarrow import csv
 from timing.child import call
+from torch import Tensor
 
 from sae_lightning.analysis.benchmarks.last_tokens import read_last_tokens
 from sae_lightning.analysis.benchmarks.probing_scores import SIZES
@@ -29,6 +31,7 @@ from sae_lightning.analysis.benchmarks.sparse_probes import (
 )
 from sae_lightning.analysis.subject import open_run
 from sae_lightning.errors import UserError
+from sae_lightning.sae import SAE
 from sae_lightning.terminal import console, phase
 
 PACKAGES = ("--no-deps", "xgboost-cpu==3.2.0", "zstandard==0.25.0", "sae-probes==0.4.2")
@@ -36,7 +39,7 @@ OPTIONS = ("run", "sets", "folder", "out")
 SETS = (
     "96_spam_is,105_click_bait,119_us_state_TX,125_world_country_Italy,154_athlete_sport_football"
 )
-CONTEXT = 1024
+CONTEXT = 1024  # tokens of a text that the LLM reads: BOS and the last 1,023
 
 
 def main(command_line: list[str]) -> None:
@@ -52,37 +55,49 @@ def main(command_line: list[str]) -> None:
     (out / "cache" / "model_activations_llm").mkdir(parents=True, exist_ok=True)
     with phase("sae-probes: environment"):
         python = make_environment(cache.absolute(), PACKAGES, out)
-    work = "peers.probing_sae_probes"
-    theirs = call(f"{work}:list_texts", {"sets": sets}, out / "texts.log", python)
+    peer = "peers.probing_sae_probes"
+    listed = call(f"{peer}:list_texts", {"sets": sets}, out / "texts.log", python)
     subject, _ = open_run(options["run"])
-    rows = {}
+    activations = {}
     for name in sets:
         parsing = csv.ParseOptions(newlines_in_values=True)
-        table = csv.read_csv(f"{theirs['folder']}/{name}.csv.zst", parse_options=parsing)
+        table = csv.read_csv(f"{listed['folder']}/{name}.csv.zst", parse_options=parsing)
         texts = [str(text) for text in table["prompt"].to_pylist()]
-        rows[name] = read_last_tokens(subject, texts, CONTEXT)
-        torch.save(rows[name], out / "cache" / "model_activations_llm" / f"{name}_site.pt")
+        activations[name] = read_last_tokens(subject, texts, CONTEXT)
+        # where the package looks for activations of the model `llm` at the hook `site`
+        file = out / "cache" / "model_activations_llm" / f"{name}_site.pt"
+        torch.save(activations[name], file)
     with phase("sae-probes: probes"):
         settings = {"sae": str(subject.folder / "sae"), "activations": str(out / "cache")}
         settings |= {"sets": sets, "out": str(out), "sizes": SIZES}
-        scores = call(f"{work}:score", settings, out / "score.log", python)
+        scores = call(f"{peer}:score", settings, out / "score.log", python)
     lines, differences = ["| set | k | here | sae-probes |", "|---|---|---|---|"], []
     for name in sets:
-        labels = np.array(theirs["splits"][name]["labels"])
-        split = TextSplit(*map(np.array, theirs["splits"][name]["split"]))
-        features = encode_sparse(subject.sae, rows[name])
-        units = choose_units(features[split.train], labels[split.train], max(SIZES))
-        shared = len({*units.tolist()} & {*scores[name]["units"]})
-        console.print(f"{name}: {shared} of the {max(SIZES)} chosen units are the same")
-        ours = dict(zip(SIZES, score_sparse(features, labels, split, SIZES), strict=True))
-        pairs = [(str(k), ours[k], scores[name]["auroc"][str(k)]) for k in SIZES]
-        dense = score_all(rows[name].numpy(), labels, split)
-        for k, here, there in [*pairs, ("dense", dense, scores[name]["dense"])]:
+        pairs = score_set(
+            name, subject.sae, activations[name], listed["splits"][name], scores[name]
+        )
+        for k, (here, there) in pairs.items():
             lines.append(f"| {name} | {k} | {here:.4f} | {there:.4f} |")
             differences.append(abs(here - there))
     lines.append(f"\nmax difference {max(differences):.4f}, mean {np.mean(differences):.4f}")
     (out / "probing.md").write_text("\n".join(lines), "utf8")
     console.print("\n".join(lines))
+
+
+def score_set(
+    name: str, sae: SAE, x: Tensor, texts: dict[str, Any], package_scores: dict[str, Any]
+) -> dict[str, tuple[float, float]]:
+    """k, or "dense", -> AUROC of the probe here and of the package's, on a set whose texts have the
+    activations x [texts, d]."""
+    labels = np.array(texts["labels"])
+    split = TextSplit(*map(np.array, texts["split"]))
+    features = encode_sparse(sae, x)
+    units = choose_units(features[split.train], labels[split.train], max(SIZES))
+    shared = len({*units.tolist()} & {*package_scores["units"]})
+    console.print(f"{name}: {shared} of the {max(SIZES)} chosen units are the same")
+    here = dict(zip(SIZES, score_sparse(features, labels, split, SIZES), strict=True))
+    pairs = {str(k): (here[k], package_scores["auroc"][str(k)]) for k in SIZES}
+    return pairs | {"dense": (score_all(x.numpy(), labels, split), package_scores["dense"])}
 
 
 if __name__ == "__main__":

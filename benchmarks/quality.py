@@ -3,7 +3,7 @@
 Every tool trains on the same activations in the same order (the packaged LLM and text, one pool,
 one seed), for as many tokens, in the same batches, with as many features. Each SAE is saved in its
 tool's format, loaded by its tool's loader, and scored by one referee that shares no code with this
-project (`peers/evaluator.py`). Prints a table and draws L0 against EV and CE recovered.
+project (`peers/evaluator.py`). Prints a table and plots EV and CE recovered against L0.
 
     python benchmarks/quality.py                              # everything: hours on two cores
     python benchmarks/quality.py only=ours:batch_topk,saelens # a tool, or one architecture of it
@@ -130,10 +130,10 @@ def _make_entry(job: Job) -> Entry:
 
 
 def _make_peer_entries(selection: list[str], out: Path) -> list[Entry]:
-    """Make the entries of other tools, as far as they are installed."""
+    """Make the entries of the other tools that are installed."""
     entries = []
     for name in PEERS:
-        if selection and not any(w.partition(":")[0] == name for w in selection):
+        if selection and not any(item.partition(":")[0] == name for item in selection):
             continue
         try:
             with phase(f"importing {name}"):
@@ -152,6 +152,7 @@ def _make_peer_entries(selection: list[str], out: Path) -> list[Entry]:
                         architecture=recipe.architecture,
                         label=recipe.label,
                         folder=folder,
+                        # defaults, because the variables change in the next round of the loop
                         train=lambda work, p=peer, r=recipe, f=folder: p.train(r, work, f),
                         load=lambda p=peer, f=folder: p.load(f),
                     )
@@ -164,7 +165,7 @@ def _is_selected(tool: str, architecture: str, selection: list[str]) -> bool:
 
 
 def _check_same_work(out: Path, config: Config) -> None:
-    """UserError if `out` holds results for other settings."""
+    """Write the settings to `out`; UserError if it holds results for other settings."""
     prefixes = ("llm.name", "llm.dtype", "layer.", "data.context", "data.pool", "data.held_out")
     prefixes += ("model.features", "trainer.tokens", "trainer.batch", "trainer.precision")
     prefixes += ("eval.tokens", "seed", "optim.", "callbacks.")

@@ -1,7 +1,7 @@
 """What does each part of the recipe contribute, and how many features become copies of others?
 
 Trains an SAE for each variant of the recipe, on one pass of the packaged LLM, and prints their
-held-out metrics side by side: an hour on two cores. docs/recipe.md holds the results.
+held-out metrics side by side. Takes an hour on two cores. docs/recipe.md has the results.
 
     python benchmarks/recipe.py                                  # ReLU
     python benchmarks/recipe.py model=gated only=as_is,dense_start
@@ -49,16 +49,16 @@ def main(arguments: list[str]) -> None:
     for name in names:
         if name not in VARIANTS:
             raise UserError(f"only={name}: no such variant; choose from {', '.join(VARIANTS)}")
-    rows = [(name, seed) for name in names for seed in options.get("seeds", "0").split(",")]
-    runs = [[*SETTINGS, *overrides, f"model.seed={seed}", *VARIANTS[name]] for name, seed in rows]
+    pairs = [(name, seed) for name in names for seed in options.get("seeds", "0").split(",")]
+    runs = [[*SETTINGS, *overrides, f"model.seed={seed}", *VARIANTS[name]] for name, seed in pairs]
     with tempfile.TemporaryDirectory() as folder:
         results = train_jobs(make_jobs(runs, Path(folder)))
     table = Table("variant", "seed", *COLUMNS)
-    for row, metrics in zip(rows, results, strict=True):
+    for name_and_seed, metrics in zip(pairs, results, strict=True):
         cells = [
             form.format(metrics[key]) if key in metrics else "–" for key, form in COLUMNS.values()
         ]
-        table.add_row(*row, *cells)
+        table.add_row(*name_and_seed, *cells)
     console.print(table)
 
 

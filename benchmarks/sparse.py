@@ -1,10 +1,9 @@
 """Up to which density are sparse products faster, and is one encoder product for many SAEs faster?
 
 An update of one SAE (forward, backward, no optimiser) is timed with dense and sparse products in
-turn, at densities from 0.1 % to 30 %: biases are shifted until that share of features is active on
-random input. The density at which the ratio passes 1 is what
-`sae_lightning.sae.products.break_even_density` returns. Then the encoders of eight SAEs are
-computed one by one and as one product.
+turn, on random input, at densities (shares of active features) from 0.1 % to 30 %.
+`sae_lightning.sae.products.break_even_density` returns the density at which both take equally long.
+Then the encoders of eight SAEs are computed one by one and as one product.
 
     python benchmarks/sparse.py                                  # 2 minutes on two cores
     python benchmarks/sparse.py features=24576 d=768 batch=8192 device=cuda
@@ -43,7 +42,7 @@ def time_alternately(device: str, *ways: Callable[[], object]) -> list[float]:
             way()
             if device != "cpu":
                 torch.accelerator.synchronize()
-            if number > 1:  # the first are a warm-up
+            if number > 1:  # the first two are a warm-up
                 times.append(time.perf_counter() - started)
     return [median(times) for times in seconds]
 
@@ -63,7 +62,7 @@ def compare_products(x: Tensor, features: int, dtype: torch.dtype) -> Table:
     title = f"one update, {features:,} features, input {[*x.shape]}, {dtype}"
     table = Table("active", "dense", "sparse", "dense / sparse", title=title)
     for density in DENSITIES:
-        with torch.no_grad():
+        with torch.no_grad():  # shift the biases so that a share `density` of entries is positive
             sample = sae.pre_activations(x[:64]).flatten()
             sae.b_enc -= sample.kthvalue(round((1 - density) * len(sample))).values
         ways = [partial(run_update, sae, x, dtype, only_active) for only_active in (False, True)]

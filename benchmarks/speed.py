@@ -1,8 +1,8 @@
 """How fast are other tools at the same work, on the same machine, in the same hour?
 
-Every tool trains from text to SAE: the same LLM folder, text, features, batch, context and number
-of tokens, each run in its own process. The runs of the tools alternate, and every other round goes
-backwards, so that a machine that slows down favours no tool. The clock runs from before the first
+Every tool trains from text to SAE with the same LLM, text, features, batch, context and number of
+tokens, each run in its own process. The tools take turns, and every other round goes backwards, so
+that a machine that slows down favours no tool. The clock runs from before the first
 fill of the tool's buffer to the last update: loading, tokenising, evaluating and saving are not
 counted. `peers/speed_*.py` say what "documented" and "tuned" mean for a tool.
 
@@ -13,13 +13,13 @@ counted. `peers/speed_*.py` say what "documented" and "tuned" mean for a tool.
     python benchmarks/speed.py python=sparsify:/tmp/sparsify/bin/python
     python benchmarks/speed.py trainer.tokens=16384 model.features=512 data.pool=4096 rounds=1
 
-`python` gives the Python interpreter of a tool's environment (several: separated by commas); a tool
-that is not installed is left out. `peer_tokens` gives other tools fewer tokens.
+`python` gives the Python interpreter of a tool's environment (or of several tools, separated by
+commas); a tool that is not installed is left out. `peer_tokens` gives other tools fewer tokens.
 `saelens.<option>=<JSON>` sets an option of SAELens' runner in its tuned variant. All else is as in
 throughput.py, but with one LLM and without `sweep` and `profile`; logs and speed.json go to `out`
 (outputs/speed).
 
-ours is    how many times as fast ours is in the same round: median and range over the rounds
+ours is    our speed / the tool's speed in the same round: median and range over the rounds
 """
 
 import json
@@ -50,7 +50,7 @@ from sae_lightning.terminal import console, phase
 OURS = "sae_lightning"
 PEERS = ("saelens", "dictionary_learning", "sparsify")
 OPTIONS = ("rounds", "peer_tokens", "only", "python", "out")
-THROUGHPUT_ONLY = ("sweep", "profile")  # of throughput.py
+THROUGHPUT_ONLY = ("sweep", "profile")  # options of throughput.py that are refused here
 
 
 class Contestant(NamedTuple):
@@ -101,15 +101,17 @@ def main(command_line: list[str]) -> None:
 
 
 def order_runs(contestants: Sequence[Contestant], rounds: int) -> list[Contestant]:
-    """Order all runs: those of one task side by side, every other round backwards."""
-    group = sorted(contestants, key=lambda c: (c.architecture, c.setting))
-    return [run for n in range(rounds) for run in (group if n % 2 == 0 else group[::-1])]
+    """Order all runs: in a round, those of one SAE are side by side; every other round goes
+    backwards."""
+    forwards = sorted(contestants, key=lambda c: (c.architecture, c.setting))
+    backwards = forwards[::-1]
+    return [run for n in range(rounds) for run in (forwards if n % 2 == 0 else backwards)]
 
 
 def _find_contestants(
     arguments: Arguments, options: dict[str, str]
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """Find ours and the variants of the installed tools, and the tools' names with versions."""
+    """Find our runs and the variants of the installed tools, and the tools' names with versions."""
     selection = options["only"].split(",") if "only" in options else [OURS, *PEERS]
     pythons = dict(pair.split(":", 1) for pair in options.get("python", "").split(",") if pair)
     contestants = [Contestant(OURS, "", *run) for run in arguments.runs if OURS in selection]
@@ -177,21 +179,21 @@ def _read_tokens(config: Config, source: Path, steps: int) -> torch.Tensor:
 def _run(
     contestant: Contestant, number: int, arguments: Arguments, llm: list[str], work: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Run one tool once. If it fails, prints the reason and returns None: the others go on."""
+    """Run one tool once; if it fails, prints the reason and returns None."""
     tool, variant, architecture, setting, python = contestant
     log = arguments.out / "logs" / f"{number}-{contestant.name}.log"
     if tool == OURS:
-        task = "timing.ours:measure"
+        function = "timing.ours:measure"
         runs = [[f"model={architecture}", *llm, setting]]
         settings = {"runs": runs, "folder": str(arguments.out / "runs" / str(number))}
     else:
-        task = f"peers.speed_{tool}:measure"
+        function = f"peers.speed_{tool}:measure"
         value = float(setting.partition("=")[2])
         settings = {"architecture": architecture, "variant": variant, "setting": value}
         settings["work"] = work
     try:
         with phase(contestant.name):
-            result = call(task, settings, log, python)
+            result = call(function, settings, log, python)
     except Failed as error:
         console.print(f"{contestant.name} failed: {error}")
         return None
@@ -202,7 +204,7 @@ def _run(
 
 
 class Row(NamedTuple):
-    """A tool's variant at one task, over all rounds."""
+    """A tool's variant with one SAE, over all rounds."""
 
     architecture: str
     setting: str
@@ -216,7 +218,7 @@ class Row(NamedTuple):
 
 
 def make_rows(results: Iterable[dict[str, Any]]) -> list[Row]:
-    """Group the runs by task (architecture and setting), ours first."""
+    """Make a row for each tool, variant and SAE (architecture and setting), ours first."""
     groups: dict[tuple[str, str, str, str], dict[int, dict[str, Any]]] = {}
     for r in results:
         key = r["architecture"], r["setting"], r["tool"], r["variant"]

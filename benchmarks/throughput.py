@@ -53,8 +53,8 @@ GPU = [
     "data.pool=524288",
     "llm.batch=128",
 ]
-SETTING = {  # architecture -> its sparsity
-    # L0 100 after 100 updates; loss.target_l0 would start from a far higher L0
+SETTING = {  # architecture -> the override for its sparsity
+    # L0 100 after 100 updates; with loss.target_l0, L0 would start far higher
     "relu": "loss.l1=7e-3",
     "topk": "model.k=64",
     "batch_topk": "model.k=64",
@@ -150,7 +150,7 @@ def make_llm_overrides(model: str, arguments: Arguments) -> list[str]:
     """Make the overrides that choose the LLM, followed by those of the command line."""
     if model in PACKAGED:
         return [f"llm={model}", *arguments.overrides]
-    index = {"gpt2": 8, "pythia_160m": 8, "gemma_2_2b": 12}[model]  # conf/llm
+    index = {"gpt2": 8, "pythia_160m": 8, "gemma_2_2b": 12}[model]  # layer.index in conf/llm
     for override in arguments.overrides:
         index = int(override.split("=")[1]) if override.startswith("layer.index=") else index
     folder = make_random_llm(model, index, arguments.out / "models")
@@ -188,13 +188,13 @@ def _measure_row(
 
 
 def _call_child(
-    arguments: Arguments, name: str, work: str, **settings: Any
+    arguments: Arguments, name: str, function: str, **settings: Any
 ) -> dict[str, Any] | None:
-    """Call `work` in a process; if it fails, prints why and returns None: the others go on."""
+    """Call `function` in a process; if it fails, prints the reason and returns None."""
     settings |= {"folder": str(arguments.out / "runs" / name)}
     try:
         with phase(name):
-            return call(work, settings, arguments.out / "logs" / f"{name}.log")
+            return call(function, settings, arguments.out / "logs" / f"{name}.log")
     except Failed as error:
         console.print(f"{name} failed: {error}")
         return None
@@ -223,13 +223,13 @@ def _show(results: list[dict], roofs: dict[str, dict]) -> None:
 
 
 def _describe_saes(result: dict) -> str:
-    """Describe the SAEs of a row: how many, which architecture, how sparse."""
+    """Describe the SAEs of a row: number, architecture, sparsity."""
     number = f"{result['saes']} x " if result["saes"] > 1 else ""
     return f"{number}{result['architecture']} {result['setting'].partition('.')[2]}"
 
 
 def _make_share_table(results: list[dict]) -> Table:
-    """Table of the shares of time in the profiled updates, a column for each part."""
+    """Make a table of the shares of time in the profiled updates, a column for each part."""
     parts = list(results[0]["profile"]["shares"])
     table = Table("share of time", *parts, box=None, padding=(0, 1, 0, 0))
     for r in results:

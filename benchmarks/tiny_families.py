@@ -30,7 +30,7 @@ SIZES = {
     r"(max_position_embeddings|n_positions|n_ctx|max_seq_len)": 64,
     r"(bos|eos|pad|image|video)_token_(id|index)": 1,
 }
-# Settings that some families need besides.
+# Further settings of families that need them.
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -97,7 +97,8 @@ def _merge(one: dict, other: dict) -> dict:
 
 
 def _shrink(config, inner: bool = False) -> dict[str, Any]:
-    """Settings to lower to the bounds of SIZES; in an `inner` config also those that are below."""
+    """The settings of `config` above the bounds of SIZES, lowered to the bounds; of an `inner`
+    config, also those below the bounds, as they are."""
     changes = {}
     for name, value in vars(config).items():
         if hasattr(value, "to_dict"):
@@ -113,7 +114,7 @@ def save_tiny(family: str, folder: Path) -> None:
     """Save a tiny model with random weights. Errors of transformers pass through."""
     config = make_tiny_config(family)
     maker = transformers.AutoModelForCausalLM
-    # as on the hub: there both classes know it
+    # models on the hub are saved by this class, even where the other one knows the family too
     if family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         maker = transformers.AutoModelForImageTextToText
     with torch.device("meta"):
@@ -125,6 +126,6 @@ def save_tiny(family: str, folder: Path) -> None:
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
     for name, buffer in model.named_buffers():
-        if name.endswith("layer_scalar"):  # 1 in a new model, and not in one from the hub
+        if name.endswith("layer_scalar"):  # 1 in a new model, but not in a trained one
             buffer.fill_(0.7)
     model.save_pretrained(folder)

@@ -4,10 +4,10 @@ Optional, because it needs many packages (nnsight below 0.4 among them):
 
     pip install -c constraints.txt dictionary-learning==0.1.0
 
-Its defaults are for hundreds of thousands of updates: a warm-up of 1,000, a threshold from update
-1,000 on, and features that count as dead after 10 million tokens without firing. A run of 512
-updates would end before these take effect, so they are shares of the run here, and the learning
-rate is higher (not tuned). All else is as in the tool.
+Its defaults are for hundreds of thousands of updates: a warm-up of 1,000 updates, a threshold from
+update 1,000 on, and features that count as dead after 10 million tokens without firing. A run of
+512 updates would end before these take effect, so they are set to shares of the run here, and the
+learning rate is higher (not tuned). All else is as in the tool.
 """
 
 import importlib.metadata
@@ -107,7 +107,7 @@ def train(recipe: Recipe, work: Work, folder: Path) -> None:
 
 
 class _Batches:
-    """Batches that trainSAE iterates twice: once to estimate the scale, then to train."""
+    """Batches that trainSAE iterates twice: first to estimate the scale, then to train."""
 
     def __init__(self, work: Work, advance: Callable[[int], None]) -> None:
         self.passes = [work.first_batches(), self._counted(work, advance)]

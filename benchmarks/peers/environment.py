@@ -12,8 +12,8 @@ from timing.child import Failed
 
 
 def make_environment(cache: Path, packages: tuple[str, ...], log: Path) -> str:
-    """The interpreter of an environment with `packages` (arguments of pip install), which is made
-    in a folder of `cache` unless it exists already."""
+    """Make an environment with `packages` (arguments of pip install) in a folder of `cache`, unless
+    it exists; returns its interpreter."""
     folder = cache / re.split("[= ]", packages[-1])[0]
     python, done = folder / "bin" / "python", folder / "packages.txt"
     wanted = "\n".join(packages)
@@ -22,12 +22,12 @@ def make_environment(cache: Path, packages: tuple[str, ...], log: Path) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    # packages of ours that fit are not installed again; torch alone would be gigabytes
+    # our packages are visible in it, and those that fit are not installed again
     (site / "ours.pth").write_text(sysconfig.get_path("purelib"), "utf8")
     constraint = folder / "torch.txt"
     constraint.write_text(f"torch=={torch.__version__.partition('+')[0]}", "utf8")
     _pip(python, log, "install", "-c", str(constraint), *packages)
-    # PyPI's are built for a CUDA torch, and transformers would import them
+    # those of PyPI are built for torch with CUDA, and transformers would import them
     _pip(python, log, "uninstall", "-y", "torchvision", "torchaudio")
     done.write_text(wanted, "utf8")
     return str(python)

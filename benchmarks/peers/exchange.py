@@ -26,8 +26,8 @@ def exchange(tool: str, ours: dict[str, str], theirs: str, inputs: str) -> dict[
     """Open the folders `ours`, and have the tool write its own SAEs to the folder `theirs`. The
     outputs of each SAE on the activations in the file `inputs` are saved beside its folder.
 
-    Returns the tool's version; for each name of ours the error in one line, or ""; and the names of
-    the tool's own SAEs.
+    Returns the tool's version (`version`), name -> error in one line, or "", of each of our SAEs
+    (`errors`), and the names of the tool's SAEs (`names`).
     """
     peer, x = importlib.import_module(f"peers.interop_{tool}"), torch.load(inputs)
     errors, names = {}, []
@@ -35,7 +35,7 @@ def exchange(tool: str, ours: dict[str, str], theirs: str, inputs: str) -> dict[
         try:
             torch.save(tuple(peer.load(Path(folder))(x)), f"{folder}.pt")
             errors[name] = ""
-        except Exception as error:  # a refusal is a finding
+        except Exception as error:  # a refusal is a result
             lines = str(error).strip().splitlines() or [""]
             errors[name] = f"{type(error).__name__}: {lines[0]}"
     torch.manual_seed(0)

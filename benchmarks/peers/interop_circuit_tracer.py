@@ -1,5 +1,5 @@
 """circuit-tracer for `interop.py`: its `load_transcoders` opens a set with a transcoder for every
-block of an LLM, of which the first one is compared.
+block of an LLM. The first transcoder is compared.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch.nn.functional import relu
 
 PACKAGE = "circuit-tracer"
 HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
-KINDS = {
+KINDS = {  # name -> function that makes the activation function, whether there is a skip connection
     "relu": (lambda: relu, False),
     "relu skip": (lambda: relu, True),
     "jumprelu": (lambda: JumpReLU(torch.full((40,), 0.5)), False),
@@ -42,7 +42,7 @@ def _run(transcoder: SingleLayerTranscoder) -> Run:
 
 
 def make(root: Path) -> Iterator[tuple[str, Run]]:
-    """Sets for an LLM with one block."""
+    """A set of each of KINDS, for an LLM with one block."""
     for name, (activation, skip) in KINDS.items():
         cpu = {"device": torch.device("cpu"), "dtype": torch.float32}
         transcoders = {0: shake(SingleLayerTranscoder(16, 40, activation(), 0, skip, **cpu))}

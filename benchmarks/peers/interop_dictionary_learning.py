@@ -1,8 +1,8 @@
 """dictionary_learning for `interop.py`: its `load_dictionary`, and all classes that this opens.
 
 The folders are those of its `trainSAE`: `ae.pt` with the weights, and `config.json` with the
-trainer's own settings. The features of ReLU SAEs are compared as they were trained; the tool's
-loader would multiply them by the norms of the decoder rows.
+trainer's settings. Features of ReLU SAEs that the tool wrote are compared as they were trained; the
+tool's loader would multiply them by the norms of the decoder rows.
 """
 
 import json

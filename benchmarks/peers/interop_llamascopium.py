@@ -1,8 +1,8 @@
 """llamascopium for `interop.py`: its `SparseAutoEncoder`, for SAEs and transcoders.
 
-`dataset-wise` SAEs read activations that its trainer has scaled to a mean norm of sqrt(d), and
-their reconstructions are scaled back. Where TopK ranks features by strength times the norm of the
-decoder row, these products are compared: they are the strengths of our SAE.
+`dataset-wise` SAEs read activations that its trainer has scaled to a mean norm of sqrt(d); the
+reconstructions are scaled back. Some TopK SAEs rank features by strength times the norm of the
+decoder row. These products are the strengths of our SAE, and are compared.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,6 @@ PACKAGE = "llamascopium"
 HOOK, OTHER = "blocks.3.hook_resid_post", "blocks.3.hook_mlp_out"
 COMMON = {"d_model": 16, "expansion_factor": 2.5, "hook_point_in": HOOK, "hook_point_out": HOOK}
 COMMON |= {"norm_activation": "inference", "top_k": 7, "dtype": torch.float32}
-START = {"encoder_uniform_bound": 0.3, "decoder_uniform_bound": 0.3}
-START |= {"init_log_jumprelu_threshold_value": 0}
 KINDS = {
     "relu": {},
     "topk": {"act_fn": "topk"},
@@ -56,7 +54,7 @@ def _run(sae: SparseAutoEncoder) -> Run:
 
 
 def make(root: Path) -> Iterator[tuple[str, Run]]:
-    """Weights and hyperparameters, as at the end of its training."""
+    """An SAE of each of KINDS, saved as at the end of its training."""
     for name, settings in KINDS.items():
         sae = SparseAutoEncoder.from_config(SAEConfig(**COMMON | settings))
         sae.init_parameters(

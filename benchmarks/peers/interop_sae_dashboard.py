@@ -1,4 +1,4 @@
-"""SAEDashboard for `interop.py`: the classes that read its files, which hold no weights."""
+"""SAEDashboard for `interop.py`: the classes that read its files (dashboards, no weights)."""
 
 import importlib.metadata
 import json
@@ -24,7 +24,8 @@ def read_dashboards(folder: str) -> dict[str, Any]:
 
 
 def _compare(one: Any, other: Any) -> float:
-    """The largest difference of two numbers; ValueError unless all else is the same."""
+    """The largest difference between numbers at the same place; ValueError if anything else
+    differs."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return max((_compare(one[key], other[key]) for key in one), default=0.0)
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):

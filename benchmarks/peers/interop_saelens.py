@@ -10,7 +10,7 @@ from sae_lens.saes import transcoder
 
 PACKAGE = "sae-lens"
 SHAPE = {"d_in": 16, "d_sae": 40, "dtype": "float32", "device": "cpu"}
-# name -> class, and settings
+# name -> beginning of the class's name, and settings
 UNTRAINED = {
     "relu": ("Standard", {}),
     "relu uncentred": ("Standard", {"apply_b_dec_to_input": False}),

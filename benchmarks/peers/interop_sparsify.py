@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peers.exchange import Run, shake
 
-os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it would take Triton for a GPU
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # else it uses Triton without a GPU
 
 from sparsify import SparseCoder, SparseCoderConfig  # noqa: E402
 
@@ -35,7 +35,7 @@ def _run(coder: SparseCoder) -> Run:
 
 
 def make(root: Path) -> Iterator[tuple[str, Run]]:
-    """Every kind of coder of 40 features."""
+    """Each of CODERS, with 40 features."""
     for name, settings in CODERS.items():
         config = SparseCoderConfig(**{"num_latents": 40, "k": 7} | settings)
         coder = shake(SparseCoder(16, config))

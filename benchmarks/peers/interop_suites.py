@@ -1,7 +1,7 @@
 """Published suites of SAEs for `interop.py`, as SAELens' own loaders open their files.
 
-The suites cannot be downloaded in a test, so `make` writes tiny files under their names and in
-their layouts, as these loaders describe them, and gives the loaders these instead of a download.
+Instead of downloading the suites, `make` writes tiny files under their names and in their layouts,
+as SAELens' loaders describe them, and has the loaders open these files.
 """
 
 import json
@@ -56,7 +56,7 @@ def make(root: Path) -> Iterator[tuple[str, Run]]:
     for path, suite in CASES.items():
         owner, name, inside = path.split("/", 2)
         write(suite, root / path)
-        # instead of the sizes that a loader takes from the name
+        # replaces the sizes that a loader takes from the name
         size = {"d_in": D, "d_sae": FEATURES} | ({"d_out": D} if "transcoder" in path else {})
         cfg, state, _ = loaders.NAMED_PRETRAINED_SAE_LOADERS[suite](
             f"{owner}/{name}", inside, cfg_overrides=size | {"dtype": "float32"}

@@ -26,7 +26,7 @@ MEASURES = {
 
 
 def draw(results: list[dict[str, Any]], file: Path) -> Path:
-    """Draw all results into a PNG; SAEs trained as documented have hollow markers."""
+    """Draw all results into the PNG `file`; SAEs trained as documented have hollow markers."""
     tools = sorted({r["tool"] for r in results}, key=lambda t: (t != "sae_lightning", t))
     versions = {r["tool"]: r["version"] for r in results}
     names = [name for name in COLOURS if any(r["architecture"] == name for r in results)]

@@ -14,8 +14,8 @@ SEED, MAX_TEXTS = 42, 5000  # the package's
 
 
 def list_texts(sets: list[str]) -> dict[str, Any]:
-    """The package's version, its folder of sets, and its split of each set into training and test
-    texts."""
+    """The package's version, its folder of sets, and the labels and the split of each set into
+    training and test texts."""
     splits = {}
     for name in sets:
         y = get_yvals(name)[:MAX_TEXTS]
@@ -27,15 +27,15 @@ def list_texts(sets: list[str]) -> dict[str, Any]:
 
 
 def score(sets: list[str], sae: str, activations: str, out: str, sizes: list[int]) -> dict:
-    """Set -> the units that the package chooses, AUROC by k, and that of its dense probe, from the
-    LLM's activations in the folder `activations`, where the package keeps its own."""
+    """Set -> the units that the package chooses, AUROC by k, and AUROC of its dense probe.
+    `activations`: the folder in which the package finds the LLM's activations."""
     names = {"model_name": "llm", "hook_name": "site", "model_cache_path": activations}
     opened, scores = sae_lens.SAE.load_from_disk(sae), {}
     for name in sets:
         settings = {"reg_type": "l2", "setting": "normal", "dataset": name}
         run_sae_eval(opened, **settings, **names, device="cpu", ks=sizes, results_path=out)
-        own = {n: names[n] for n in ("model_name", "hook_name")}
-        file = get_save_metrics_path(**settings, **own, sae_results_path=out)
+        site = {n: names[n] for n in ("model_name", "hook_name")}
+        file = get_save_metrics_path(**settings, **site, sae_results_path=out)
         results = json.loads(file.read_text())
         run_baseline_dataset_layer("site", name, "logreg", "llm", activations, out)
         (dense,) = Path(out).glob(f"baseline_results_llm/normal_setting/{name}_site*.json")

@@ -32,7 +32,7 @@ class Recipe(NamedTuple):
     label: str
     """Setting in which it differs from others of its architecture."""
     sae: dict[str, Any]
-    """Settings of SAELens' training SAE; a `Share` stands for a number of updates."""
+    """Settings of SAELens' training SAE."""
     lr: float
     """Peak learning rate."""
     warm_up: float
@@ -42,7 +42,7 @@ class Recipe(NamedTuple):
 
 
 class Share(float):
-    """A number of updates, as a share of the run."""
+    """A setting that is a number of updates, given as a share of the run."""
 
 
 SCALED = {"normalize_activations": "expected_average_only_in"}
@@ -60,9 +60,10 @@ def _short(architecture: str, label: str, sae: dict[str, Any], lr: float = 3e-3)
     return Recipe(architecture, label, sae, lr=lr, warm_up=0.05, dead_window=1 / 16)
 
 
-# Of 3e-4, 1e-3 and 3e-3, tried over 512 updates of 128 tokens with 2,048 features and scored on
-# training text, 3e-3 did best for relu and batch_topk, 1e-3 for jumprelu. topk and matryoshka take
-# batch_topk's rate untried; gated's two trials (1e-3, 3e-3) came to L0s too different to choose by.
+# The learning rates 3e-4, 1e-3 and 3e-3 were tried over 512 updates of 128 tokens with 2,048
+# features and scored on training text: 3e-3 was best for relu and batch_topk, 1e-3 for jumprelu.
+# topk and matryoshka were not tried and get batch_topk's rate. For gated, 1e-3 and 3e-3 were tried,
+# and ended at L0s that are too different for a choice.
 RECIPES = [
     _short("relu", "l1=1", L1 | {"l1_coefficient": 1.0}),
     _short("topk", "k=64", SCALED | {"k": 64}),
@@ -110,13 +111,13 @@ def train(recipe: Recipe, work: Work, folder: Path) -> None:
     with phase(f"SAELens {recipe.architecture} {recipe.label}", total=work.steps) as advance:
 
         def batches() -> Iterator[Tensor]:
-            # the scale is estimated on batches that training sees again: none is lost
+            # SAELens estimates the scale on these; training then sees them again
             yield from work.first_batches() if scaled else ()
             for batch in work.batches():
                 advance(1)
                 yield batch
 
-        with redirect_stderr(io.StringIO()):  # its bars; ours is there
+        with redirect_stderr(io.StringIO()):  # hides its progress bars
             sae = SAETrainer(trainer, getattr(sae_lens, kind)(config), batches()).fit()
     sae.save_inference_model(folder)
 

@@ -4,8 +4,8 @@
 
 `documented` is its README's example: the whole LLM in fp32 (tracing stops at the hooked block), a
 buffer that is refilled when it is half empty. `tuned` takes the LLM cut after the hooked block, in
-bf16 where the hardware has it, and trains in autocast, which it has for CUDA only. In both the
-buffer has the size of our pool, since its default (30,000 contexts) is more than the whole run.
+bf16 where the hardware has it, and on CUDA trains in autocast. In both the buffer has the size of
+our pool, because its default (30,000 contexts) is more than the whole run.
 """
 
 import importlib.metadata

@@ -4,13 +4,13 @@
 BatchTopK with the changes given there): everything in fp32, no autocast, 16 prompts at a time, a
 buffer of 64 contexts, schedules as shares of the run. Two things differ from the example. The LLM
 is a local folder, so it is loaded with `model_class_name="AutoModelForCausalLM"`, which stops at
-the hooked block. And the learning rate is higher and the L1 coefficient another: with those of the
-example, which are for 30,000 updates, a run of 100 would not become sparse.
+the hooked block. The learning rate is higher and the L1 coefficient differs, because those of the
+example are for 30,000 updates: a run of 100 would not become sparse.
 
-`tuned` is the same with what makes it faster: the LLM cut after the hooked block and in bf16, the
-SAE in autocast, both where the hardware has bf16 (fp32 master weights, as ours); as many prompts at
-a time as ours (`llm.batch`). On a CPU, 32 prompts at a time or a buffer of 16 contexts made no
-measurable difference. `torch.compile` is off.
+`tuned` is faster. The LLM is cut after the hooked block and reads as many prompts at a time as ours
+(`llm.batch`). Where the hardware has bf16, the LLM is in bf16 and the SAE in autocast (fp32 master
+weights, as ours). On a CPU, 32 prompts at a time or a buffer of 16 contexts made no measurable
+difference. `torch.compile` is off.
 
 The text is tokenised before the clock starts, which favours all other tools. SAELens also has a
 smaller buffer (8,192 tokens where ours holds 65,536), no statistics or logging (W&B is off), and
@@ -95,7 +95,7 @@ def _config(
 def _sae(architecture: str, setting: float, work: dict[str, Any]) -> Any:
     shape = {"d_in": work["d"], "d_sae": work["features"], "device": work["device"]}
     match architecture:
-        case "relu":  # our L0 setting is not used: the coefficient decides
+        case "relu":  # without `setting`: the L1 coefficient determines the L0
             return sae_lens.StandardTrainingSAEConfig(
                 **shape,
                 apply_b_dec_to_input=True,
@@ -111,7 +111,7 @@ def _sae(architecture: str, setting: float, work: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def _l0(sae: Any, runner: LanguageModelSAETrainingRunner) -> float:
-    """Mean number of active features per token, in another batch of the text."""
+    """Mean number of active features per token, in one more batch of the text."""
     batch = next(runner.activations_store).to(sae.device)
     features = sae.encode(batch)
     features = features.to_dense() if features.is_sparse else features

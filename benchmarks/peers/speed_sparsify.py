@@ -3,8 +3,8 @@
     python -m venv --system-site-packages /tmp/sparsify
     /tmp/sparsify/bin/pip install --no-deps eai-sparsify schedulefree natsort einops
 
-It trains TopK only, on each LLM batch as it comes (here as many sequences as make up one of our
-batches), without shuffling or a buffer.
+It trains TopK only, on one LLM batch after another, without shuffling or a buffer. An LLM batch has
+as many tokens here as one of our batches.
 
 `documented` is its README's example: the whole LLM in bf16, its own optimiser (signum). `tuned`
 cuts the LLM after the hooked block and leaves the LM head out. Its autocast and its decoder's
@@ -21,7 +21,7 @@ from timing.clock import read_clock
 from transformers import AutoModel, AutoModelForCausalLM
 
 if not torch.cuda.is_available():
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # it would use kernels wherever Triton is installed
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # else it uses Triton without a GPU
 from sparsify import SaeConfig, TrainConfig, Trainer  # noqa: E402
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
-LIMIT = 3600.0  # seconds that a process may take
+LIMIT = 3600.0  # seconds after which a process is stopped
 
 
 def make_name(*parts: str) -> str:
-    """Join the parts that are not empty to a file name; runs need different names."""
+    """Join the parts that are not empty to a file name."""
     return "-".join(re.sub(r"[^\w.=+-]", "_", part) for part in parts if part)
 
 
@@ -24,15 +24,15 @@ class Failed(Exception):
     """The process did not start, took too long, or ended with an error; the message is one line."""
 
 
-def call(work: str, settings: dict[str, Any], log: Path, python: str = sys.executable) -> Any:
-    """Call `work` (module:function) with `settings` in a process; returns what it returns.
+def call(function: str, settings: dict[str, Any], log: Path, python: str = sys.executable) -> Any:
+    """Call `function` (as module:name) with `settings` in a new process; returns its result.
 
     The process's output goes to `log`. `python`: the interpreter of another tool's environment.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     answer = log.with_suffix(".json")
     answer.unlink(missing_ok=True)
-    command = [python, "-W", "ignore", str(HERE), work, json.dumps(settings), str(answer)]
+    command = [python, "-W", "ignore", str(HERE), function, json.dumps(settings), str(answer)]
     with log.open("w") as output:
         try:
             done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=LIMIT)
@@ -49,6 +49,6 @@ def call(work: str, settings: dict[str, Any], log: Path, python: str = sys.execu
 
 if __name__ == "__main__":
     sys.path[0] = str(HERE.parents[1])  # benchmarks/
-    module, _, function = sys.argv[1].partition(":")
-    result = getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
+    module, _, name = sys.argv[1].partition(":")
+    result = getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
     Path(sys.argv[3]).write_text(json.dumps(result), "utf8")

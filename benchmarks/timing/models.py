@@ -4,8 +4,8 @@ Their tokenizer has one token per byte, so it needs no download either.
 
     gpt2          GPT-2 small: 12 blocks, d = 768
     pythia_160m   Pythia-160M: 12 blocks, d = 768
-    gemma_2_2b    Gemma-2-2B's width (2304) and blocks, but only those up to the hooked one, and a
-                  vocabulary of 49,152 rather than 256,000: 2 GB in bf16 at block 12
+    gemma_2_2b    Gemma-2-2B's width (2304) and its blocks up to the hooked one, but a vocabulary
+                  of 49,152 instead of 256,000: 2 GB in bf16 at block 12
 """
 
 from collections.abc import Callable
@@ -44,6 +44,7 @@ def _gemma(blocks: int) -> PretrainedConfig:
     )
 
 
+# name -> function of the number of blocks that are needed
 CONFIGS: dict[str, Callable[[int], PretrainedConfig]] = {
     "gpt2": lambda _: GPT2Config(),
     "pythia_160m": lambda _: GPTNeoXConfig(
@@ -58,7 +59,8 @@ CONFIGS: dict[str, Callable[[int], PretrainedConfig]] = {
 
 
 def make_random_llm(name: str, block: int, folder: Path) -> Path:
-    """Make a random-weight LLM that has at least `block`, unless it exists; returns its path."""
+    """Make an LLM of random weights that has the block `block`, unless it exists in `folder`;
+    returns its path."""
     config = CONFIGS[name](block + 1)
     path = folder / f"{name}-{config.num_hidden_layers}"
     if (path / "config.json").is_file():
@@ -83,7 +85,7 @@ def make_byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def truncate_llm(source: Path, block: int, dtype: torch.dtype, folder: Path) -> tuple[Path, str]:
-    """Copy the LLM in `source` up to `block`; returns the path, and the block's module name."""
+    """Copy the LLM in `source` up to `block`; returns the copy's path, and the block's name."""
     path = folder / f"{source.name}-{block + 1}"
     with phase(f"cutting {source.name} after block {block}"), mute_libraries():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

@@ -23,8 +23,8 @@ from sae_lightning.runs.heap import keep_freed_memory
 from sae_lightning.training.callbacks import make_callbacks
 from sae_lightning.training.callbacks.throughput import measure_peak_memory_gb
 
-UPDATES = 16  # profiled
-SECONDS = 3.0  # for which each measurement of the roofline is repeated
+UPDATES = 16  # number of updates to profile
+SECONDS = 3.0  # total time of each measurement of the roofline
 
 
 class _Done(Exception):
@@ -32,7 +32,8 @@ class _Done(Exception):
 
 
 def measure(runs: list[list[str]], folder: str) -> dict[str, Any]:
-    """Train the SAEs of `runs` on one pass; returns tokens/s, memory, L0 and EV."""
+    """Train the SAEs of `runs` (lists of overrides) on one pass; returns tokens/s, memory, and L0
+    and EV of the first SAE."""
     jobs, clock = make_jobs(runs, Path(folder)), Clock()
     with patch.object(wiring, "make_callbacks", lambda *a: [clock, *make_callbacks(*a)]):
         passes.train_jobs(jobs)
@@ -64,27 +65,27 @@ def profile_run(runs: list[list[str]], folder: str) -> dict[str, Any]:
 
 def choose_window(config: Config) -> tuple[int, int]:
     """Choose updates to profile (after which, how many) in the middle of those in which the LLM
-    runs: at the end of a run the pool drains."""
+    runs. (At the end of a run, the pool drains and the LLM does not run.)"""
     steps = config.trainer.steps
-    working = steps - config.data.pool // config.trainer.batch
-    if working < 4:  # a tiny run: the pool holds all of it
-        working = steps
-    return max(1, working // 2), max(1, min(UPDATES, working // 2 - 1))
+    with_llm = steps - config.data.pool // config.trainer.batch
+    if with_llm < 4:  # in a tiny run, the pool holds all rows from the beginning
+        with_llm = steps
+    return max(1, with_llm // 2), max(1, min(UPDATES, with_llm // 2 - 1))
 
 
 def measure_roofline(run: list[str], folder: str) -> dict[str, Any]:
     """Measure the speed of one dense encoder product, and of the LLM up to the hooked block."""
     keep_freed_memory()  # as training does
     config = make_jobs([run], Path(folder))[0].config
-    chosen = pick_device(config.llm)
-    dtype = torch.bfloat16 if has_bf16(chosen.type) else torch.float32
+    device = pick_device(config.llm)
+    dtype = torch.bfloat16 if has_bf16(device.type) else torch.float32
     llm = load_llm(config.llm).model
     stack = find_decoder_stack(llm)
     site = config.layer.resolve_sites(len(stack)).source
     width, features = llm.config.get_text_config().hidden_size, config.model.features
     batch, sequences, context = config.trainer.batch, config.llm.batch, config.data.context
-    x = torch.randn(batch, width, device=chosen, dtype=dtype)
-    weights = torch.randn(width, features, device=chosen, dtype=dtype)
+    x = torch.randn(batch, width, device=device, dtype=dtype)
+    weights = torch.randn(width, features, device=device, dtype=dtype)
     ids = torch.randint(1000, 30_000, (sequences, context))
     encode_seconds = _measure_seconds(lambda: x @ weights)
     llm_seconds = _measure_seconds(lambda: capture(llm, ids, [site]))
@@ -100,7 +101,7 @@ def measure_roofline(run: list[str], folder: str) -> dict[str, Any]:
 
 
 def _measure_seconds(work: Callable[[], Any]) -> float:
-    """Time repeated calls; returns the seconds of the fastest, since the floor is a bound."""
+    """Time repeated calls; returns the seconds of the fastest, because the floor is a bound."""
     times, total = [], 0.0
     while total < SECONDS or len(times) < 8:
         started = read_clock()

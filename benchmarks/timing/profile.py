@@ -1,7 +1,7 @@
 """How the time of an update is divided among its parts, as measured by torch.profiler.
 
-Labels nest, and time counts for one part only: that of the innermost label, except that everything
-within `backward` counts as the backward pass (also the gradients of the encoder).
+Labels nest. Time counts for the part of the innermost label, except that everything within
+`backward` counts as the backward pass (also the gradients of the encoder).
 
     label     pool ─────────────────╮     backward ───────────────╮
               llm      ────────╮    │              encode ────╮   │
@@ -93,7 +93,7 @@ def sum_gpu_time(kernels: Iterable[Kernel], spans: Iterable[Span]) -> dict[str, 
 def compute_shares(seconds: dict[str, float], wall: float) -> dict[str, float]:
     """Compute the share of each part and of the rest; they add up to 1.
 
-    Parts that overlap can add up to more than the wall time: then shares are of their sum.
+    Parts that overlap can add up to more than the wall time. The shares are then of their sum.
     """
     busy = sum(seconds.values())
     whole = max(wall, busy)
@@ -136,14 +136,15 @@ def _find_kernels(events: list, host: list) -> list[Kernel]:
     for e in events:
         if e.device_type() != DeviceType.CUDA or e.is_user_annotation():
             continue
-        by = operations.get(e.linked_correlation_id()) or calls.get(e.correlation_id())
-        if by:
-            kernels.append(Kernel(by.start_thread_id(), by.start_ns() / 1e9, e.duration_ns() / 1e9))
+        launch = operations.get(e.linked_correlation_id()) or calls.get(e.correlation_id())
+        if launch:
+            thread, launched = launch.start_thread_id(), launch.start_ns() / 1e9
+            kernels.append(Kernel(thread, launched, e.duration_ns() / 1e9))
     return kernels
 
 
 def _find_largest(recorded: profile, gpu: bool, wall: float) -> dict[str, float]:
-    """Find the operations (on a GPU: kernels) that took longest, as shares of the time."""
+    """Find the operations (on a GPU: kernels) that took longest -> their shares of the time."""
     field = "self_device_time_total" if gpu else "self_cpu_time_total"
     rows = [
         (getattr(e, field) / 1e6 / wall, e.key)

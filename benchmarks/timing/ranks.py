@@ -1,4 +1,4 @@
-"""What each rank of a run sends and holds, while it trains as `train.py` trains it."""
+"""Measures what each rank of a run sends and holds while it trains."""
 
 import json
 import os
@@ -23,26 +23,27 @@ from sae_lightning.training.callbacks import make_callbacks
 
 def measure(runs: list[list[str]], folder: str) -> list[dict[str, Any]]:
     """Train the SAEs of `runs` on one pass; returns what each rank measured, by rank."""
-    jobs, answers = make_jobs(runs, Path(folder)), Path(folder)
+    jobs, out = make_jobs(runs, Path(folder)), Path(folder)
     size = devices.count_ranks(jobs[0].config)
     settings = json.dumps({"folder": folder})
+    # the command by which rank 0 starts the others, with `follow` of this file
     script = [str(child.HERE), "timing.ranks:follow", settings, os.devnull]
     devices.followers.command = [sys.executable, "-W", "ignore", *script]
-    with _write_ledger(answers / "rank-0.json"):
+    with _write_ledger(out / "rank-0.json"):
         passes.train_jobs(jobs)
     devices.followers.end()
-    return [json.loads((answers / f"rank-{r}.json").read_text("utf8")) for r in range(size)]
+    return [json.loads((out / f"rank-{r}.json").read_text("utf8")) for r in range(size)]
 
 
 def follow(folder: str) -> None:
-    """Be a rank other than 0."""
+    """Train as a rank other than 0."""
     with _write_ledger(Path(folder, f"rank-{os.environ['RANK']}.json")):
         devices.follow()
 
 
 @contextmanager
 def _write_ledger(file: Path) -> Iterator[None]:
-    """Write what this rank measures in a pass to `file`."""
+    """Write what this rank measures to `file`, if a pass is trained within the `with`."""
     ledger = Ledger(file)
     with patch.object(wiring, "make_callbacks", lambda *a: [ledger, *make_callbacks(*a)]):
         yield
@@ -66,7 +67,7 @@ class Ledger(Clock):
         moments = [x for state in optimizer.state.values() for x in state.values()]
         step = module.heads[0].last_step
         sent = count_sent_bytes()
-        answer = {
+        measured = {
             "tokens_per_second": module.tokens_seen / self.seconds,
             "sent": None if sent is None else (sent - self.before) / module.steps,
             "rows": sum(x.nbytes for x in module.last_batch.values()),
@@ -74,7 +75,7 @@ class Ledger(Clock):
             "held": sum(x.nbytes for x in [*module.parameters(), *moments]),
             "peak_memory_gb": self.peak_memory_gb,
         }
-        self.file.write_text(json.dumps(answer), "utf8")
+        self.file.write_text(json.dumps(measured), "utf8")
 
 
 def count_sent_bytes() -> int | None:
