@@ -150,8 +150,7 @@ def measure_overview(tokens: int, features: int) -> dict[str, Any]:
 
 
 def time_browser(page: Path | None) -> float:
-    """Seconds in which Chromium shows a page (None: an empty one) and exits; the fastest of three;
-    NaN without Chromium."""
+    """Seconds for Chromium to show a page (None: an empty one) and exit; the fastest of three."""
     browser = shutil.which("chromium")
     if browser is None:
         return float("nan")

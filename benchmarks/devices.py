@@ -114,8 +114,7 @@ def make_runs(case: str, devices: int, arguments: Arguments) -> list[list[str]]:
 
 
 def compute_least_bytes(case: str, devices: int, rank: dict[str, Any]) -> float:
-    """The bytes that a device must send per update, on average (`least` at the top of this file),
-    from what one `rank` measured."""
+    """`least` at the top of this file, in bytes, from what one `rank` measured."""
     shares = (devices - 1) / devices
     return shares * rank["rows"] if case == "sweep" else 2 * shares * rank["reconstruction"]
 

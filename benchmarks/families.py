@@ -105,7 +105,7 @@ def _is_right(model: nn.Module, site: Site) -> bool:
         return False  # it depends on a later token
     logits = _compute_logits(model, tokens)
     replaceable = value.shape == (2, 8, WIDTH) and all(
-        _is_close(_run_replaced(model, tokens, site, replacement, _compute_logits), logits) is same
+        _is_close(_replace_and_compute_logits(model, tokens, site, replacement), logits) is same
         for replacement, same in ((lambda y: y, True), (torch.zeros_like, False))
     )
     if site.kind in (Kind.resid, Kind.mlp_in):
@@ -113,10 +113,9 @@ def _is_right(model: nn.Module, site: Site) -> bool:
     end = _capture_site(model, tokens, after)
     try:
         other_branch = _capture_site(model, tokens, Site(site.layer, _OTHER[site.kind]))
-    except UserError:  # it cannot be read: compare with the block without this branch
-        end_without = _run_replaced(
-            model, tokens, site, torch.zeros_like, lambda m, t: _capture_site(m, t, after)
-        )
+    except UserError:  # compare with the output of the block without this branch
+        with replace_activations(model, site, site, lambda x, y: torch.zeros_like(y)):
+            end_without = _capture_site(model, tokens, after)
         return replaceable and _is_close(end - value, end_without)
     beginning = _capture_site(model, tokens, before)
     return replaceable and _is_close(beginning + value + other_branch, end)
@@ -133,11 +132,11 @@ def _compute_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, use_cache=False).logits
 
 
-def _run_replaced(
-    model: nn.Module, tokens: Tensor, site: Site, replacement: Callable, run: Callable
+def _replace_and_compute_logits(
+    model: nn.Module, tokens: Tensor, site: Site, replacement: Callable[[Tensor], Tensor]
 ) -> Tensor:
     with replace_activations(model, site, site, lambda x, y: replacement(y)):
-        return run(model, tokens)
+        return _compute_logits(model, tokens)
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
@@ -145,8 +144,7 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
 
 
 def check_families(names: list[str] | None = None) -> dict[str, dict[Kind, str] | str | None]:
-    """Family -> what `check_family` returns, or None if no tiny model of it can be built. `names`:
-    the families (None or empty: all)."""
+    """Family -> what `check_family` returns; None if no tiny model of it can be built."""
     verdicts = {}
     with phase("families", total=len(names or list_families())) as advance:
         for family in names or list_families():

@@ -31,7 +31,6 @@ HERE = Path(__file__).resolve().parent
 TEXT_BYTES = 16_000_000
 TOKENS = 12_582_912  # half a minute at 500,000 tokens/s
 PEER_TOKENS = 1_048_576  # enough, because SAELens' speed is constant
-LINE_BYTES = 1_200  # about 200 words
 
 
 def main(arguments: list[str]) -> None:
@@ -46,11 +45,10 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"only={unknown.pop()}: no such part; choose from {', '.join(parts)}")
     for part in only:
         started = time.perf_counter()
-        for number, arguments_of_python in enumerate(parts[part]):
+        for number, command in enumerate(parts[part]):
             log = out / f"{part}-{number}.log"
             with log.open("w") as output:
-                command = [sys.executable, *arguments_of_python]
-                done = subprocess.run(command, stdout=output, stderr=output)
+                done = subprocess.run([sys.executable, *command], stdout=output, stderr=output)
             console.print(log.read_text("utf8")[-6000:], markup=False, highlight=False)
             if done.returncode:
                 console.print(f"{part} failed: {log}")
@@ -79,7 +77,8 @@ def write_text(file: Path) -> Path:
     if not file.exists():
         rng = random.Random(0)
         words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(5_000)]
-        lines = (" ".join(rng.choices(words, k=200)) for _ in range(TEXT_BYTES // LINE_BYTES))
+        # 200 words take about 1,200 bytes
+        lines = (" ".join(rng.choices(words, k=200)) for _ in range(TEXT_BYTES // 1_200))
         file.write_text("\n".join(lines), "utf8")
     return file
 

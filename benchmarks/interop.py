@@ -83,9 +83,7 @@ class Row(NamedTuple):
     direction: str
     """opens ours, or opened by us"""
     opened: list[str]
-    """Names of the SAEs."""
     difference: float
-    """The largest one over these SAEs; see the top of this file."""
     refused: dict[str, str]
     """Name of the SAE -> why."""
 

@@ -65,18 +65,15 @@ def main(command_line: list[str]) -> None:
         texts = [str(text) for text in table["prompt"].to_pylist()]
         activations[name] = read_last_tokens(subject, texts, CONTEXT)
         # where the package looks for activations of the model `llm` at the hook `site`
-        file = out / "cache" / "model_activations_llm" / f"{name}_site.pt"
-        torch.save(activations[name], file)
+        torch.save(activations[name], out / "cache" / "model_activations_llm" / f"{name}_site.pt")
     with phase("sae-probes: probes"):
         settings = {"sae": str(subject.folder / "sae"), "activations": str(out / "cache")}
         settings |= {"sets": sets, "out": str(out), "sizes": SIZES}
         scores = call(f"{peer}:score", settings, out / "score.log", python)
     lines, differences = ["| set | k | here | sae-probes |", "|---|---|---|---|"], []
     for name in sets:
-        pairs = score_set(
-            name, subject.sae, activations[name], listed["splits"][name], scores[name]
-        )
-        for k, (here, there) in pairs.items():
+        texts, x = listed["splits"][name], activations[name]
+        for k, (here, there) in score_set(name, subject.sae, x, texts, scores[name]).items():
             lines.append(f"| {name} | {k} | {here:.4f} | {there:.4f} |")
             differences.append(abs(here - there))
     lines.append(f"\nmax difference {max(differences):.4f}, mean {np.mean(differences):.4f}")

@@ -152,7 +152,6 @@ def _make_peer_entries(selection: list[str], out: Path) -> list[Entry]:
                         architecture=recipe.architecture,
                         label=recipe.label,
                         folder=folder,
-                        # defaults, because the variables change in the next round of the loop
                         train=lambda work, p=peer, r=recipe, f=folder: p.train(r, work, f),
                         load=lambda p=peer, f=folder: p.load(f),
                     )

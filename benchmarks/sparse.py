@@ -92,9 +92,8 @@ def compare_encoders(x: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tab
 
 def main(arguments: list[str]) -> None:
     """Print both tables; with `out`, write them as JSON, {title: {column: [values]}}."""
-    options = {"features": "10000", "d": "576", "batch": "2048", "device": "cpu", "precision": ""}
-    options["out"] = ""
-    options |= dict(argument.split("=", 1) for argument in arguments)
+    options = {"features": "10000", "d": "576", "batch": "2048", "device": "cpu"}
+    options |= {"precision": "", "out": ""} | dict(a.split("=", 1) for a in arguments)
     features, d, batch = (int(options[name]) for name in ("features", "d", "batch"))
     x = torch.randn(batch, d, generator=torch.Generator().manual_seed(0)).to(options["device"])
     precision = options["precision"] or ("bf16" if has_bf16(x.device.type) else "fp32")

@@ -101,8 +101,7 @@ def main(command_line: list[str]) -> None:
 
 
 def order_runs(contestants: Sequence[Contestant], rounds: int) -> list[Contestant]:
-    """Order all runs: in a round, those of one SAE are side by side; every other round goes
-    backwards."""
+    """Order all runs by SAE within each round; every other round goes backwards."""
     forwards = sorted(contestants, key=lambda c: (c.architecture, c.setting))
     backwards = forwards[::-1]
     return [run for n in range(rounds) for run in (forwards if n % 2 == 0 else backwards)]

@@ -118,7 +118,10 @@ def _format_overview() -> str:
     rows = []
     for group, settings in WORTH_KNOWING.items():
         assert {*settings.split()} <= names, settings
-        presets, chosen = _format_code(_list_presets(group)), _format_code(settings.split())
+        presets, chosen = (
+            _format_code(list_options().get(group, [])),
+            _format_code(settings.split()),
+        )
         rows.append(f"| `{group}` | {presets} | {chosen} |\n")
     return "".join(rows)
 
@@ -148,11 +151,6 @@ def _group_by_preset(group: str, schema: type) -> dict[str, dict[Setting, Any]]:
     return by_preset
 
 
-def _list_presets(group: str) -> list[str]:
-    """The presets of a group."""
-    return list_options().get(group, [])
-
-
 def _read_preset(group: str, preset: str) -> dict[str, Any]:
     """The settings that a preset changes, by dotted name."""
     file = CONF / group / f"{preset}.yaml"
@@ -178,7 +176,7 @@ def _format_presets(group: str) -> str:
     """A list of the presets of a group, without those that change no setting."""
     hidden = ("model.name", "model.seed")  # of every preset of `model`
     lines = []
-    for name in _list_presets(group):
+    for name in list_options().get(group, []):
         changes = _read_preset(group, name).items()
         sets = [f"{k}={_format_value(v)}" for k, v in changes if k not in hidden and v != "???"]
         lines += [f"- `{group}={name}` sets {_format_code(sets)}\n"] * bool(sets)

@@ -23,6 +23,7 @@ from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
 from dictionary_learning.trainers.top_k import TopKTrainer
 from dictionary_learning.training import trainSAE
 from dictionary_learning.utils import load_dictionary
+from peers.exchange import Run, make_run
 from peers.work import Work
 from torch import Tensor
 
@@ -122,14 +123,8 @@ class _Batches:
             yield batch
 
 
-def load(folder: Path) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Tensor]:
-    """Load the saved SAE with the tool's loader: a function x [n, d] -> reconstruction [n, d],
-    features [n, F]; and its decoder rows [F, d]."""
+def load(folder: Path) -> tuple[Run, Tensor]:
+    """Load the saved SAE with the tool's loader, as a function; also its decoder rows [F, d]."""
     sae, _ = load_dictionary(str(folder / "trainer_0"), device="cpu")
-
-    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
-        features = sae.encode(x)
-        return sae.decode(features), features
-
     rows = sae.W_dec if hasattr(sae, "W_dec") else sae.decoder.weight.T
-    return reconstruct, rows.detach()
+    return make_run(sae), rows.detach()

@@ -1,4 +1,4 @@
-"""The part of `interop.py` that runs in a tool's own environment; it imports nothing of ours.
+"""The part of `interop.py` that runs in a tool's environment; it imports nothing of ours.
 
 A tool is a module `interop_<tool>` with
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Run = Callable[[Tensor], tuple[Tensor, Tensor]]
+Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # a function like that of `load`
 
 
 @torch.no_grad()
@@ -44,6 +44,16 @@ def exchange(tool: str, ours: dict[str, str], theirs: str, inputs: str) -> dict[
         names.append(name)
     version = importlib.metadata.version(peer.PACKAGE)
     return {"version": version, "errors": errors, "names": names}
+
+
+def make_run(sae: Any) -> Run:
+    """The SAE as a function x [n, d] -> reconstruction [n, d_out], features [n, F]."""
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        features = sae.encode(x)
+        return sae.decode(features), features
+
+    return run
 
 
 def shake(sae: torch.nn.Module) -> torch.nn.Module:

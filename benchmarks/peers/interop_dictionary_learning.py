@@ -20,7 +20,7 @@ from dictionary_learning.trainers import (
     top_k,
 )
 from dictionary_learning.utils import load_dictionary
-from peers.exchange import Run, shake
+from peers.exchange import Run, make_run, shake
 
 PACKAGE = "dictionary-learning"
 SETTINGS = {"steps": 10_000, "activation_dim": 16, "dict_size": 40, "layer": 3, "lm_name": "gpt2"}
@@ -43,15 +43,7 @@ TRAINERS = {
 def load(folder: Path) -> Run:
     """Open with `load_dictionary`."""
     dictionary, _ = load_dictionary(str(folder), device="cpu")
-    return _run(dictionary)
-
-
-def _run(dictionary) -> Run:
-    def run(x):
-        features = dictionary.encode(x)
-        return dictionary.decode(features), features
-
-    return run
+    return make_run(dictionary)
 
 
 def make(root: Path) -> Iterator[tuple[str, Run]]:
@@ -65,4 +57,4 @@ def make(root: Path) -> Iterator[tuple[str, Run]]:
         folder.mkdir(parents=True)
         torch.save(sae.state_dict(), folder / "ae.pt")
         (folder / "config.json").write_text(json.dumps({"trainer": trainer.config, "buffer": {}}))
-        yield name, _run(sae)
+        yield name, make_run(sae)

@@ -24,8 +24,7 @@ def read_dashboards(folder: str) -> dict[str, Any]:
 
 
 def _compare(one: Any, other: Any) -> float:
-    """The largest difference between numbers at the same place; ValueError if anything else
-    differs."""
+    """The largest difference between two numbers; ValueError if anything else differs."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return max((_compare(one[key], other[key]) for key in one), default=0.0)
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):

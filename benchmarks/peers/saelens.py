@@ -7,13 +7,14 @@ activations for every architecture, and a dead feature window of a sixteenth of 
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sae_lens
 import torch
+from peers.exchange import Run, make_run
 from peers.work import NORM_BATCHES, Work
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
@@ -122,13 +123,7 @@ def train(recipe: Recipe, work: Work, folder: Path) -> None:
     sae.save_inference_model(folder)
 
 
-def load(folder: Path) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Tensor]:
-    """Load the saved SAE with SAELens' loader: a function x [n, d] -> reconstruction [n, d],
-    features [n, F]; and its decoder rows [F, d]."""
+def load(folder: Path) -> tuple[Run, Tensor]:
+    """Load the saved SAE with SAELens' loader, as a function; also its decoder rows [F, d]."""
     sae = sae_lens.SAE.load_from_disk(folder)
-
-    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
-        features = sae.encode(x)
-        return sae.decode(features), features
-
-    return reconstruct, sae.W_dec.detach()
+    return make_run(sae), sae.W_dec.detach()

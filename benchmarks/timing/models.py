@@ -59,8 +59,7 @@ CONFIGS: dict[str, Callable[[int], PretrainedConfig]] = {
 
 
 def make_random_llm(name: str, block: int, folder: Path) -> Path:
-    """Make an LLM of random weights that has the block `block`, unless it exists in `folder`;
-    returns its path."""
+    """Make a random LLM that has block `block`, unless it is in `folder`; returns its path."""
     config = CONFIGS[name](block + 1)
     path = folder / f"{name}-{config.num_hidden_layers}"
     if (path / "config.json").is_file():

@@ -138,8 +138,8 @@ def _find_kernels(events: list, host: list) -> list[Kernel]:
             continue
         launch = operations.get(e.linked_correlation_id()) or calls.get(e.correlation_id())
         if launch:
-            thread, launched = launch.start_thread_id(), launch.start_ns() / 1e9
-            kernels.append(Kernel(thread, launched, e.duration_ns() / 1e9))
+            start = launch.start_ns() / 1e9
+            kernels.append(Kernel(launch.start_thread_id(), start, e.duration_ns() / 1e9))
     return kernels
 
 
