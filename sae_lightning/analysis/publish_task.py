@@ -142,10 +142,12 @@ def collect_files(folder: Path) -> dict[str, bytes | Path]:
 
 def refuse_links(folder: Path, names: Collection[str]) -> None:
     """UserError if one of the files in `folder` lies elsewhere: a link could lead to secrets."""
+    is_run = (folder / "sae").is_dir()  # otherwise `folder` is the sae folder itself
     for name in names:
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        file = folder / (name if is_run else name.removeprefix("sae/"))
+        if not file.resolve().is_relative_to(folder.resolve()):
             raise UserError(
-                f"{folder / name} is a symbolic link to a file elsewhere, which would be "
+                f"{file} is a symbolic link to a file elsewhere, which would be "
                 "uploaded: put that file in its place"
             )
 

@@ -365,6 +365,16 @@ def test_what_a_link_leads_to_is_not_uploaded(hub, run, tmp_path):
     assert hub.repos == {}
 
 
+def test_what_a_link_in_the_sae_folder_leads_to_is_not_uploaded(hub, run, tmp_path):
+    """The folder can be given as the run's or as the SAE's own."""
+    (run / "sae" / "cfg.json").rename(tmp_path / "secret")
+    (run / "sae" / "cfg.json").symlink_to(tmp_path / "secret")
+    for folder in (run, run / "sae"):
+        with pytest.raises(UserError, match="cfg.json is a symbolic link to a file elsewhere"):
+            publish(folder)
+    assert hub.repos == {}
+
+
 def test_another_tools_folder_has_to_be_converted_first(hub, planted, tmp_path):
     """SAELens' own, too: its encoder may read x - b_dec, which the code in the card does not."""
     (tmp_path / "other").mkdir()
