@@ -113,8 +113,8 @@ def read_tokenizer(config, folder: Path | None, hf_config):
     for name, token in (("bos", config.bos), ("separator", config.separator)):
         if token is not None:
             role = "eos" if name == "separator" else name
-            piece = _find_piece(tokenizer, f"llm.{name}={token}", token)
-            setattr(tokenizer, f"{role}_token", piece)
+            entry = _find_entry(tokenizer, f"llm.{name}={token}", token)
+            setattr(tokenizer, f"{role}_token", entry)
     return tokenizer
 
 
@@ -136,7 +136,7 @@ def _read_special_tokens(config, folder: Path | None, hf_config, tokenizer) -> l
     return tokens
 
 
-def _find_piece(tokenizer, setting: str, text: str) -> str:
+def _find_entry(tokenizer, setting: str, text: str) -> str:
     """The vocabulary's entry for `text`, which has to be one token; errors name `setting`."""
     if text in tokenizer.get_vocab():
         return text

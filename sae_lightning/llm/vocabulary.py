@@ -61,38 +61,36 @@ def _read_embedding_rows(tokenizer) -> int | None:
 
 
 def read_vocabulary(llm: LLM) -> list[str]:
-    """Text of every token id of the model, with its leading space.
-
-    A piece is a token as the vocabulary writes it, such as Ġcat for " cat". Bytes that form no
-    whole character are written as <0xE2>, padding rows of the embedding as <unused 50000>.
-    """
+    """Text of every token id of the model, with its leading space. Bytes that form no whole
+    character are written as <0xE2>, padding rows of the embedding as <unused 50000>."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     tokenizer, size = llm.tokenizer, llm.model.get_output_embeddings().weight.shape[0]
-    pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
+    # tokens as the vocabulary writes them, such as Ġcat for " cat"
+    entries = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
     literal = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}  # shown as they are
-    learned = [piece for piece in pieces if piece is not None and piece not in literal]
+    learned = [entry for entry in entries if entry is not None and entry not in literal]
     # the character that byte-level BPE (GPT-2, Radford et al. 2019) writes for a byte -> the byte
     alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
-    if "Ġ" in learned and all(alphabet.keys() >= set(piece) for piece in learned):
-        texts = {piece: _decode_bytes(bytes(alphabet[c] for c in piece)) for piece in learned}
+    if "Ġ" in learned and all(alphabet.keys() >= set(entry) for entry in learned):
+        texts = {entry: _decode_bytes(bytes(alphabet[c] for c in entry)) for entry in learned}
     else:
         texts = _decode(tokenizer, learned)
-    texts |= {piece: piece for piece in literal}
-    pieces += [None] * (size - len(pieces))
-    return [f"<unused {i}>" if p is None else texts[p] for i, p in enumerate(pieces)]
+    texts |= {entry: entry for entry in literal}
+    entries += [None] * (size - len(entries))
+    return [f"<unused {i}>" if entry is None else texts[entry] for i, entry in enumerate(entries)]
 
 
-def _decode(tokenizer, pieces: list[str]) -> dict[str, str]:
-    """Text of pieces as the tokenizer decodes them, for tokenizers other than byte-level BPE."""
-    # A piece that is decoded first would lose its leading space, so another token precedes it.
+def _decode(tokenizer, entries: list[str]) -> dict[str, str]:
+    """Text of entries as the tokenizer decodes them, for tokenizers other than byte-level BPE."""
+    # An entry that is decoded first would lose its leading space, so another token precedes it.
     prefix = tokenizer.encode("a", add_special_tokens=False)[-1:]
-    ids = [[*prefix, i] for i in tokenizer.convert_tokens_to_ids(pieces)]
+    ids = [[*prefix, i] for i in tokenizer.convert_tokens_to_ids(entries)]
     prefix_text, *texts = tokenizer.batch_decode([prefix, *ids], clean_up_tokenization_spaces=False)
     return {
-        # half a character decodes to U+FFFD; the piece itself already names the byte (<0xE2>)
-        piece: piece if "\ufffd" in text else text.removeprefix(prefix_text)
-        for piece, text in zip(pieces, texts, strict=True)
+        # half a character decodes to U+FFFD; the entry itself already names the byte (<0xE2>)
+        entry: entry if "\ufffd" in text else text.removeprefix(prefix_text)
+        for entry, text in zip(entries, texts, strict=True)
     }
 
 

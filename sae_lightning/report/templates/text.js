@@ -5,7 +5,7 @@ const annotated = JSON.parse(document.getElementById("annotated").textContent);
 const text = document.querySelector(".annotated .tokens"), elements = [...text.children]; // one per token
 const heading = document.querySelector(".strongest h2"), results = document.querySelector(".results");
 const note = document.querySelector(".annotated .note");
-const MAX_FEATURES = 100; // features of a token
+const MAX_FEATURES = 100; // features in the list
 let chosen = null; // index of the chosen token
 let open = null; // the feature that is open
 
