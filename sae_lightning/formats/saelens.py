@@ -62,11 +62,10 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
     if cfg["activation_fn"] == "topk":
         cfg |= {"architecture": "topk", "activation_fn": "relu"} | cfg["activation_fn_kwargs"]
     architecture = cfg["architecture"]
-    settings = (
-        _check_own_settings(files.settings_file, cfg[OWN_KEY])
-        if OWN_KEY in cfg
-        else _translate_settings(files.settings_file, cfg)
-    )
+    if OWN_KEY in cfg:
+        settings = _check_own_settings(files.settings_file, cfg[OWN_KEY])
+    else:
+        settings = _translate_settings(files.settings_file, cfg)
     scale = _read_scale(files.settings_file, cfg.get("normalize_activations") or "none")
     weights = rename_tensors(SAELENS, files.tensors)
     metadata = cfg.get("metadata", cfg)  # older versions write it among the settings
