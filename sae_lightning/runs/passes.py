@@ -73,8 +73,8 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
             if len(passes) > 1:
                 console.print(f"\npass {number} of {len(passes)}")
             if planned.jobs[0].multirun:
-                # so that a full disk stops the cache and not the sweep, and that the metrics of jobs
-                # that finish before their pass fails are read
+                # so that a full disk stops the cache and not the sweep, and that the metrics of
+                # jobs that finish before their pass fails are read
                 planned = planned._replace(jobs=[replace(j, resumed=True) for j in planned.jobs])
             for job, metrics in zip(planned.jobs, _train_pass(planned), strict=True):
                 results[job.folder] = metrics
