@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from command import run_command
 from hydra import compose, initialize_config_dir
-from peers.evaluator import SAE, Evaluator
+from peers.evaluator import Evaluator, OpenedSAE
 from peers.work import Work, open_work
 from rich.table import Column, Table
 
@@ -42,7 +42,7 @@ from sae_lightning.runs.schemas import register_schemas
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.terminal import console, phase
 
-OURS = {  # architecture -> overrides, one SAE for each
+OURS = {  # architecture -> an override for each of our SAEs
     "relu": ["loss.target_l0=64"],
     "topk": ["model.k=64"],
     "batch_topk": ["model.k=64"],
@@ -52,7 +52,7 @@ OURS = {  # architecture -> overrides, one SAE for each
 }
 PEERS = ("saelens", "dictionary_learning")
 RESULT = "quality.json"
-# one evaluation of our own, at the end
+# our own evaluation runs only once, at the end
 SETTINGS = ["layer.index=9", "eval.every=${trainer.tokens}", "data.cache=true"]
 
 
@@ -69,7 +69,7 @@ class Entry(NamedTuple):
     """Folder of its weights and its result."""
     train: Callable[[Work], None] | None
     """Trains and saves it; None for ours, which train together on one pass."""
-    load: Callable[[], SAE]
+    load: Callable[[], OpenedSAE]
     """Loads the saved SAE."""
 
 
@@ -115,13 +115,13 @@ def _make_jobs(settings: list[str], selection: list[str], out: Path) -> list[Job
             job_overrides = [f"model={architecture}", *settings, value]
             folder = out / "ours" / f"{architecture}-{value.partition('.')[2]}"
             cfg = compose("config", overrides=job_overrides)
-            own_job = make_job(cfg, folder, job_overrides, multirun=True)
-            jobs.append(replace(own_job, sweep_folder=out / "ours"))
+            job = make_job(cfg, folder, job_overrides, multirun=True)
+            jobs.append(replace(job, sweep_folder=out / "ours"))
     return jobs
 
 
 def _make_entry(job: Job) -> Entry:
-    def load() -> SAE:
+    def load() -> OpenedSAE:
         sae = load_sae(job.folder)
         return lambda x: tuple(sae(x))[:2], sae.W_dec.detach()
 

@@ -1,7 +1,7 @@
 """The referee: the same scoring for every tool, in plain torch and transformers.
 
 It shares no code with this project: it reads the held-out plays, loads the LLM and hooks the block
-by itself. An SAE is given as a function of raw activations, and its decoder rows.
+by itself. An SAE is given as a function of raw activations, with its decoder rows.
 
     L0            mean number of features that are not 0
     EV            1 - sum |x - x_hat|^2 / sum |x - mean|^2, both sums over the whole set
@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Raw activations [n, d] -> reconstruction [n, d], features [n, features]."""
-SAE = tuple[Reconstruct, Tensor]
-"""The function, and the decoder rows [features, d]."""
+OpenedSAE = tuple[Reconstruct, Tensor]
+"""An SAE as a function, and its decoder rows [features, d]."""
 BATCH = 16  # sequences per forward pass
 ROWS = 2048  # tokens that go through an SAE at a time
 
@@ -102,7 +102,7 @@ class Evaluator:
         return total / int(self.scored[:, 1:].sum())
 
     @torch.no_grad()
-    def score(self, sae: SAE) -> dict[str, float]:
+    def score(self, sae: OpenedSAE) -> dict[str, float]:
         """Score an SAE; returns all measures by name."""
         reconstruct, decoder = sae
         mean = self.activations.double().mean(dim=0)
