@@ -36,7 +36,8 @@ class MeansTable:
         self.is_repeated = any(len(group) > 1 for group in groups.values())
         """Whether any row stands for several runs."""
         self.has_controls = any(kind != TRAINED for _, kind, *_ in groups)
-        hidden = SEED_SETTINGS * self.is_repeated + (CONTROL_SETTING,) * self.has_controls
+        hidden = [*SEED_SETTINGS] if self.is_repeated else []
+        hidden += [CONTROL_SETTING] if self.has_controls else []
         self.keys = [key for key in table.keys if key not in hidden]
         """Names of the settings in which rows differ, apart from the kind."""
         if self.has_controls:

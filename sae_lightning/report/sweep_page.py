@@ -104,13 +104,14 @@ def _collect_points(means: MeansTable, group: str | None) -> "pd.DataFrame":
             lines.append(f"kind = {kind}")
         lines += [f"{c.label}: {means.format_cell(row, name)}" for name, c in means.columns.items()]
         details.append(lines)
+    # the legend needs a name for trained SAEs only beside controls
+    only_group = TRAINED if means.has_controls else ""
     points = means.mean[["l0"]].assign(
         l0_spread=means.spread["l0"],
         seeds=means.seeds,
         control=["" if kind == TRAINED else kind for kind in means.kinds],
         label=[", ".join(map(shorten_value, values)) for values in in_labels.to_numpy()],
-        # the legend needs a name for trained SAEs only beside controls
-        group=swept[group].replace("", "–") if group else TRAINED * means.has_controls,
+        group=swept[group].replace("", "–") if group else only_group,
         details=details,
     )
     return points.iloc[
