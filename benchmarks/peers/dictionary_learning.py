@@ -45,7 +45,7 @@ class Recipe(NamedTuple):
     """Peak learning rate; it rises over the first 5 % of the run and falls over the last 20 %."""
 
 
-def _with_dead_window(trainer: type) -> type:
+def _add_dead_window(trainer: type) -> type:
     """A subclass of `trainer` with `dead_window` as a setting: tokens until a feature is dead."""
 
     class Trainer(trainer):
@@ -64,9 +64,9 @@ RECIPES = [
 ]
 TRAINERS = {
     "relu": StandardTrainerAprilUpdate,
-    "topk": _with_dead_window(TopKTrainer),
-    "batch_topk": _with_dead_window(BatchTopKTrainer),
-    "matryoshka": _with_dead_window(MatryoshkaBatchTopKTrainer),
+    "topk": _add_dead_window(TopKTrainer),
+    "batch_topk": _add_dead_window(BatchTopKTrainer),
+    "matryoshka": _add_dead_window(MatryoshkaBatchTopKTrainer),
 }
 
 
@@ -111,13 +111,13 @@ class _Batches:
     """Batches that trainSAE iterates twice: first to estimate the scale, then to train."""
 
     def __init__(self, work: Work, advance: Callable[[int], None]) -> None:
-        self.passes = [work.first_batches(), self._counted(work, advance)]
+        self.passes = [work.first_batches(), self._count_batches(work, advance)]
 
     def __iter__(self) -> Iterator[Tensor]:
         return self.passes.pop(0)
 
     @staticmethod
-    def _counted(work: Work, advance: Callable[[int], None]) -> Iterator[Tensor]:
+    def _count_batches(work: Work, advance: Callable[[int], None]) -> Iterator[Tensor]:
         for batch in work.batches():
             advance(1)
             yield batch

@@ -58,7 +58,7 @@ class Evaluator:
         self.scored = ~torch.isin(self.ids, torch.tensor(sorted(tokenizer.all_special_ids)))
         self.scored[:, 0] = False
         self.activations, self.ce_clean = self._read()
-        self.ce_zero = self._cross_entropy(torch.zeros_like)
+        self.ce_zero = self._measure_cross_entropy(torch.zeros_like)
 
     @torch.no_grad()
     def _read(self) -> tuple[Tensor, float]:
@@ -66,31 +66,31 @@ class Evaluator:
         activations = []
         keep = iter(self.scored.split(BATCH))
         hook = self.block.register_forward_hook(
-            lambda module, args, output: activations.append(_first(output)[next(keep)])
+            lambda module, args, output: activations.append(_get_first(output)[next(keep)])
         )
         try:
-            ce = self._loss()
+            ce = self._measure_loss()
         finally:
             hook.remove()
         return torch.cat(activations), ce
 
     @torch.no_grad()
-    def _cross_entropy(self, replacement: Callable[[Tensor], Tensor]) -> float:
+    def _measure_cross_entropy(self, replacement: Callable[[Tensor], Tensor]) -> float:
         """Cross-entropy with `replacement` [n, d] -> [n, d] of the scored tokens' activations."""
         keep = iter(self.scored.split(BATCH))
 
         def replace(module, args, output):
-            x, where = _first(output).clone(), next(keep)
+            x, where = _get_first(output).clone(), next(keep)
             x[where] = replacement(x[where].float()).to(x.dtype)
             return (x, *output[1:]) if isinstance(output, tuple) else x
 
         hook = self.block.register_forward_hook(replace)
         try:
-            return self._loss()
+            return self._measure_loss()
         finally:
             hook.remove()
 
-    def _loss(self) -> float:
+    def _measure_loss(self) -> float:
         """Mean cross-entropy of the predictions of scored tokens."""
         total = 0.0
         for ids, scored in zip(self.ids.split(BATCH), self.scored.split(BATCH), strict=True):
@@ -114,7 +114,7 @@ class Evaluator:
             total += (x.double() - mean).square().sum().item()
             active += (features != 0).sum().item()
             fired = (features != 0).any(dim=0) | fired
-        ce = self._cross_entropy(
+        ce = self._measure_cross_entropy(
             lambda x: torch.cat([reconstruct(part)[0] for part in x.split(ROWS)])
         )
         return {
@@ -145,5 +145,5 @@ def measure_copies(decoder: Tensor, fired: Tensor) -> dict[str, float]:
     }
 
 
-def _first(output: Tensor | tuple) -> Tensor:
+def _get_first(output: Tensor | tuple) -> Tensor:
     return output[0] if isinstance(output, tuple) else output

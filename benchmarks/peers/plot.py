@@ -35,7 +35,7 @@ def draw(results: list[dict[str, Any]], file: Path) -> Path:
         for name in names:
             for tool, marker in zip(tools, MARKERS, strict=False):
                 selected = [r for r in results if (r["architecture"], r["tool"]) == (name, tool)]
-                _points(axis, selected, measure, COLOURS[name], marker)
+                _scatter(axis, selected, measure, COLOURS[name], marker)
         axis.set(xscale="log", xlabel="L0 (active features per token)", ylabel=title)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -49,7 +49,7 @@ def draw(results: list[dict[str, Any]], file: Path) -> Path:
         Line2D([], [], marker=marker, label=f"{tool} {versions[tool]}".strip(), **grey)
         for tool, marker in zip(tools, MARKERS, strict=False)
     ]
-    if any(_documented(r) for r in results):
+    if any(_is_documented(r) for r in results):
         handles.append(Line2D([], [], marker="s", mfc="white", label="as documented", **grey))
     figure.legend(handles=handles, loc="outside right center", frameon=False)
     figure.savefig(file)
@@ -57,10 +57,10 @@ def draw(results: list[dict[str, Any]], file: Path) -> Path:
     return file
 
 
-def _points(axis, results: list[dict[str, Any]], measure: str, colour: str, marker: str) -> None:
+def _scatter(axis, results: list[dict[str, Any]], measure: str, colour: str, marker: str) -> None:
     """Draw the points of one architecture and tool, joined in the order of L0."""
-    joined = sorted((r["l0"], r[measure]) for r in results if not _documented(r))
-    alone = [(r["l0"], r[measure]) for r in results if _documented(r)]
+    joined = sorted((r["l0"], r[measure]) for r in results if not _is_documented(r))
+    alone = [(r["l0"], r[measure]) for r in results if _is_documented(r)]
     style = {"color": colour, "marker": marker, "markersize": 8, "linewidth": 1.3}
     style |= {"linestyle": "-" if marker == "o" else "--"}
     if joined:
@@ -69,5 +69,5 @@ def _points(axis, results: list[dict[str, Any]], measure: str, colour: str, mark
         axis.plot(*zip(*alone, strict=True), **style | {"linestyle": "none"}, mfc="white")
 
 
-def _documented(result: dict[str, Any]) -> bool:
+def _is_documented(result: dict[str, Any]) -> bool:
     return "documented" in result["label"]

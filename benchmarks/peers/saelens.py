@@ -57,7 +57,7 @@ TANH = SCALED | {  # Anthropic's, which the documentation recommends
 }
 
 
-def _short(architecture: str, label: str, sae: dict[str, Any], lr: float = 3e-3) -> Recipe:
+def _make_recipe(architecture: str, label: str, sae: dict[str, Any], lr: float = 3e-3) -> Recipe:
     return Recipe(architecture, label, sae, lr=lr, warm_up=0.05, dead_window=1 / 16)
 
 
@@ -66,13 +66,13 @@ def _short(architecture: str, label: str, sae: dict[str, Any], lr: float = 3e-3)
 # topk and matryoshka were not tried and get batch_topk's rate. For gated, 1e-3 and 3e-3 were tried,
 # and ended at L0s that are too different for a choice.
 RECIPES = [
-    _short("relu", "l1=1", L1 | {"l1_coefficient": 1.0}),
-    _short("topk", "k=64", SCALED | {"k": 64}),
-    _short("batch_topk", "k=64", SCALED | {"k": 64}),
+    _make_recipe("relu", "l1=1", L1 | {"l1_coefficient": 1.0}),
+    _make_recipe("topk", "k=64", SCALED | {"k": 64}),
+    _make_recipe("batch_topk", "k=64", SCALED | {"k": 64}),
     Recipe("batch_topk", "k=64, documented", {"k": 64}, lr=3e-4, warm_up=0.0, dead_window=1000),
-    _short("jumprelu", "l0=1", TANH | {"l0_coefficient": 1.0}, lr=1e-3),
-    _short("gated", "l1=1", L1 | {"l1_coefficient": 1.0}),
-    _short("matryoshka", "k=64", SCALED | {"k": 64}),
+    _make_recipe("jumprelu", "l0=1", TANH | {"l0_coefficient": 1.0}, lr=1e-3),
+    _make_recipe("gated", "l1=1", L1 | {"l1_coefficient": 1.0}),
+    _make_recipe("matryoshka", "k=64", SCALED | {"k": 64}),
 ]
 CLASSES = {
     "relu": "Standard",

@@ -48,7 +48,7 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(work["device"])
     llm = LanguageModel(model, tokenizer=tokenizer)
     buffer = ActivationBuffer(
-        _texts(tokenizer, work),
+        _read_texts(tokenizer, work),
         llm,
         reduce(getattr, work["module"].split("."), llm),
         d_submodule=work["d"],
@@ -92,6 +92,6 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
     }
 
 
-def _texts(tokenizer: Any, work: dict[str, Any]) -> Iterator[str]:
+def _read_texts(tokenizer: Any, work: dict[str, Any]) -> Iterator[str]:
     for row in torch.load(work["tokens"]):
         yield tokenizer.decode(row, skip_special_tokens=True)

@@ -48,16 +48,17 @@ def measure(architecture: str, variant: str, setting: float, work: dict[str, Any
     torch.manual_seed(work["seed"])
     tokens = torch.load(work["tokens"])  # [sequences, context]
     runner = LanguageModelSAETrainingRunner(
-        _config(architecture, variant, setting, work),
+        _make_config(architecture, variant, setting, work),
         override_dataset=Dataset.from_dict({"input_ids": list(tokens.numpy())}),
     )
     started = read_clock()
     sae = runner.run()
     seconds = read_clock() - started
-    return {"tokens": work["steps"] * work["batch"], "seconds": seconds, "l0": _l0(sae, runner)}
+    tokens, l0 = work["steps"] * work["batch"], _measure_l0(sae, runner)
+    return {"tokens": tokens, "seconds": seconds, "l0": l0}
 
 
-def _config(
+def _make_config(
     architecture: str, variant: str, setting: float, work: dict[str, Any]
 ) -> LanguageModelSAERunnerConfig:
     steps, tuned = work["steps"], variant == "tuned"
@@ -67,7 +68,7 @@ def _config(
         "model_name": work["truncated"] if tuned else work["llm"],
         "model_from_pretrained_kwargs": {"dtype": dtype},
         "hook_name": work["module"],
-        "sae": _sae(architecture, setting, work),
+        "sae": _make_sae_config(architecture, setting, work),
         "autocast": tuned and work["bf16"],
         "training_tokens": steps * work["batch"],
         "train_batch_size_tokens": work["batch"],
@@ -92,7 +93,7 @@ def _config(
     return LanguageModelSAERunnerConfig(**settings | (work["options"] if tuned else {}))
 
 
-def _sae(architecture: str, setting: float, work: dict[str, Any]) -> Any:
+def _make_sae_config(architecture: str, setting: float, work: dict[str, Any]) -> Any:
     shape = {"d_in": work["d"], "d_sae": work["features"], "device": work["device"]}
     match architecture:
         case "relu":  # without `setting`: the L1 coefficient determines the L0
@@ -110,7 +111,7 @@ def _sae(architecture: str, setting: float, work: dict[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def _l0(sae: Any, runner: LanguageModelSAETrainingRunner) -> float:
+def _measure_l0(sae: Any, runner: LanguageModelSAETrainingRunner) -> float:
     """Mean number of active features per token, in one more batch of the text."""
     batch = next(runner.activations_store).to(sae.device)
     features = sae.encode(batch)

@@ -32,7 +32,7 @@ from sae_lightning.terminal import phase
 VOCABULARY = 49_152
 
 
-def _gemma(blocks: int) -> PretrainedConfig:
+def _make_gemma_config(blocks: int) -> PretrainedConfig:
     return Gemma2Config(
         vocab_size=VOCABULARY,
         hidden_size=2304,
@@ -54,7 +54,7 @@ CONFIGS: dict[str, Callable[[int], PretrainedConfig]] = {
         num_attention_heads=12,
         intermediate_size=3072,
     ),
-    "gemma_2_2b": _gemma,
+    "gemma_2_2b": _make_gemma_config,
 }
 
 
