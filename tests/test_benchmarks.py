@@ -262,7 +262,7 @@ def test_saelens_knows_the_settings_of_its_speed_run(variant, monkeypatch):
     work = dict.fromkeys(("steps", "batch", "context", "llm_batch", "d", "features", "seed"), 8)
     work |= {"bf16": False, "device": "cpu", "llm": "llm", "truncated": "llm", "options": {}}
     peer = _script("peers.speed_saelens", monkeypatch)
-    made = peer._config("relu", variant, 8, work | {"module": "model.layers.0"})
+    made = peer._make_config("relu", variant, 8, work | {"module": "model.layers.0"})
     assert (made.train_batch_size_tokens, made.checkpoint_path) == (8, None)
 
 
