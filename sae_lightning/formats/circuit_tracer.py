@@ -23,12 +23,8 @@ def read_circuit_tracer(files: SavedFiles) -> StoredSAE:
     """Read one transcoder of a set; config.yaml beside it names the sites and the LLM, and says
     whether the transcoder is a TopK."""
     cfg, block = files.settings, re.search(r"layer_(\d+)", files.weights_file.name)
-    check_readable(
-        files.settings_file,
-        "model_kind",
-        cfg.get("model_kind", "transcoder_set"),
-        ["transcoder_set"],
-    )
+    model_kind = cfg.get("model_kind", "transcoder_set")
+    check_readable(files.settings_file, "model_kind", model_kind, ["transcoder_set"])
     tensors = dict(files.tensors)
     k = tensors.pop("k", None)
     weights = rename_tensors(CIRCUIT_TRACER, tensors)
@@ -75,6 +71,7 @@ CIRCUIT_TRACER = Format(
         ),
     },
     transcoders={"relu": "relu", "dense": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+    # outside training these two have a fixed threshold, as a JumpReLU has
     | {"batch_topk": "jumprelu", "matryoshka": "jumprelu"},
     make_settings=make_circuit_tracer_settings,
 )

@@ -32,13 +32,12 @@ SUBMODULES = {
 
 
 def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
-    """Read a folder of dictionary_learning; its weights take raw activations."""
+    """Read a folder of dictionary_learning; its SAEs take raw activations."""
     cfg, tensors = files.settings, files.tensors
     trainer = drop_nulls(cfg["trainer"])  # settings of training
-    check_readable(
-        files.settings_file, "dict_class", trainer["dict_class"], DICTIONARY_LEARNING.layouts
-    )
-    layout = DICTIONARY_LEARNING.layouts[trainer["dict_class"]]
+    layouts, dict_class = DICTIONARY_LEARNING.layouts, trainer["dict_class"]
+    check_readable(files.settings_file, "dict_class", dict_class, layouts)
+    layout = layouts[dict_class]
     settings = {"name": layout.architecture}
     if layout.architecture in ("topk", "batch_topk", "matryoshka"):
         # k in the weights is final; training may have annealed it from the config's k
@@ -89,6 +88,14 @@ def make_dictionary_learning_settings(sae: SAE, key: str, origin: Origin) -> Set
 
 
 BIASED = LINEAR | {"b_dec": "b_dec"}
+GATED = {
+    "encoder.weight": "W_enc.T",
+    "decoder.weight": "W_dec.T",
+    "decoder_bias": "b_dec",
+    "gate_bias": "b_enc",
+    "mag_bias": "b_mag",
+    "r_mag": "r_mag",
+}
 DICTIONARY_LEARNING = Format(
     files=("ae.pt", "config.json"),
     read=read_dictionary_learning,
@@ -99,18 +106,7 @@ DICTIONARY_LEARNING = Format(
         "BatchTopKSAE": Layout("batch_topk", BIASED, centred=True),
         "MatryoshkaBatchTopKSAE": Layout("matryoshka", PLAIN, centred=True),
         "JumpReluAutoEncoder": Layout("jumprelu", PLAIN | {"threshold": "threshold"}),
-        "GatedAutoEncoder": Layout(
-            "gated",
-            {
-                "encoder.weight": "W_enc.T",
-                "decoder.weight": "W_dec.T",
-                "decoder_bias": "b_dec",
-                "gate_bias": "b_enc",
-                "mag_bias": "b_mag",
-                "r_mag": "r_mag",
-            },
-            centred=True,
-        ),
+        "GatedAutoEncoder": Layout("gated", GATED, centred=True),
     },
     autoencoders={
         "relu": "AutoEncoderNew",

@@ -157,13 +157,14 @@ def _list_sizes(parsed: HubAddress, path: str, commit: str) -> dict[str, int]:
     if path:
         paths = [path, *_list_settings_above(path)]
         entries = _retry(api.get_paths_info, parsed.repo, paths, revision=commit)
+        at_path = [entry for entry in entries if entry.path == path]
         settings_above = [entry for entry in entries if entry.path != path]
-        if len(settings_above) == len(entries):
+        if not at_path:
             raise UserError(
                 f"{HUB}{parsed.repo}/{path}: {parsed.repo} has no such file or folder at revision "
                 f"{parsed.revision}; leave out the last part of the path for a list"
             )
-        if any(isinstance(entry, RepoFile) for entry in entries if entry.path == path):
+        if isinstance(at_path[0], RepoFile):
             folder = str(PurePosixPath(path).parent).removeprefix(".")  # "" at the top
     tree = api.list_repo_tree(parsed.repo, folder or None, recursive=True, revision=commit)
     entries = (*tree, *settings_above)
@@ -287,7 +288,7 @@ def _find_cached(parsed: HubAddress, commit: str | None) -> Path | None:
         return None
     root = _locate_cache(parsed) / "snapshots" / commit
     names = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
-    paths = [str(parent) for name in names for parent in (name, *PurePosixPath(name).parents)]
+    paths = [str(p) for name in names for p in (name, *PurePosixPath(name).parents)]
 
     def list_folder(folder: str) -> list[str]:
         return [path for path in paths if str(PurePosixPath(path).parent) == folder]

@@ -28,9 +28,9 @@ PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 
 
 class StoredSAE(NamedTuple):
-    """The content of an SAE's files, translated:
+    """The content of an SAE's files, translated. With z [features] for the pre-activations:
 
-    f = activate(x scale_in W_enc + b_enc);  x_hat = (f W_dec + b_dec) / scale_out
+    z = (x * scale_in) @ W_enc + b_enc;  x_hat = (activate(z) @ W_dec + b_dec) / scale_out
     """
 
     settings: dict[str, Any]
@@ -40,12 +40,11 @@ class StoredSAE(NamedTuple):
     metadata: dict[str, Any]
     """What the SAE was trained on, under SAELens' keys."""
     centred: bool = False
-    """The encoder reads x - b_dec (a skip connection reads x)."""
+    """The encoder reads x - b_dec; a skip connection still reads x."""
     scale_in: float = 1.0
     scale_out: float = 1.0
     rescale: bool = False
-    """Pre-activations are multiplied by the norms of the decoder rows, and a threshold applies to
-    the products."""
+    """activate(z * n) / n replaces activate(z), with n [features]: the norms of W_dec's rows."""
 
 
 class SavedFiles(NamedTuple):
@@ -238,7 +237,7 @@ def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
         weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms, weights["b_enc"] * norms
         weights["W_dec"] = weights["W_dec"] / norms[:, None]
         if "threshold" in weights:
-            # it applies to pre-activations times the stored norms, which are scale_out * norms
+            # compared with z times the norms of the stored rows, which are scale_out * norms
             weights["threshold"] = weights["threshold"] / stored.scale_out
     if "threshold" in weights and weights["threshold"].numel() == 1:
         threshold = weights["threshold"].reshape(()).clamp(min=0)
@@ -247,8 +246,8 @@ def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
 
 
 def add_groups(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
-    """Add groups of these sizes to the `settings` of a Matryoshka SAE: the share of each but the
-    last, which gets the rest. A single group makes it a BatchTopK SAE."""
+    """Add `groups` to the `settings` of a Matryoshka SAE: the share of the features in each group
+    but the last. `sizes`: features in each group. With one group, it is a BatchTopK SAE."""
     if len(sizes) == 1:
         return settings | {"name": "batch_topk"}
     return settings | {"groups": [size / sum(sizes) for size in sizes[:-1]]}

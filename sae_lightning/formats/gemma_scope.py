@@ -36,8 +36,8 @@ NAMES = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
 
 
 def read_gemma_scope(files: SavedFiles) -> StoredSAE:
-    """Read params.npz of Gemma Scope 1. SAEs of embeddings were trained on x / sqrt(d); as in
-    SAELens, the scale is folded into W_enc and W_dec, but not into b_dec."""
+    """Read params.npz of Gemma Scope 1. SAEs of embeddings were trained on x / sqrt(d): W_enc and
+    W_dec are converted to raw x. SAELens leaves b_dec as it is, and so does this function."""
     path = files.weights_file.absolute().as_posix()
     weights = rename_tensors(GEMMA_SCOPE, files.tensors)
     repository = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path)
@@ -65,9 +65,8 @@ def read_gemma_scope_2(files: SavedFiles) -> StoredSAE:
     """Read params.safetensors of Gemma Scope 2; if config.json is missing beside it, the
     folder's name gives the sites."""
     cfg, path = files.settings, files.weights_file.absolute().as_posix()
-    check_readable(
-        files.settings_file, "architecture", cfg.get("architecture", "jump_relu"), ["jump_relu"]
-    )
+    architecture = cfg.get("architecture", "jump_relu")
+    check_readable(files.settings_file, "architecture", architecture, ["jump_relu"])
     weights = rename_tensors(GEMMA_SCOPE_2, files.tensors)
     metadata = {}
     if match := re.search(r"/(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_(\d+)_", path):

@@ -26,8 +26,8 @@ MEAN_NORMS = "dataset_average_activation_norm"
 def read_llamascopium(files: SavedFiles) -> StoredSAE:
     """Read an SAE or transcoder of llamascopium (also as published in Llama Scope R1).
 
-    In training, llamascopium scales activations to a mean norm of sqrt(d); it applies the threshold
-    to pre-activations times decoder norms. UserError if the mean norm is not saved.
+    llamascopium trains on activations scaled to a mean norm of sqrt(d), and chooses features by
+    z * n: pre-activation times norm of the decoder row. UserError if the mean norm is not saved.
     """
     cfg, tensors = files.settings, dict(files.tensors)
     activation, norm_setting = _check_settings(files)
@@ -51,8 +51,8 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
         scales = [compute_scale(norm, weights["W_dec"].shape[1]) for norm in site_norms]
     uses_decoder_norms = cfg.get("sparsity_include_decoder_norm", True)
     if activation == "jumprelu" and uses_decoder_norms:
-        decoder_norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
-        weights["threshold"] = weights.pop("log_threshold").exp() / decoder_norms
+        n = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
+        weights["threshold"] = weights.pop("log_threshold").exp() / n  # z * n > t as z > t / n
     settings = {"name": LLAMASCOPIUM.layouts[activation].architecture}
     if activation == "topk":
         settings["k"] = cfg["top_k"]
@@ -65,7 +65,7 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
         drop_nulls(metadata) | cfg,
         scale_in=scales[0],
         scale_out=scales[1],
-        rescale=activation == "topk" and uses_decoder_norms,
+        rescale=activation == "topk" and uses_decoder_norms,  # the top k of z * n
     )
 
 
@@ -121,7 +121,8 @@ def make_llamascopium_settings(sae: SAE, key: str, origin: Origin) -> SettingsAn
 
 THRESHOLD = "activation_function.log_jumprelu_threshold"
 SCOPIUM_NAMES = {"W_E": "W_enc", "b_E": "b_enc", "W_D": "W_dec", "b_D": "b_dec"}
-# our architecture -> key in `layouts`
+# Our architecture -> key in `layouts`. Outside training, BatchTopK and Matryoshka have a fixed
+# threshold, as a JumpReLU has.
 SCOPIUM_KEYS = {"relu": "relu", "dense": "relu", "topk": "topk", "jumprelu": "jumprelu"}
 SCOPIUM_KEYS |= {"batch_topk": "jumprelu", "matryoshka": "jumprelu"}
 LLAMASCOPIUM = Format(
@@ -141,7 +142,7 @@ LLAMASCOPIUM = Format(
 
 def read_llama_scope(files: SavedFiles) -> StoredSAE:
     """Read a folder of Llama Scope, trained on Llama-3.1-8B. As in SAELens, a feature fires where
-    (scale_in x) W_enc + b_enc > scale_in jump_relu_threshold, whatever its decoder norm."""
+    z > scale_in * jump_relu_threshold (z: pre-activation, without the decoder norm)."""
     cfg = files.settings
     check_readable(files.settings_file, "act_fn", cfg.get("act_fn", "jumprelu"), ["jumprelu"])
     weights = rename_tensors(LLAMA_SCOPE, files.tensors)

@@ -49,7 +49,7 @@ def load_sae(path: str | os.PathLike) -> SAE:
         raise
     except Exception as error:  # a damaged file may raise anything
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-        reason = reason or "a file ends early"
+        reason = reason or "a file ends early"  # EOFError has no message
         raise UserError(f"{folder} is damaged or not an SAE: {reason}") from error
     sae.metadata = stored.metadata
     return sae.requires_grad_(False).eval()
@@ -61,12 +61,15 @@ def _find_weights(path: Path) -> tuple[Format, Path, Path]:
     if not path.exists():
         raise UserError(f"{path}: no such folder or file (on the hub: hub:<owner>/<name>)")
     # weights may lie in the SAE's folder, in its `checkpoints` (Llama Scope), or in a run's `sae`
-    root = path.absolute().parent.parent if path.is_file() else path
-    subfolders = [path.absolute().parent.name] if path.is_file() else ["sae", "checkpoints"]
+    if path.is_file():
+        file = path.absolute()
+        root, subfolders = file.parent.parent, [file.parent.name]
+        below_root = file.relative_to(root).as_posix()
+    else:
+        root, subfolders, below_root = path, ["sae", "checkpoints"], "."
     folders = [root, *(root / name for name in subfolders)]
     files = [file for folder in folders for file in folder.glob("*") if file.is_file()]
     names = [file.relative_to(root).as_posix() for file in files]
-    below_root = path.absolute().relative_to(root).as_posix() if path.is_file() else "."
     saes = find_saes(below_root, names)
     if not saes:
         patterns = ", ".join(dict.fromkeys(entry.files[0] for entry in FORMATS.values()))
@@ -111,15 +114,15 @@ def _build(stored: StoredSAE) -> SAE:
     sae.load_weights(stored.weights)
     if not stored.centred:
         return sae
-    # fold b_dec into the encoder, which was trained on x - b_dec
+    # the encoder was trained on x - b_dec
     if d_in != d_out:
         raise ValueError(
             f"b_dec has width {d_out} and cannot be subtracted from inputs of width {d_in}"
         )
     one, mean = torch.ones(()), sae.b_dec.double()
-    # `fold` would have the skip connection read x - b_dec; it reads x, so add b_dec @ W_skip
+    # in_mean is subtracted from the skip connection's input, too: out_mean makes up for that
     out_mean = mean @ sae.W_skip.double() if config.skip else torch.zeros(d_out)
-    sae.load_weights(sae.fold(mean, one, out_mean, one))
+    sae.load_weights(sae.fold(in_mean=mean, in_scale=one, out_mean=out_mean, out_scale=one))
     return sae
 
 

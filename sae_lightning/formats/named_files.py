@@ -41,18 +41,12 @@ def read_goodfire(files: SavedFiles) -> StoredSAE:
     return StoredSAE({"name": "relu"}, rename_tensors(GOODFIRE, files.tensors), metadata)
 
 
+GOODFIRE_NAMES = {
+    "encoder_linear.weight": "W_enc.T",
+    "encoder_linear.bias": "b_enc",
+    "decoder_linear.weight": "W_dec.T",
+    "decoder_linear.bias": "b_dec",
+}
 GOODFIRE = Format(
-    files=("*.pt*",),
-    read=read_goodfire,
-    layouts={
-        "relu": Layout(
-            "relu",
-            {
-                "encoder_linear.weight": "W_enc.T",
-                "encoder_linear.bias": "b_enc",
-                "decoder_linear.weight": "W_dec.T",
-                "decoder_linear.bias": "b_dec",
-            },
-        )
-    },
+    files=("*.pt*",), read=read_goodfire, layouts={"relu": Layout("relu", GOODFIRE_NAMES)}
 )

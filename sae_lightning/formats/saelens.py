@@ -1,4 +1,4 @@
-"""Reads SAELens' format, which is also the saved format (saved_format.py writes it)."""
+"""Reads SAELens' format, in which this project saves its own SAEs, too."""
 
 from dataclasses import fields
 from itertools import pairwise
@@ -23,7 +23,7 @@ from sae_lightning.sae import ARCHITECTURES
 CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"  # in training checkpoints: a factor of the activations
-NOTE_KEY = "note"  # key in the metadata: how SAELens misreads the SAE
+NOTE_KEY = "note"  # key in the metadata for a warning that SAELens misreads the SAE
 OWN_KEY = "sae_lightning"  # key in cfg.json for our SAEConfig, and in the metadata for our Config
 
 # (architecture, has a skip connection) -> SAELens' name of the transcoder
@@ -46,7 +46,7 @@ SAELENS_ARCHITECTURES = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-# Beginnings of TransformerLens' names of LLMs with LayerNorm, whose activations it may centre.
+# Beginnings of names of LLMs with LayerNorm; center_writing_weights has no effect on others.
 LAYERNORM_MODELS = ("gpt2", "distilgpt2", "pythia", "tiny-stories", "gelu-", "gpt-neo", "opt-")
 
 
@@ -60,7 +60,8 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
     # SAELens 3 to 5 have no architecture topk, but an activation function topk
     cfg = {"architecture": "standard", "activation_fn": cfg.get("activation_fn_str", "relu")} | cfg
     if cfg["activation_fn"] == "topk":
-        cfg |= {"architecture": "topk", "activation_fn": "relu"} | cfg["activation_fn_kwargs"]
+        kwargs = cfg["activation_fn_kwargs"]  # {"k": ...}
+        cfg |= {"architecture": "topk", "activation_fn": "relu"} | kwargs
     architecture = cfg["architecture"]
     if OWN_KEY in cfg:
         settings = _check_own_settings(files.settings_file, cfg[OWN_KEY])
@@ -69,12 +70,12 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
     scale = _read_scale(files.settings_file, cfg.get("normalize_activations") or "none")
     weights = rename_tensors(SAELENS, files.tensors)
     metadata = cfg.get("metadata", cfg)  # older versions write it among the settings
-    # where a key is missing, SAELens' default holds; SAELens 2 centred the LLM's weights
+    # where a key is missing, SAELens' default holds; in SAELens 2, center_writing_weights was true
     centred = "transcoder" not in architecture and cfg.get("apply_b_dec_to_input", True)
     options = metadata.get("model_from_pretrained_kwargs", {})
     has_layernorm = str(metadata.get("model_name")).startswith(LAYERNORM_MODELS)
     if has_layernorm and options.get("center_writing_weights", is_saelens_2):
-        weights |= _center_dimensions(weights, centred)
+        weights |= _fold_mean_subtraction(weights, centred)
     return StoredSAE(
         settings,
         weights,
@@ -86,11 +87,12 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
     )
 
 
-def _center_dimensions(weights: dict[str, Tensor], centred: bool) -> dict[str, Tensor]:
-    """Convert the encoder of an SAE that was trained on x minus its mean over dimensions to raw x.
-    (TransformerLens subtracts that mean with `center_writing_weights`; LayerNorm ignores it.)"""
+def _fold_mean_subtraction(weights: dict[str, Tensor], centred: bool) -> dict[str, Tensor]:
+    """Convert the encoder of an SAE that was trained on x - mean(x), the mean over dimensions, to
+    raw x: (x - mean(x)) @ W_enc = x @ (W_enc - W_enc.mean(0)). TransformerLens subtracts mean(x)
+    with `center_writing_weights`."""
     W_enc, b_enc = weights["W_enc"], weights["b_enc"]
-    if centred:  # the mean over dimensions is subtracted from x, not from b_dec
+    if centred:  # b_dec, which load_sae folds in, is to be multiplied by the old W_enc
         b_enc = b_enc - weights["b_dec"].mean() * W_enc.sum(dim=0)
     return {"W_enc": W_enc - W_enc.mean(dim=0), "b_enc": b_enc}
 
@@ -129,7 +131,7 @@ def _translate_settings(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_scale(file: Path, normalisation: str | bool) -> float:
-    """The factor by which SAELens multiplies activations; 1 if it is folded into the weights.
+    """The factor by which SAELens multiplies activations; 1 if there is none to fold in.
     UserError if it cannot be folded into them, or is not saved."""
     if normalisation == "none":
         return 1.0
@@ -153,5 +155,6 @@ SAELENS = Format(
     optional=(SCALER,),
     read=read_saelens,
     layouts={name: Layout(ours) for name, ours in SAELENS_ARCHITECTURES.items()},
+    # all other tensors have our names
     aliases={"b_gate": "b_enc", "W_skip": "W_skip.T", "topk_threshold": "threshold"},
 )

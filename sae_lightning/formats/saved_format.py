@@ -28,7 +28,8 @@ def save_sae(folder: Path, sae: SAE, weights: dict[str, Tensor], metadata: dict[
     """
     architecture = sae.architecture  # SAELens' name of it
     if "hook_name_out" in metadata:
-        metadata = metadata | ({NOTE_KEY: note} if (note := describe_limits(sae)) else {})
+        if note := describe_limits(sae):
+            metadata = metadata | {NOTE_KEY: note}
         architecture = TRANSCODERS.get((architecture, sae.config.skip), architecture)
     cfg = {
         "architecture": architecture,

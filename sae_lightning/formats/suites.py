@@ -120,8 +120,7 @@ def choose_path(paths: tuple[str, ...], list_folder: Callable[[str], list[str]])
 
 
 def _measure_distance(path: str) -> tuple[float, float]:
-    """Distance from USUAL_L0 of the L0 at the end of the path, and that L0 (0 if the path has
-    none)."""
+    """How far the L0 at the end of a path (0 if it has none) is from USUAL_L0, and this L0."""
     match = re.search(r"\d+(\.\d+)?$", path)
     l0 = float(match[0]) if match else 0.0
     return abs(l0 - USUAL_L0), l0

@@ -49,6 +49,7 @@ def find_format(names: Collection[str], weights: str | None = None) -> Format | 
 
     weights_files = names if weights is None else [weights]
     entries = [entry for entry in FORMATS.values() if has_match(entry.files[0], weights_files)]
+    # without this, a broad pattern such as Goodfire's would win if settings are missing
     same_weights = [entry for entry in entries if entry.files[0] == entries[0].files[0]]
     complete = [entry for entry in same_weights if all(map(has_match, entry.files))]
     for pattern, kind in UNREADABLE.items():
@@ -74,6 +75,7 @@ def find_saes(path: str, names: Collection[str]) -> list[SAEPaths]:
     names = {posixpath.normpath(name) for name in names}
     location, is_file = PurePosixPath(path), posixpath.normpath(path) in names
     parent = location.parent
+    # the second parent: weights of Llama Scope are in a subfolder
     for folder in (parent, parent.parent) if is_file else (location / "sae", location):
         in_folder = [name for name in names if PurePosixPath(name).is_relative_to(folder)]
         # path below the folder -> path
@@ -81,9 +83,10 @@ def find_saes(path: str, names: Collection[str]) -> list[SAEPaths]:
         file = str(location.relative_to(folder)) if is_file else None
         if entry := find_format(paths, file):
             root = glob.escape(str(folder))
-            patterns = [posixpath.normpath(f"{root}/{p}") for p in (*entry.files, *entry.optional)]
             weights = [file] if is_file else [n for n in paths if is_match(n, entry.files[0])]
-            others = [n for n in names if any(is_match(n, pattern) for pattern in patterns[1:])]
+            # normalised, because a pattern may begin with ../
+            patterns = [posixpath.normpath(f"{root}/{p}") for p in entry.files[1:] + entry.optional]
+            others = [n for n in names if any(is_match(n, pattern) for pattern in patterns)]
             return [
                 SAEPaths(entry, str(folder), paths[name], sorted(others))
                 for name in sorted(weights)

@@ -65,9 +65,8 @@ def find_origin(metadata: dict[str, Any], address: str, layer: LayerConfig | Non
         if not layer and (warning := describe_missing_gain(checked, address)):
             raise UserError(f"{warning}; give layer=transcoder layer.index=... to write that site")
         layer = layer or read_layer(checked, address)
-        sites = SitePair(
-            *(Site(layer.index, kind) for kind in (layer.source, layer.target or layer.source))
-        )
+        source = Site(layer.index, layer.source)
+        sites = SitePair(source, Site(layer.index, layer.target or layer.source))
         for key in ("hook_name", "hook_name_out"):
             checked.pop(key, None)
             if layer_is_given:  # hf_hook_name names the module at the site that is replaced
@@ -155,13 +154,13 @@ def _read_hook(hook: str | None, address: str) -> tuple[int, Kind]:
         match = hook and re.fullmatch(pattern, hook)
         if match and int(match[1]) + offset >= 0:  # the input of block 0 is no site of ours
             return int(match[1]) + offset, kind
-    problem = "does not say where its SAE reads"
     for pattern, meaning in OTHER_HOOKS.items():
         if hook and re.fullmatch(pattern, hook):
             raise UserError(
                 f"{address} reads {hook:.80}, which is not a site of this project: it is "
                 f"{meaning}. load_sae opens the SAE, but no task can run an LLM on it"
             )
+    problem = "does not say where its SAE reads"
     if hook:
         problem = f"reads {hook:.80}, which is not a known site"
     raise UserError(

@@ -94,8 +94,8 @@ def convert_weights(layout: Layout, sae: SAE) -> dict[str, Tensor]:
 
 
 def center_encoder(sae: SAE) -> dict[str, Tensor]:
-    """Convert the weights of `sae` for an encoder that reads x - b_dec; a skip connection reads x.
-    `load_sae` does the inverse."""
+    """Convert the weights of `sae` for an encoder that reads x - b_dec; a skip connection still
+    reads x. `load_sae` does the inverse."""
     one, mean = torch.ones(()), sae.b_dec.double()
     out_mean = -mean @ sae.W_skip.double() if sae.config.skip else torch.zeros_like(mean)
-    return sae.fold(-mean, one, out_mean, one)
+    return sae.fold(in_mean=-mean, in_scale=one, out_mean=out_mean, out_scale=one)

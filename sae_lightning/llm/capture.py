@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from sae_lightning.errors import UserError
-from sae_lightning.llm.placement import find_computing_device, find_row_device
+from sae_lightning.llm.placement import find_activation_device, find_computing_device
 from sae_lightning.llm.sites import Kind, Site, add_hook, find_decoder_stack, find_site_module
 
 OTHER_BRANCH = {Kind.attn: Kind.mlp, Kind.mlp: Kind.attn}
@@ -24,7 +24,7 @@ def capture(
 ) -> dict[Site, Tensor]:
     """Activations [sequences, context, d_site] of tokens [sequences, context], for each site.
 
-    In the model's dtype, on the device of `find_row_device`. `positions` [n], indices into the
+    In the model's dtype, on the device that `llm.device` names. `positions` [n], indices into the
     flattened tokens, restricts the result to [n, d_site]; None keeps all. Neither the LM head nor
     blocks after the deepest site run; all hooks are removed.
     """
@@ -59,7 +59,7 @@ def capture(
     for site, x in activations.items():
         if x is None:
             raise _make_skipped_error(model, site)
-    return {site: x.to(find_row_device(model)) for site, x in activations.items()}
+    return {site: x.to(find_activation_device(model)) for site, x in activations.items()}
 
 
 def _make_skipped_error(model: nn.Module, site: Site) -> UserError:
@@ -77,11 +77,12 @@ def replace_activations(
     """Inside the `with`, `model` runs with function(x, y) in place of y, its activation at
     `target`.
 
-    x: the activation at `source`, which is `target` or is computed before it. Shapes as in
-    `add_hook`, both on the device of `find_row_device`; function(x, y) has the shape of y.
+    x: the activation at `source`, which is `target` or is computed before it. Both have the shape
+    [sequences, context, d_site] ([sequences * context, d_site] at OPT's MLP) and are on the device
+    that `llm.device` names; function(x, y) has the shape of y.
     """
-    source_values: list[Tensor] = []  # between the two hooks
-    device = find_row_device(model)
+    source_values: list[Tensor] = []  # the x of this forward pass, for the hook at `target`
+    device = find_activation_device(model)
     source_scale = measure_branch_scale(model, source)
     target_scale = measure_branch_scale(model, target)
 
@@ -114,10 +115,11 @@ def measure_branch_scale(model: nn.Module, site: Site) -> float:
 @torch.no_grad()
 def _measure_scale(model: nn.Module, site: Site) -> float:
     """Measure the scale of the branch at `site`: run the block with known vectors in place of its
-    input x and of the outputs of its branches.
+    input and of the outputs of its branches.
 
-    x = 0    branch = c    other = 0        the output is scale x c
-    x = c    branch = 0    other = 0        the output is c, unless the block does more than add
+    input = 0    branch = c    other branch = 0        output = offset + scale * c
+    input = 0    branch = 0    other branch = 0        output = offset
+    input = c    branch = 0    other branch = 0        output = c, if the block only adds
     """
     other: Site | None = Site(site.layer, OTHER_BRANCH[site.kind])
     try:
@@ -129,14 +131,15 @@ def _measure_scale(model: nn.Module, site: Site) -> float:
     zeros = torch.zeros_like(c)
     zero_branches = {site: zeros} | ({other: zeros} if other else {})
     with_branch = _run_block(model, zeros, zero_branches | {site: c})
-    change = with_branch - _run_block(model, zeros, zero_branches)
-    ratios = change.double() / c.double()
+    without_branch = _run_block(model, zeros, zero_branches)
+    ratios = (with_branch - without_branch).double() / c.double()
     scale, rounding = ratios.mean().item(), torch.finfo(c.dtype).eps
     if abs(scale - 1) < rounding:
         scale = 1.0
     # if the block only scales, the ratios are equal, up to a few rounding errors
     scales_only = scale > 0 and (ratios - scale).abs().max().item() < 8 * rounding * scale
-    if not scales_only or (other and not (_run_block(model, c, zero_branches) == c).all()):
+    adds_only = not other or (_run_block(model, c, zero_branches) == c).all()
+    if not (scales_only and adds_only):
         block = find_decoder_stack(model)[site.layer]
         raise UserError(
             f"layer.source, layer.target: {type(block).__name__} does not just add its attention "
@@ -149,7 +152,8 @@ def _measure_scale(model: nn.Module, site: Site) -> float:
 def _run_block(model: nn.Module, x: Tensor, branches: dict[Site, Tensor]) -> Tensor:
     """Run a block on two tokens, with x [d] as the input of both and the values [d] of `branches`
     in place of the outputs of its branches; returns its output [1, 2, d]."""
-    block, outputs = find_decoder_stack(model)[next(iter(branches)).layer], []
+    any_site, outputs = next(iter(branches)), []  # all are in the same block
+    block = find_decoder_stack(model)[any_site.layer]
 
     def replace_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
@@ -170,7 +174,7 @@ def _run_block(model: nn.Module, x: Tensor, branches: dict[Site, Tensor]) -> Ten
         tokens = torch.zeros(1, 2, dtype=torch.long, device=x.device)
         model.base_model(input_ids=tokens, use_cache=False)
     if not outputs:
-        raise _make_skipped_error(model, next(iter(branches)))
+        raise _make_skipped_error(model, any_site)
     return outputs[0].to(x.device)
 
 

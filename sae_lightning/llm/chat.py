@@ -22,7 +22,7 @@ class ChatEncoder:
 
     A token that is not trained on is written as its complement ~id, which is negative. The template
     may itself mark the assistant's text ({% generation %}). If it does not, the assistant's text is
-    all that its message adds to the text of the messages before it.
+    all that its message adds to the messages before it and the prompt for an answer.
     """
 
     def __init__(self, tokenizer: Any, assistant_only: bool) -> None:
@@ -89,7 +89,7 @@ class ChatEncoder:
 
     def _find_answers(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
         """The range of characters, (begin, stop), that each of the assistant's messages adds to the
-        text of the messages before it."""
+        messages before it and the prompt for an answer."""
         answers = []
         for index, message in enumerate(messages):
             if message["role"] == ASSISTANT:

@@ -6,7 +6,6 @@
 If scale(r) is held fixed, a direction v that is added to r changes the logits by
 W_U (gain * centred(v)) / scale(r) along the direct path (Elhage et al. 2021, "A mathematical
 framework for transformer circuits"). scale(r) is positive, so it changes no ranking of tokens.
-RMSNorm does not centre.
 `measure_response` measures the effect of v through all later blocks as well.
 
 Shapes: d = width of the residual stream; contexts = token sequences, each of `length` tokens and
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import StopForward, replace_activations
-from sae_lightning.llm.placement import find_computing_device, find_row_device
+from sae_lightning.llm.placement import find_activation_device, find_computing_device
 from sae_lightning.llm.sites import Kind, Site, find_decoder_stack, find_site_module
 from sae_lightning.llm.splice import run_body
 
@@ -44,8 +43,8 @@ class Norm(NamedTuple):
         return self._centred(directions) * self.gain
 
     def apply_transpose(self, directions: Tensor) -> Tensor:
-        """centred(gain * directions) for directions [n, d] at the norm's output: its dot products
-        with the norm's input are those of `directions` with the output."""
+        """centred(gain * directions) for directions [n, d] at the norm's output: the dot product
+        with r equals the dot product of `directions` with gain * centred(r)."""
         return self._centred(directions * self.gain)
 
     def _centred(self, x: Tensor) -> Tensor:
@@ -90,7 +89,7 @@ def _find_norm_before(model: nn.Module, reader: nn.Module, reader_name: str) -> 
             f"direct=true: {type(model).__name__} has no norm before {reader_name}, so the lens "
             "cannot follow directions to it; leave direct=true out"
         )
-    return norm._replace(gain=norm.gain.to(find_row_device(model)))
+    return norm._replace(gain=norm.gain.to(find_activation_device(model)))
 
 
 def _measure_norm(module: nn.Module, width: int) -> Norm | None:
@@ -135,7 +134,7 @@ def read_embedding(model: nn.Module, count: int) -> Tensor:
         for ids in torch.arange(count, device=device)[:, None].split(TOKENS_PER_PASS):
             with suppress(StopForward):
                 model.base_model(input_ids=ids, use_cache=False)
-    x = torch.cat(inputs).to(find_row_device(model))
+    x = torch.cat(inputs).to(find_activation_device(model))
     return x - x.mean(0)
 
 
@@ -148,16 +147,17 @@ def measure_response(
     share: float,
     advance: Callable[[int], None],
 ) -> Tensor:
-    """Mean change over contexts [n, d] of the unembedding's input at the last token of `tokens`
-    [contexts, length] when a direction is added to this token's activation at `target`. Each of
-    `directions` [n, d_target] is scaled to `share` of the activation's norm. `advance` is called
-    with the number of directions just done: 1 + n in all for each context, as the unchanged LLM is
-    run as a direction of zeros.
+    """How the unembedding's input changes [n, d] when each of `directions` [n, d_target] is added
+    to the activation at `target`, as a mean over contexts.
 
         BOS  It  was  the  best   of     a direction is added at this last token only, and the
          .    .   .    .    .     *      output there is compared with the unchanged LLM's
+
+    tokens: [contexts, length]. A direction is scaled to `share` of the activation's norm. `advance`
+    is called with the number of directions just done, in all 1 + n for each context: the unchanged
+    LLM runs with a direction of zeros.
     """
-    device = find_row_device(model)
+    device = find_activation_device(model)
     unit = nn.functional.normalize(directions.to(device))
     additions = torch.cat([torch.zeros_like(unit[:1]), share * unit])
     total = torch.zeros(())
@@ -191,13 +191,13 @@ def _fill_cache(model: nn.Module, tokens: Tensor) -> Any:
 
 
 def _make_edit(additions: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of (x, y) for a batch whose first n sequences get `additions` [n, d]: it adds
-    |y| additions[i] to y at the last token of sequence i."""
+    """A function for `replace_activations` that adds norm(y) * additions[i] to the activation y at
+    the last token of sequence i, for additions [n, d] and the first n sequences of the batch."""
 
-    def apply(x: Tensor, y: Tensor) -> Tensor:
+    def apply(_: Tensor, y: Tensor) -> Tensor:
         # OPT's MLP returns [sequences * tokens, d]
         changed = y.float().view(DIRECTIONS_PER_PASS, -1, y.shape[-1])
-        last = changed[: len(additions), -1]
+        last = changed[: len(additions), -1]  # a view of `changed`
         last += additions * last.norm(dim=1, keepdim=True)
         return changed.view_as(y)
 

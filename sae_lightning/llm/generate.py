@@ -98,7 +98,7 @@ def generate(
 
     try:
         generated = continue_prompt(cache)
-    except ValueError:  # raised by xLSTM and by hybrids without an attention layer
+    except ValueError:  # xLSTM and hybrids without an attention layer cannot use a KV cache
         generated = continue_prompt(False)
     return [_cut_at_end(sequence, len(prompt), end_id) for sequence in generated.cpu()]
 

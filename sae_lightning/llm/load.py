@@ -167,11 +167,10 @@ def read_llm_shape(config: LLMConfig) -> LLMShape:
         return PACKAGED[config.name].shape
     with phase(f"looking up LLM {config.name}"), mute_libraries():
         hf_config = read_config(config, _find_local_folder(config.name)).get_text_config()
-    context = getattr(hf_config, "max_position_embeddings", None)
     return LLMShape(
         layers=hf_config.num_hidden_layers,
         width=hf_config.hidden_size,
-        context=context,
+        context=getattr(hf_config, "max_position_embeddings", None),
         vocabulary=hf_config.vocab_size,
     )
 
@@ -184,9 +183,8 @@ def count_llm_parameters(config: LLMConfig, blocks: int | None = None) -> int:
     if config.name in PACKAGED:
         return PACKAGED[config.name].parameters_of(blocks)
     with mute_libraries():
-        model = build_without_weights(
-            config, read_config(config, _find_local_folder(config.name)), blocks
-        )
+        hf_config = read_config(config, _find_local_folder(config.name))
+        model = build_without_weights(config, hf_config, blocks)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -248,6 +246,7 @@ def load_llm(config: LLMConfig, blocks: int | None = None, tokenizer: Any = None
             tokenizer = tokenizer or read_tokenizer(config, folder, hf_config)
             model = read_model(config, folder, hf_config, blocks, dtype, device)
     except UserError as error:
+        # an error that begins with llm.name is about the files, not about another setting
         if config.name not in PACKAGED or not str(error).startswith("llm.name"):
             raise
         raise UserError(

@@ -75,7 +75,7 @@ def is_spread(load: dict[str, Any]) -> bool:
     # without a device map, each process has its own copy of the LLM: not spread
     devices = load.get("device_map", "cpu")
     devices = devices.values() if isinstance(devices, dict) else [devices]
-    return not {*map(str, devices)} <= {*OFFLOADED}
+    return any(str(device) not in OFFLOADED for device in devices)
 
 
 def raise_quantiser_errors(load: dict[str, Any]) -> None:
@@ -118,9 +118,9 @@ def find_computing_device(module: nn.Module) -> torch.device:
     return next(module.parameters(), torch.empty(0)).device
 
 
-def find_row_device(model: nn.Module) -> torch.device:
+def find_activation_device(model: nn.Module) -> torch.device:
     """The device that activations are moved to, whatever device a site is on."""
-    return getattr(model, "row_device", None) or find_computing_device(model)
+    return getattr(model, "activation_device", None) or find_computing_device(model)
 
 
 def read_weight(module: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""Loading a causal LM and its tokenizer with transformers; every failure is a one-line UserError.
+"""Loads a causal LM and its tokenizer with transformers; most errors become one-line UserErrors.
 
 `config`: an LLMConfig; `hf_config`: transformers' config of the model; `folder`: the local folder
 of the LLM, None for the hub.
@@ -110,9 +110,8 @@ def read_tokenizer(config, folder: Path | None, hf_config):
         tokenizer.bos_token, tokenizer.eos_token = _read_special_tokens(
             config, folder, hf_config, tokenizer
         )
-    for name, token in (("bos", config.bos), ("separator", config.separator)):
+    for name, role, token in (("bos", "bos", config.bos), ("separator", "eos", config.separator)):
         if token is not None:
-            role = "eos" if name == "separator" else name
             entry = _find_entry(tokenizer, f"llm.{name}={token}", token)
             setattr(tokenizer, f"{role}_token", entry)
     return tokenizer
@@ -159,6 +158,7 @@ def read_model(
     with _convert_errors(config):
         model_class = _pick_loader(hf_config)
         if blocks is not None:
+            # for some families, the class takes only the text part of the config
             whole = build_without_weights(config, hf_config)
             model_class, hf_config = _make_cut_class(type(whole), blocks), whole.config
         model, report = model_class.from_pretrained(
@@ -173,7 +173,7 @@ def read_model(
             _remove_head(model)
         if config.load:
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns in each forward pass
-            model.row_device = torch.empty(0, device=device).device  # cuda is now cuda:N
+            model.activation_device = torch.empty(0, device=device).device  # "cuda" -> cuda:N
         else:
             model = model.to(device)
     if report["missing_keys"]:
@@ -207,11 +207,8 @@ def build_without_weights(config, hf_config, blocks: int | None = None) -> nn.Mo
 
 
 def _remove_later_blocks(model: nn.Module, blocks: int) -> None:
-    """Remove all but the first `blocks` blocks.
-
-    The config keeps the total number of blocks, because the output of a block may depend on it
-    (Gemma-3n's last blocks share keys and values; other families scale by it).
-    """
+    """Remove all but the first `blocks` blocks. The config keeps the total number, because the
+    output of a block may depend on it (Gemma-3n's last blocks share keys and values)."""
     stack = find_decoder_stack(model)
     del stack[blocks:]
     model.kept_blocks = len(stack)
@@ -247,7 +244,7 @@ def _locate(config, folder: Path | None) -> dict:
 
 @contextmanager
 def _convert_errors(config, part: str = "model") -> Iterator[None]:
-    """Raise an error in loading `part` (the model or its tokenizer) as a UserError."""
+    """Raise an error in loading `part` as a UserError, unless it is a lack of memory."""
     try:
         yield
     except Exception as error:
@@ -261,6 +258,7 @@ def _explain_error(config, error: Exception, part: str) -> str:
     from huggingface_hub import errors as hub
 
     setting, text = f"llm.name={config.name}", " ".join(str(error).split())
+    # the first sentence; a dot after a capital or a digit does not end one
     sentence = re.split(r"(?<=[a-z`'])\. ", text or type(error).__name__)[0][:200].rstrip(".")
     classes = {*type(error).__mro__}  # of the error and its causes
     while error := error.__cause__ or error.__context__:
@@ -288,6 +286,7 @@ def _explain_error(config, error: Exception, part: str) -> str:
             "use llm.attn=auto"
         )
     if ImportError in classes:  # quantised models and custom code need extra packages
+        # "pip install [-U] <package>" or "No module named '<package>'"
         package = re.search(r"(?:pip install (?:-\S+ )*'?|module named ')([\w.-]+)", text)
         remedy = f"run: pip install {package[1]}" if package else "install it"
         return f"{setting}: needs a missing package ({sentence}); {remedy}, or give another LLM"

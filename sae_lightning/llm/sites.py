@@ -155,6 +155,7 @@ def find_text_decoder(model: nn.Module) -> nn.Module:
 
 def _find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the decoder blocks, and their list."""
+    # kept_blocks: set where later blocks were removed (pretrained.py)
     layers = getattr(model, "kept_blocks", model.config.get_text_config().num_hidden_layers)
     # get_decoder of ModernBERT returns its LM head, so the whole model is searched next. Outer
     # modules come first, so the stack is found before lists within a block (experts).

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import replace_activations
-from sae_lightning.llm.placement import find_computing_device, find_row_device
+from sae_lightning.llm.placement import find_activation_device, find_computing_device
 from sae_lightning.llm.sites import Site, find_text_decoder
 from sae_lightning.ranks import ALONE, Ranks
 
@@ -105,6 +105,7 @@ def score_splices(
     forward pass of each batch for each function).
     """
     edits = [partial(_ignore_target, function) for function in functions]
+    # not strict: `means` may be empty, and every error_ce is then None
     edits += [partial(_keep_error, *pair) for pair in zip(functions, means, strict=False)]
     clean, ce, kl = _measure_means(
         model, tokens, source, target, edits, keep, batch, advance, ranks, with_kl=True
@@ -182,16 +183,15 @@ def _sum_chunks(
     ids = ids.to(find_computing_device(model), torch.long)
     output = run_body(model, ids)
     device = output.last_hidden_state.device  # where the last block computes
+    # `position` predicts the kept token at position + 1
     sequence, position = (x.to(device) for x in keep[:, 1:].nonzero(as_tuple=True))
-    keep, next_ids = keep.to(find_row_device(model)), ids.to(device)[sequence, position + 1]
+    keep, next_ids = keep.to(find_activation_device(model)), ids.to(device)[sequence, position + 1]
     hidden = [output.last_hidden_state[sequence, position]]
     for edit in edits:
         with replace_activations(model, source, target, splice_kept(keep, edit)):
             hidden.append(run_body(model, ids).last_hidden_state[sequence, position])
-    chunks = []
-    for chunk_ids, clean_hidden, *edited_hidden in zip(
-        *(x.split(LOGIT_ROWS) for x in (next_ids, *hidden)), strict=True
-    ):
+    chunks, split = [], [x.split(LOGIT_ROWS) for x in (next_ids, *hidden)]
+    for chunk_ids, clean_hidden, *edited_hidden in zip(*split, strict=True):
         clean = compute_logits(model, output, clean_hidden)
         ce, kl = [_sum_cross_entropy(clean, chunk_ids)], []
         for chunk_hidden in edited_hidden:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_lightning.llm.capture import replace_activations
-from sae_lightning.llm.placement import find_computing_device, find_row_device
+from sae_lightning.llm.placement import find_activation_device, find_computing_device
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import LOGIT_ROWS, compute_kl, compute_logits, run_body, splice_kept
 from sae_lightning.ranks import ALONE, Ranks
@@ -85,10 +85,11 @@ def _differentiate(
     clean_hidden = run.output.last_hidden_state
     device = clean_hidden.device
     sequence, position = (x.to(device) for x in run.keep[:, 1:].nonzero(as_tuple=True))
-    keep = run.keep.to(find_row_device(model))
+    keep = run.keep.to(find_activation_device(model))
     with replace_activations(model, source, target, splice_kept(keep, reconstruct)):
         hidden = run_body(model, run.tokens).last_hidden_state[sequence, position]
     reconstruction, leaf = stored
+    # the chunks add up hidden_leaf.grad, so that the backward pass through the blocks is run once
     hidden_leaf, total = hidden.detach().requires_grad_(), torch.zeros((), device=leaf.device)
     chunks = (x.split(LOGIT_ROWS) for x in (clean_hidden[sequence, position], hidden_leaf))
     for clean_chunk, spliced_chunk in zip(*chunks, strict=True):

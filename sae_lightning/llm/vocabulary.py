@@ -95,5 +95,5 @@ def _decode(tokenizer, entries: list[str]) -> dict[str, str]:
 
 
 def _decode_bytes(encoded: bytes) -> str:
-    text = encoded.decode("utf8", "surrogateescape")
+    text = encoded.decode("utf8", "surrogateescape")  # bytes of no character -> U+DC00 + byte
     return re.sub("[\udc80-\udcff]", lambda byte: f"<0x{ord(byte[0]) - 0xDC00:02X}>", text)

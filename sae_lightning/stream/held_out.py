@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lightning.llm.capture import capture
 from sae_lightning.llm.load import LLM
-from sae_lightning.llm.placement import find_row_device
+from sae_lightning.llm.placement import find_activation_device
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.splice import SpliceBaseline, SpliceScores, score_baseline, score_splices
 from sae_lightning.llm.vocabulary import find_special_ids
@@ -106,7 +106,7 @@ class HeldOut(HeldOutData):
         rows: dict[Site, list[Tensor]] = {site: [] for site in self.sites if site in self.own_sites}
         sites_by_rank = ranks.gather_values(self.own_sites)
         width = model.config.get_text_config().hidden_size
-        like = torch.empty(0, width, dtype=model.dtype, device=find_row_device(model))
+        like = torch.empty(0, width, dtype=model.dtype, device=find_activation_device(model))
         with phase("reading held-out text", total=len(self.tokens)) as advance:
             for start in range(0, len(batches), ranks.size):
                 round_batches = batches[start : start + ranks.size]

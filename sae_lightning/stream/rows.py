@@ -25,7 +25,7 @@ from torch.profiler import record_function
 from sae_lightning.errors import UserError
 from sae_lightning.llm.capture import capture, measure_branch_scale
 from sae_lightning.llm.load import LLM
-from sae_lightning.llm.placement import find_row_device, move_to_device
+from sae_lightning.llm.placement import find_activation_device, move_to_device
 from sae_lightning.llm.sites import Site
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.stream.packing import Sequences, TokenStream
@@ -70,7 +70,7 @@ class LLMRows(RowStream):
         self._scaled_sites = [  # branches whose output the LLM scales before adding it (Granite)
             str(site) for site in self.sites if measure_branch_scale(llm.model, site) != 1
         ]
-        self.device = find_row_device(llm.model)
+        self.device = find_activation_device(llm.model)
         self.max_rows = batch * token_stream.packing.window_size
         self.llm_batches = 0  # served so far
         self.tokens_crc32 = 0  # of the last LLM batch; shows a cache whether the text is the same

@@ -13,8 +13,8 @@ from sae_lightning.llm.directions import find_final_norm, measure_response, read
 from sae_lightning.llm.generate import Sampling, compute_surprisal, generate
 from sae_lightning.llm.load import Dtype, LLMConfig, check_load, load_llm
 from sae_lightning.llm.placement import (
+    find_activation_device,
     find_computing_device,
-    find_row_device,
     make_load_arguments,
     read_weight,
 )
@@ -60,7 +60,7 @@ def spread(request, tiny_folder, tmp_path):
 def test_offloaded_llms_compute_the_same_bits(tiny, spread, tokens):
     whole, model = tiny("llama"), spread.model
     assert any(p.is_meta for p in model.parameters())
-    assert find_computing_device(model) == find_row_device(model) == torch.device("cpu")
+    assert find_computing_device(model) == find_activation_device(model) == torch.device("cpu")
     sites = [Site(block, kind) for block in range(3) for kind in Kind]
     places = torch.tensor([1, 5, 17])
     for positions in (None, places):
@@ -116,7 +116,8 @@ def test_without_a_device_map_the_llm_is_on_its_own_device(tiny_folder):
     assert make_load_arguments({}, device) == {}
     memory = {"max_memory": {"0": "20GiB", "cpu": "60GiB"}, "device_map": "auto"}
     assert make_load_arguments(memory, device)["max_memory"] == {0: "20GiB", "cpu": "60GiB"}
-    assert find_row_device(load(tiny_folder("gpt2"), variant=None).model) == torch.device("cpu")
+    model = load(tiny_folder("gpt2"), variant=None).model
+    assert find_activation_device(model) == torch.device("cpu")
 
 
 def test_weights_written_to_disk_are_in_a_new_folder(tmp_path):
