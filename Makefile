@@ -8,8 +8,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # stamp files: install again when the requirements have changed
 READY := .venv/ready
 READY_TO_TEST := .venv/ready-to-test
-# one process per core; the tests of a file share its fixtures
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# one process per core; the tests of a file share its fixtures; long files first (tests/conftest.py)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test quick lint
 train: $(READY)

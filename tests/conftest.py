@@ -13,6 +13,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 gc.set_threshold(50_000, 20, 20)
+# They take longest, so they begin first: no process is left with one of them at the end.
+LONG_FILES = ("test_devices", "test_sweepers", "test_synthetic_run", "test_claims")
 CACHES = ("HF_DATASETS_CACHE", "HF_MODULES_CACHE")
 
 
@@ -30,6 +32,10 @@ def prepare_process():
         os.environ["TRITON_INTERPRET"] = "1"
     # synchronising threads would take longer than these models' arithmetic
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
 
 
 def pytest_collection_finish():
