@@ -1,8 +1,8 @@
 """Compares the scores of an SAE with those of its controls.
 
-    text, read once -> SAE     -> survey, theory, probes -> Scores \\
-                    -> control -> ControlReducers        -> Scores  -> make_control_section
-    held-out text   -> both    -> scorecards             -> Scores /
+    text          -> SAE     -> survey, theory, probes  -> Scores |
+                  -> control -> ControlReducers, probes -> Scores | -> make_control_section
+    held-out text -> both    -> scorecards              -> Scores |
 
 A random dictionary of the same size does surprisingly well on the usual scores (Korznikov et al.
 2026, 2602.14111), so the score of an SAE says something only in comparison with its control's.
@@ -34,7 +34,7 @@ class Score(NamedTuple):
 
     value: float
     samples: Sequence[float] = ()
-    """Numbers whose mean is `value`; empty if it is computed from all held-out data at once."""
+    """Numbers with the mean `value`, for a t-test; empty for scores that are not tested."""
 
 
 class ScoreKind(NamedTuple):
@@ -84,14 +84,14 @@ class ControlReducers:
     def result(self) -> Scores:
         """Scores over all text that was read."""
         counts, vocabulary = self.concepts.counts.result(), self.concepts.vocabulary
-        f1 = [find_detector(counts, i).f1 for i in find_frequent_concepts(counts).values()]
+        f1 = [find_detector(counts, c).f1 for c in find_frequent_concepts(counts).values()]
         token_scores = score_token_sets(self.sampler.result(), len(vocabulary)).score
         return score_features(token_scores, f1)
 
 
 def score_features(token_scores: Tensor, f1: Sequence[float]) -> Scores:
     """Compute scores from the token score of each feature [features], NaN where it has none, and
-    from the F1 of the best feature for each frequent concept, in the order of CONCEPTS."""
+    from the F1 of the best feature for each frequent concept, in the same order for all SAEs."""
     values = token_scores[~token_scores.isnan()].tolist()
     scores = {}
     if values:
@@ -133,7 +133,7 @@ def make_control_section(
     notes = {name: Control[name].value for name in controls if name in Control.__members__}
     claims = _compare_features(scores, controls)
     if "features_share" in scores:
-        notes["CE: features, error"] = "share of what mean ablation costs that each alone recovers"
+        notes["CE: features, error"] = "how much of the cost of mean ablation each alone recovers"
     if "concepts" in scores:
         notes["concepts, F1"] = "of the best single feature for each"
     if "probe_1" in scores:
@@ -141,7 +141,7 @@ def make_control_section(
     if claims:
         notes["called better"] = (
             "the mean over features, concepts or folds is higher by more than their spread "
-            "explains (t-test, 5 % level); training with another seed would add to it"
+            "explains (t-test, 5 % level); the spread between seeds is not included"
         )
     return Section(
         title="Comparison with controls",
@@ -206,7 +206,7 @@ def _compare_reconstructions(scores: Scores, controls: Mapping[str, Scores]) -> 
     with the same L0. On synthetic concepts, also say how many are recovered."""
     valid = {name: s for name, s in controls.items() if "explained_variance" in s}
     if "explained_variance" not in scores or not valid:
-        return "Their explained variance is not a number, so it cannot be compared."
+        return "The explained variance is not a number, so it cannot be compared."
     same_l0 = {name: has_same_l0(s["l0"].value, scores["l0"].value) for name, s in valid.items()}
     best = max(valid, key=lambda name: (same_l0[name], valid[name]["explained_variance"].value))
     ev, best_ev = (s["explained_variance"].value for s in (scores, valid[best]))

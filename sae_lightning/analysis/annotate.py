@@ -135,20 +135,20 @@ def annotate(subject: Subject, text: str, text_name: str = "text") -> list[Annot
     UserError as in `make_sequences`."""
     sequences, batch = make_sequences(subject, text, text_name), subject.config.llm.batch
     fields = [values.split(batch) for values in sequences]
-    parts = [Sequences(*part) for part in zip(*fields, strict=True)]
-    # max_norm is relative to the median norm of the first batch, which is taken from the run's text
+    batches = [Sequences(*parts) for parts in zip(*fields, strict=True)]
+    # `collect` takes the median norm for max_norm from its first batch: here, of the run's text
     has_limit = subject.config.data.max_norm is not None
     run_text = [subject.corpus.train.next(batch)] if has_limit else []
     skipped = sum(len(part.sequence_ids) for part in run_text)
     reducer = FeaturesByToken(subject.sae.W_dec.norm(dim=1), skipped)
     total = skipped + len(sequences.sequence_ids)
-    collect(subject, chain(run_text, parts), [reducer], total=total, label="reading your text")
+    collect(subject, chain(run_text, batches), [reducer], total=total, label="reading your text")
     vocabulary, ids = read_vocabulary(subject.llm), sequences.tokens
     is_shown = sequences.is_text.clone()
     is_shown[:, 0] = True  # BOS
     return [
-        AnnotatedToken(vocabulary[ids[position]], *reducer.by_position[position])
-        for position in map(tuple, is_shown.nonzero().tolist())
+        AnnotatedToken(vocabulary[ids[sequence, i]], *reducer.by_position[sequence, i])
+        for sequence, i in is_shown.nonzero().tolist()
     ]
 
 
@@ -156,7 +156,7 @@ class FeaturesByToken:
     """A reducer: the features that fire on each token, except in the first `skipped` sequences."""
 
     def __init__(self, decoder_norms: Tensor, skipped: int):
-        """decoder_norms [features]: each token's features are sorted by strength x decoder norm."""
+        """decoder_norms [features]: each token's features are sorted by strength * decoder norm."""
         self.decoder_norms, self.skipped = decoder_norms, skipped
         self.by_position: dict[tuple[int, int], tuple[bool, Tensor, Tensor]] = {}
         """(sequence, index in it) -> whether the SAE reads the token, features, their strengths;
@@ -232,5 +232,5 @@ def make_cells(firing: Firing, annotated: AnnotatedText) -> list[str]:
     """Format a feature as cells of a table row, in the order of FEATURE_COLUMNS."""
     share = "–" if firing.share is None else f"{firing.share:.0%}"
     tokens = " ".join(f"‘{token}’" for token in annotated.list_peak_tokens(firing.feature))
-    copies = f" +{firing.copies}" if firing.copies else ""
+    copies = f" +{firing.copies}" if firing.copies else ""  # copies of it that fire too
     return [str(firing.feature), f"{firing.strength:.3g}", share, tokens + copies]

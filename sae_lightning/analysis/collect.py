@@ -82,7 +82,7 @@ def collect(
     with its reducers; they encode the same activations, one SAE after another."""
     data, medians, sequences_read = subject.config.data, None, 0
     pairs = [(subject.sae, reducers), *controls]
-    pairs = [(sae, [*its_reducers]) for sae, its_reducers in pairs]  # iterated for each batch
+    pairs = [(sae, [*its_reducers]) for sae, its_reducers in pairs]  # lists, read for each batch
     keep_freed_memory()  # otherwise page faults take much of a large SAE's time
     dropped_ids = torch.tensor([] if data.keep_special else find_special_ids(subject.llm.tokenizer))
     with phase(label, total=total) as advance:
@@ -92,13 +92,13 @@ def collect(
             if data.max_norm is not None:
                 rows = {site: values[keep] for site, values in captured.items()}
                 medians = medians or compute_medians(rows)  # from the first batch, as in training
-                keep = keep.masked_scatter(keep, mark_usual_rows(rows, medians, data.max_norm))
+                is_usual = mark_usual_rows(rows, medians, data.max_norm)  # [kept tokens]
+                keep = keep.masked_scatter(keep, is_usual)
             indices = torch.arange(sequences_read, sequences_read + len(keep))
             tokens = sequences.tokens.to(subject.device)
-            activations = (captured[site] for site in subject.sites)
-            inputs = tokens, keep, *activations, indices
+            x, y = captured[subject.sites.source], captured[subject.sites.target]
             for sae, its_reducers in pairs:
-                for batch in _encode_slices(sae, *inputs, encode):
+                for batch in _encode_slices(sae, tokens, keep, x, y, indices, encode):
                     for reducer in its_reducers:
                         reducer.add(batch)
             sequences_read += len(keep)

@@ -41,7 +41,7 @@ class EvaluateTask(Task):
 
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
-        controls = open_controls(subject, self.control, most=None)
+        controls = open_controls(subject, self.control, limit=None)
         result = score_subject(subject, self.tokens, controls=controls)
         sections = [make_scorecard_section(result)]
         if controls:
@@ -84,27 +84,26 @@ class Evaluation(NamedTuple):
 def list_numbers(card: scorecard.Scorecard) -> dict[str, float]:
     """All numbers of a scorecard, with those of its fidelity.
 
-    Mean ablation, the mean in place of each activation, adds cross-entropy. `features_share` of it
-    is recovered by the features alone, `error_share` by their error alone (the error nodes of Marks
-    et al. 2024, 2403.19647). Both are NaN if the added cross-entropy is 0, and missing if the LLM's
-    loss is not measured."""
+    Mean ablation replaces each activation by the mean, which costs cross-entropy. `features_share`
+    is the share of this cost that the features alone recover, `error_share` the share that their
+    error alone recovers (the error nodes of Marks et al. 2024, 2403.19647). Both are NaN if the
+    cost is 0, and missing if the LLM's loss is not measured."""
     numbers = {**card.scalars(), **card.fidelity._asdict()}
     if isinstance(card.scores, SpliceScores):
-        scores = card.scores
-        added = scores.ce_mean - scores.ce_clean or math.nan  # NaN instead of a division by 0
-        numbers["features_share"] = (scores.ce_mean - scores.ce_spliced) / added
-        numbers["error_share"] = (scores.ce_mean - scores.ce_error) / added
+        losses = card.scores
+        cost = (losses.ce_mean - losses.ce_clean) or math.nan  # NaN instead of a division by 0
+        numbers["features_share"] = (losses.ce_mean - losses.ce_spliced) / cost
+        numbers["error_share"] = (losses.ce_mean - losses.ce_error) / cost
     return numbers
 
 
 def evaluate(
     sae: SAE, held_out: HeldOutData, sites: SitePair, controls: Mapping[str, SAE] = {}
 ) -> Evaluation:
-    """Score a saved SAE, and `controls` of the same site; a metric whose denominator is zero is
-    NaN."""
+    """Score a saved SAE, and `controls` of the same site."""
     x = held_out.activations(sites.source)
-    saes = [sae.to(x.device) for sae in (sae, *controls.values())]
-    decoders, weights = [sae.W_dec for sae in saes], [sae.weights for sae in saes]
+    saes = [each.to(x.device) for each in (sae, *controls.values())]
+    decoders, weights = [each.W_dec for each in saes], [each.weights for each in saes]
     card, *control_cards = scorecard.score_saes(
         saes, decoders, held_out, *sites, weights, fidelity=True
     )
@@ -161,8 +160,8 @@ def _write_lead(numbers: dict[str, Any]) -> str:
 
 
 def _describe_error(numbers: dict[str, Any]) -> str:
-    """Say which share of the cost of mean ablation the features and their error each recover; empty
-    if it costs nothing."""
+    """Say how much of the cost of mean ablation the features and their error each recover; empty if
+    mean ablation costs nothing."""
     if not numbers["ce_mean"] > numbers["ce_clean"]:  # also if one is NaN
         return ""
     return (
@@ -190,8 +189,8 @@ def _format_errors(numbers: dict[str, Any]) -> dict[str, str]:
 def _draw_figures(result: Evaluation) -> dict[str, "Figure"]:
     quality, numbers = result.card.quality, list_numbers(result.card)
     densities = quality.density[quality.density > 0]
-    silent = len(quality.density) - len(densities)
-    caption = "How often features fire" + (f" ({silent:,} never do)" if silent else "")
+    unfired = len(quality.density) - len(densities)
+    caption = "How often features fire" + (f" ({unfired:,} never do)" if unfired else "")
     figures = {
         caption: plot_histogram(densities.log10(), "log10 of the share of tokens"),
         "Norms of decoder rows": plot_histogram(result.decoder_norms, "norm of the decoder row"),

@@ -31,10 +31,10 @@ class Writer(NamedTuple):
     """An entry of the table WRITERS."""
 
     write: Callable[..., None]
-    """Called with what `open` returned and the empty folder to write to."""
+    """Called with the result of `open` and the empty folder to write to."""
     open: Callable[["ExportTask", Collection[str]], Any]
-    """Called with the task and the names of the settings on the command line; returns what is
-    written."""
+    """Called with the task and the names of the settings on the command line; returns the content
+    to write."""
     settings: frozenset[str] = frozenset()
     """Settings that have a meaning for this format, besides those of every task."""
 

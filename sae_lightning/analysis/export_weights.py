@@ -61,9 +61,11 @@ def write_one(name: str, exported: ExportedSAE, folder: Path) -> None:
     write_sae(name, exported.sae, exported.origin, folder)
 
 
-def find_blocks(task: Task, given_settings: Collection[str]) -> dict[int, tuple[Path, Config]]:
+def find_blocks(
+    name: str, task: Task, given_settings: Collection[str]
+) -> dict[int, tuple[Path, Config]]:
     """Find the block that each run of a sweep, or a single run, reads: block -> run folder and
-    config. UserError if two runs read the same block."""
+    config. UserError, for the format `name`, if two runs read the same block."""
     folder, blocks = Path(task.run), {}
     for run in list_run_folders(folder) if is_sweep(folder) else [folder]:
         # Python code that comes with the run's LLM runs only if the user allows it
@@ -73,7 +75,7 @@ def find_blocks(task: Task, given_settings: Collection[str]) -> dict[int, tuple[
             first, _ = blocks[block]
             raise UserError(
                 f"run={task.run}: {first.name} and {run.name} both read block {block}, and "
-                f"format={task.format} holds one SAE of each: move one away"
+                f"format={name} holds one SAE of each: move one away"
             )
         blocks[block] = run, config
     return blocks
@@ -97,7 +99,7 @@ def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
             f"{layer_settings[0]} has no meaning for a set, whose runs say where they read: leave "
             "it out"
         )
-    blocks = find_blocks(task, given_settings)
+    blocks = find_blocks(name, task, given_settings)
     shared: dict[str, Any] = {}
     for run, config in blocks.values():
         settings = config.to_flat_dict()
@@ -108,17 +110,15 @@ def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
                     f"run={task.run}: {setting} is {shared[setting]} in one run and {value} "
                     f"in {run.name}, and must be the same in all transcoders of a set"
                 )
-    layers = config.data_source.read_shape().layers
+    layers = config.data_source.read_shape().layers  # of the last run: all have the same LLM
     if missing := sorted({*range(layers)} - {*blocks}):
         indices = ",".join(map(str, missing))
         raise UserError(
             f"run={task.run} has no transcoder for {len(missing)} of {layers} blocks, and a set "
             f"needs all: train them with -m layer=transcoder layer.index={indices}"
         )
-    return [
-        partial(_read_exported, task, str(blocks[layer][0]), given_settings)
-        for layer in sorted(blocks)
-    ]
+    run_folders = [run for _, (run, _) in sorted(blocks.items())]
+    return [partial(_read_exported, task, str(run), given_settings) for run in run_folders]
 
 
 def write_set(name: str, openers: Openers, folder: Path) -> None:

@@ -7,8 +7,8 @@ The blocks in between are approximated by linear maps, fitted on a little text (
 "Jump to conclusions"). For features that the user names, the later blocks are run with the feature
 added. Without text, blocks are skipped, as if embedding, site and unembedding shared one space (the
 logit lens, nostalgebraist 2020; the direct path, Elhage et al. 2021). Skipping many blocks fails:
-after block 9 of SmolLM2-135M, which has 30, 765 features fire mostly on one token. That token is
-among the ten that a feature reads for only 2 features, but with the linear map for 718.
+after block 9 of SmolLM2-135M (30 blocks), 765 features fire mostly on one token. This token is
+among the ten tokens read for 718 of them by the linear map, but for only 2 by the direct path.
 
 Shapes: features = features of the SAE; k = tokens listed per feature; vocabulary = tokens of the
 LLM; d = width of the residual stream.
@@ -42,11 +42,11 @@ from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
 MAX_PRODUCTS = 2**24  # products of features and tokens in memory at a time
-RANKED_AT_ONCE = 32  # features whose tokens are ranked at a time: their products fit in the cache
+RANKED_AT_ONCE = 32  # features whose tokens are ranked at a time: their logits fit a CPU's cache
 SHARPEST_SHOWN = 10  # features shown if the user names none
 
 FIT_TOKENS = 8192  # for fitting the linear maps; three times as many do not improve them
-RIDGE_PENALTY = 0.5  # times a dimension's mean sum of squares; results are similar from 0.3 to 1
+RIDGE_PENALTY = 0.5  # times the mean diagonal of a.T @ a; results are similar from 0.3 to 1
 MAX_CONTEXTS = 1000
 REFERENCE_FEATURES = 200  # random features, whose mean effect is subtracted from each feature's
 CONTEXT_TOKENS = 16  # length of a context; a feature is added at its last token
@@ -63,7 +63,7 @@ class LensTask(Task):
     top: int = 10
     """Tokens to list for each feature."""
     contexts: int = 16
-    """Pieces of text in which the features of `feature` are added to measure their effect."""
+    """Excerpts of text in which the features of `feature` are added to measure their effect."""
     direct: bool = False
     """Skip the blocks between the SAE and both ends of the LLM (the logit lens); reads no text."""
 
@@ -72,8 +72,8 @@ class LensTask(Task):
         check_at_least("top", self.top, 1)
         check_at_least("contexts", self.contexts, 1)
         if self.contexts > MAX_CONTEXTS:
-            passes = f"each takes over {REFERENCE_FEATURES} passes of the LLM"
-            raise UserError(f"contexts={self.contexts}: give at most {MAX_CONTEXTS}; {passes}")
+            why = f"over {REFERENCE_FEATURES} features are added in each"
+            raise UserError(f"contexts={self.contexts}: give at most {MAX_CONTEXTS}; {why}")
 
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
@@ -107,11 +107,11 @@ def lens(
     """Find the `top` tokens that each feature promotes, suppresses and reads, by linear maps fitted
     on `text`, or without `text` by the direct path.
 
-    features: with `text`, their effects are measured in `contexts` pieces of it, not taken from a
-    linear map. The scale of an effect is known only with a linear map. A feature may not fire on a
-    token that it reads, because its bias and the context matter too.
+    features: with `text`, their effects are measured in `contexts` excerpts of it, for an addition
+    of ADDED_LENGTH. The other effects are per unit of strength; without `text` they have no scale.
     """
     embeddings = _read_embeddings(subject)
+    # [features, d] what a feature adds to the unembedding's input, and its weights on embeddings
     if text is None:
         outputs, inputs = _skip_to_unembedding(subject), _skip_to_embedding(subject)
     else:
@@ -147,8 +147,7 @@ def _read_embeddings(subject: Subject) -> Tensor:
 
 
 def _unembed(subject: Subject, outputs: Tensor, top: int) -> LogitEffect:
-    """Find how the logits change when outputs[i] [d], what feature i adds, is added to the
-    unembedding's input."""
+    """Find how the logits change when feature i adds outputs[i] [d] to the unembedding's input."""
     vocabulary = len(subject.llm.tokenizer)
     unembedding = read_weight(subject.llm.model.get_output_embeddings())[:vocabulary]
     parts = [
@@ -156,12 +155,12 @@ def _unembed(subject: Subject, outputs: Tensor, top: int) -> LogitEffect:
         for changes in _multiply_slices("features at the unembedding", outputs, unembedding)
         for part in changes.split(RANKED_AT_ONCE)
     ]
-    return LogitEffect(*(torch.cat(fields).cpu() for fields in zip(*parts, strict=True)))
+    return LogitEffect(*(torch.cat(field_parts).cpu() for field_parts in zip(*parts, strict=True)))
 
 
 def _skip_to_unembedding(subject: Subject) -> Tensor | None:
-    """Map W_dec to the unembedding's input [features, d], skipping the blocks, by the final norm
-    without its scale. None if there is no direct path."""
+    """Map W_dec to the unembedding's input [features, d] by the centring and gain of the final norm
+    alone. None if there is no direct path."""
     if subject.sites.target.kind is Kind.mlp_in:
         return None
     return find_final_norm(subject.llm.model).apply_linear(subject.sae.W_dec)
@@ -189,7 +188,7 @@ def _fit_maps(subject: Subject, text: TokenStream, embeddings: Tensor) -> "_Maps
 
 def _map_to_unembedding(subject: Subject, maps: "_Maps") -> Tensor:
     """Map W_dec to the unembedding's input [features, d] by the linear map for the blocks above,
-    and subtract the mean over features."""
+    and subtract the mean over features, because it says nothing about any one of them."""
     outputs = subject.sae.W_dec @ maps.above.result()
     return outputs.sub_(outputs.mean(0))
 
@@ -197,8 +196,9 @@ def _map_to_unembedding(subject: Subject, maps: "_Maps") -> Tensor:
 def _measure_outputs(
     subject: Subject, text: TokenStream, features: list[int], contexts: int
 ) -> Tensor:
-    """Measure the mean change [len(features), d] of the unembedding's input when W_dec[feature] is
-    added to the target at a context's last token, minus the mean change for random features."""
+    """Measure the mean change [len(features), d] of the unembedding's input when W_dec[feature],
+    scaled to ADDED_LENGTH * the target's norm, is added at the last token of a context; minus the
+    mean change for random features."""
     random = torch.Generator().manual_seed(0)
     reference = torch.randperm(subject.features, generator=random)[:REFERENCE_FEATURES]
     rows = subject.sae.W_dec[torch.cat([torch.tensor(features), reference]).to(subject.device)]

@@ -26,6 +26,7 @@ def config_from_metadata(
     metadata = check_metadata(sae.metadata, run)
     llm, data, layer = settings["llm"], settings["data"], settings["layer"]
     llm = choose_llm(llm, metadata, run, given_settings)
+    # data=activations on the command line, which says where they are, sets llm to none too
     if llm.name == NO_LLM and settings["llm"].name != NO_LLM:
         raise UserError(
             f"{run} was trained on activations without an LLM, and does not say where they are: "
@@ -36,8 +37,8 @@ def config_from_metadata(
         layer = read_layer(metadata, run)
         if warning := describe_missing_gain(metadata, run):
             console.print(warning)
-    has_context = "data.context" in given_settings
-    if not has_context and "context_size" in metadata and hasattr(data, "context"):
+    keeps_context = "data.context" in given_settings or not hasattr(data, "context")
+    if "context_size" in metadata and not keeps_context:
         data = replace(data, context=metadata["context_size"])
     loss = ARCHITECTURES[sae.config.name].loss()
     seed = settings["seed"]

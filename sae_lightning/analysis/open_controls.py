@@ -9,12 +9,12 @@ from sae_lightning.sae import SAE
 from sae_lightning.sae.controls import Control
 
 
-def open_controls(subject: Subject, control: str | None, *, most: int | None) -> dict[str, SAE]:
+def open_controls(subject: Subject, control: str | None, *, limit: int | None) -> dict[str, SAE]:
     """Open the SAEs that `control` names, on the device of `subject`: name -> SAE.
 
     control: a kind of control in the sweep of `subject`, `all` for all kinds, or any SAE that
-    analyze.py opens. None: the first `most` kinds in the sweep, in the order of `Control`; if
-    `most` is None too, all kinds.
+    analyze.py opens. None: the first `limit` kinds in the sweep, in the order of `Control`, or all
+    kinds if `limit` is None.
 
     UserError: there is no such SAE, or it is of another LLM or site.
     """
@@ -30,7 +30,7 @@ def open_controls(subject: Subject, control: str | None, *, most: int | None) ->
             f"control={control}: the sweep of {subject.run} has no such control (it has {others}); "
             "train controls with sweep.controls=true, or give the folder of an SAE"
         )
-    kinds = kinds[:most] if control is None else kinds
+    kinds = kinds[:limit] if control is None else kinds
     saes = {kind.name: load_sae(folders[kind]) for kind in kinds}
     return {name: sae.to(subject.device) for name, sae in saes.items()}
 

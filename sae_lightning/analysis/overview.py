@@ -43,7 +43,7 @@ class OverviewTask(FeaturesTask):
 
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
-        controls = open_controls(subject, self.control, most=1)
+        controls = open_controls(subject, self.control, limit=1)
         if not subject.config.data_source.has_llm:  # without text there is only a scorecard
             evaluation = score_subject(subject, controls=controls)
             comparison = _compare_with_controls(subject, *evaluation.list_scores())
@@ -84,7 +84,7 @@ class OverviewTask(FeaturesTask):
         }
         sections = [s._replace(part=part) for part, group in parts.items() for s in group]
         catalogues = [survey.features, survey.neurons]
-        self.write_results(subject, results, sections, catalogues, survey.best)
+        self.write_results(subject, results, sections, catalogues, feature=survey.best)
 
 
 def _compare_with_controls(
@@ -106,7 +106,7 @@ def _gather_scores(
     """Gather the scores of the SAE, of its controls by name, and of random directions.
     feature_scores: name of a control -> scores of its features."""
     scores, controls = evaluation.list_scores()
-    f1 = {best.concept: best.feature.f1 for best in theory.detectors}
+    f1 = {detectors.concept: detectors.feature.f1 for detectors in theory.detectors}
     scores |= score_features(survey.features.token_sets.score, [f1[c] for c in CONCEPTS if c in f1])
     for name in controls:
         controls[name] |= feature_scores[name]

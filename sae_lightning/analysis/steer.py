@@ -1,6 +1,6 @@
 """`task=steer`: text that the LLM writes while a feature is strengthened or suppressed.
 
-    add:    y + strength W_dec[feature]             clamp:  y + (strength - f(x)) W_dec[feature]
+    add:    y + strength * W_dec[feature]         clamp:  y + (strength - f(x)) * W_dec[feature]
 
 at the target, on every token but BOS; x, y = activations at source and target, f = the feature's
 activation on x. (Templeton et al. 2024, "Scaling monosemanticity", clamp; Turner et al. 2023,
@@ -185,8 +185,8 @@ def steer(
 def _make_intervention(
     subject: Subject, feature: int, strengths: list[float | None], mode: Mode
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make a function (x, y) -> steered y, where sequence i has strengths[i]; it is left unsteered
-    if that is None."""
+    """Make a function (x, y) -> steered y, all [sequences, tokens, d]. Sequence i has strengths[i];
+    it is left unsteered if that is None."""
     sae = subject.sae
     # both [sequences, 1]; `strength` is 0 where unsteered
     strength = torch.tensor([s or 0.0 for s in strengths], device=subject.device)[:, None]
@@ -251,7 +251,7 @@ def make_steering_section(result: Steered) -> Section:
 def _write_lead(result: Steered) -> str:
     how = "added" if result.mode is Mode.add else "held at a strength"
     return (
-        f"Feature {result.feature} was {how} while the LLM wrote. Length: the norm of strength x "
+        f"Feature {result.feature} was {how} while the LLM wrote. Length: the norm of strength * "
         "decoder row, as a share of the activations' median norm. Activation: the feature's "
         "mean over the tokens written, when the unsteered LLM reads the text. Surprise: nats per "
         "token for the unsteered LLM; if it is far above that of the unsteered text, the strength "

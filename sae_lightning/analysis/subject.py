@@ -206,8 +206,7 @@ def _read_run_config(
 ) -> Config:
     """Read a run's config, with the settings and groups that `given_settings` names replaced by
     those of `settings`."""
-    # Python code that comes with the run's LLM runs only if the user allows it: by its setting, or
-    # by naming an LLM, which replaces the run's
+    # TRUST_SETTING allows the Python code of the run's LLM; llm=... replaces this LLM
     config = read_job(run_folder, trusted=bool({"llm", TRUST_SETTING} & {*given_settings})).config
     source = config.data_source
     if not source.fits_text and (groups := sorted({"llm", "data", "layer"} & {*given_settings})):

@@ -105,7 +105,7 @@ def test_a_control_whose_score_is_not_a_number_is_not_the_best():
     assert section.lead.endswith(" L0 of 8.0, frozen_decoder 90.0% at an L0 of 8.0.")
     assert section.table.rows[1] == ["EV", "0.900", "", "0.900"]
     assert make_control_section(own, {"pca": broken}).lead == (
-        "Their explained variance is not a number, so it cannot be compared."
+        "The explained variance is not a number, so it cannot be compared."
     )
 
 
@@ -132,20 +132,20 @@ def open_trained(sweep, name="trained"):
 @pytest.mark.slow
 def test_the_controls_of_the_sweep_are_opened_in_their_order_or_by_name(sweep):
     subject, _ = open_trained(sweep)
-    assert [*open_controls(subject, None, most=1)] == ["frozen_decoder"]
-    assert [*open_controls(subject, "all", most=1)] == ["frozen_decoder", "pca"]
-    assert [*open_controls(subject, "pca", most=1)] == ["pca"]
-    (by_hand,) = open_controls(subject, str(sweep / "pca"), most=1).items()
+    assert [*open_controls(subject, None, limit=1)] == ["frozen_decoder"]
+    assert [*open_controls(subject, "all", limit=1)] == ["frozen_decoder", "pca"]
+    assert [*open_controls(subject, "pca", limit=1)] == ["pca"]
+    (by_hand,) = open_controls(subject, str(sweep / "pca"), limit=1).items()
     assert by_hand[0] == "pca"
     assert not torch.equal(by_hand[1].W_dec, subject.sae.W_dec)
     with pytest.raises(UserError, match=r"control=frozen_encoder: .*has frozen_decoder, pca\)"):
-        open_controls(subject, "frozen_encoder", most=1)
+        open_controls(subject, "frozen_encoder", limit=1)
     control, _ = open_trained(sweep, "pca")
-    assert open_controls(control, None, most=1) == {}, "a control has none"
+    assert open_controls(control, None, limit=1) == {}, "a control has none"
     block_0 = Site(0, Kind.resid)
     moved = replace(subject, sites=SitePair(block_0, block_0))
     with pytest.raises(UserError, match="give one of the same site"):
-        open_controls(moved, str(sweep / "pca"), most=1)
+        open_controls(moved, str(sweep / "pca"), limit=1)
 
 
 @pytest.mark.slow

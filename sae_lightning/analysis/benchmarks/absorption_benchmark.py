@@ -37,7 +37,7 @@ def run_absorption(subject: Subject) -> BenchmarkResult:
     """Count absorption and splitting in `subject` and its controls: of first letters, or of parents
     among synthetic concepts. The score is the mean F1 of own features, because an SAE without own
     features absorbs nothing."""
-    controls = open_controls(subject, None, most=None)  # all, if there are any
+    controls = open_controls(subject, None, limit=None)  # all, if there are any
     is_text = subject.config.data_source.fits_text  # else data=synthetic
     samples = read_first_letters(subject) if is_text else sample_parents(subject)
     saes, results = {"this SAE": subject.sae} | controls, {}

@@ -52,7 +52,7 @@ def run_probing(
 
 def load_controls(subject: Subject) -> dict[str, SAE]:
     """`control: <name>` -> SAE, for each control that a sweep trained beside `subject`."""
-    controls = open_controls(subject, None, most=None)  # all, if there are any
+    controls = open_controls(subject, None, limit=None)  # all, if there are any
     return {f"control: {name.replace('_', ' ')}": sae for name, sae in controls.items()}
 
 

@@ -34,7 +34,7 @@ def open_blocks(
         return [partial(open_content, task, given_settings)]
     return [
         partial(open_content, replace(task, run=str(run)), given_settings)
-        for run, _ in find_blocks(task, given_settings).values()
+        for run, _ in find_blocks("circuit_tracer_features", task, given_settings).values()
     ]
 
 

@@ -110,7 +110,7 @@ class DashboardContent(NamedTuple):
     def name(self) -> SourceName:
         """Where Neuronpedia lists the SAE: from the settings, or else derived from LLM and SAE."""
         settings, (source, target) = self.settings, self.subject.sites
-        kind = SITE_WORDS[source.kind] if source == target else "tc"
+        kind = SITE_WORDS[source.kind] if source == target else "tc"  # transcoder
         config = self.subject.sae.config
         derived = f"{kind}-{config.name.replace('_', '')}-{config.features}"
         model = settings.model_id or derive_model_id(self.subject.config.llm.name)
@@ -138,8 +138,8 @@ def open_content(task: DashboardSettings, given_settings: Collection[str]) -> Da
     _ = subject.tokenizer  # UserError for data without an LLM
     catalogue = task.find_catalogue(subject, given_settings)
     effect = catalogue.effect
-    parts = [catalogue.linear_histogram, catalogue.neighbours, effect and effect.histogram]
-    if any(part is None for part in parts):
+    later_fields = [catalogue.linear_histogram, catalogue.neighbours, effect and effect.histogram]
+    if any(field is None for field in later_fields):
         console.print("the catalogue is of an older version, without histograms: making a new one")
         catalogue = task.make_catalogues(subject).features
     effect = measure_effects(subject, None) if task.direct else catalogue.effect

@@ -5,8 +5,7 @@
                  0                                maximum     bin_min, bin_max = its bounds,
                                                               bin_contains = share of tokens
 
-The first position of a sequence, BOS, is left out, as in SAEDashboard. Strengths are not multiplied
-by the norms of decoder rows.
+The first position of a sequence, BOS, is left out, as in SAEDashboard.
 """
 
 from collections.abc import Iterator
@@ -152,8 +151,9 @@ def _list_examples(
     """List the tokens and strengths of each example [n, k], {} where there is none. upper_bound:
     [n, k or 1] the strength that no token of the example exceeds, except by rounding to half
     precision."""
-    position = examples.position[..., None] + torch.arange(WINDOW) - BEFORE
-    inside = (examples.tokens >= 0) & (position > 0)  # without BOS
+    # of each token [n, k, WINDOW] in its sequence; examples.position is that of the peak
+    positions = examples.position[..., None] + torch.arange(WINDOW) - BEFORE
+    inside = (examples.tokens >= 0) & (positions > 0)  # without BOS
     # stored in half precision, except for the peak
     strengths = examples.strengths.float().minimum(upper_bound[..., None])
     strengths[..., BEFORE] = examples.peak_strength

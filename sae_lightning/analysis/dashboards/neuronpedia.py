@@ -85,12 +85,12 @@ def read_explanations(subject: Subject) -> dict[int, tuple[str, str]]:
 
 def _describe_scores(model: str, explanation: dict[str, Any]) -> str:
     """Name the model that wrote an explanation, and its balanced accuracies."""
-    scores = {
-        test: score["accuracy"]
-        for test in ("detection", "fuzzing")
-        if (score := explanation[test]) and score["accuracy"] is not None
-    }
-    return ", ".join([f"by {model}", *(f"{test} {value:.2f}" for test, value in scores.items())])
+    note = f"by {model}"
+    for test in ("detection", "fuzzing"):
+        score = explanation[test]
+        if score and score["accuracy"] is not None:
+            note += f", {test} {score['accuracy']:.2f}"
+    return note
 
 
 def _format_row(row: Row) -> str:
@@ -150,7 +150,7 @@ def _make_feature(content: DashboardContent, dashboard: Dashboard, created: str)
         "hasVector": bool(vector),
         "vector": vector,
         "vectorLabel": None,
-        "vectorDefaultSteerStrength": maximum if vector else 10.0,
+        "vectorDefaultSteerStrength": maximum if vector else 10.0,  # the database's default
         "hookName": content.subject.sites.target.hook_name if vector else None,
         **_list_neighbours(content, dashboard["feature_index"]),
         **{key: dashboard[key] for key in SAME_KEYS},
@@ -159,7 +159,7 @@ def _make_feature(content: DashboardContent, dashboard: Dashboard, created: str)
 
 def _list_neighbours(content: DashboardContent, feature: int) -> Row:
     """List the features with the most similar decoder rows, and their cosines."""
-    others, cosines = (part[feature] for part in content.catalogue.neighbours)
+    others, cosines = (field[feature] for field in content.catalogue.neighbours)
     exists = others >= 0  # the rest is padding
     return {
         "topkCosSimIndices": others[exists].tolist(),

@@ -18,6 +18,7 @@ def write_saedashboard(content: DashboardContent, folder: Path) -> None:
         (folder / f"batch-{i}.json").write_text(json.dumps(batch), encoding="utf8")
     written = {*content.features}
     skipped = [i for i in range(content.subject.features) if i not in written]
+    # in this file alone, the layer is a string
     about |= {"layer": str(layer), "log_sparsity": None, "skipped_indexes": skipped}
     write_json(folder / "skipped_indexes.json", about)
     write_json(folder / "run_settings.json", _describe_settings(content))

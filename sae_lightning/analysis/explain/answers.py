@@ -3,7 +3,7 @@
     question -> cache on disk -> answer
                   └ not there: model -> answer, cached immediately
 
-So after a run that fails or is killed, the same command asks only the other questions.
+So after a command that fails or is killed, the same command asks only the questions that are left.
 """
 
 import hashlib
@@ -93,15 +93,15 @@ class Answers:
         replies = {question: self.read_cached(question) for question in questions}
         missing = [question for question, reply in replies.items() if reply is None]
         advance(len(questions) - len(missing))
-        requests_before, has_failed = self.spent.requests, Event()
+        requests_before, stopped = self.spent.requests, Event()
 
         def answer(question: Question) -> Reply | None:
-            if has_failed.is_set():
+            if stopped.is_set():
                 return None
             try:
                 return self._cache(question, self.model.complete(question))
             except BaseException:
-                has_failed.set()  # before this thread takes the next question
+                stopped.set()  # before this thread takes the next question
                 raise
 
         try:
@@ -113,7 +113,7 @@ class Answers:
                         replies[futures[future]] = future.result()
                         advance(1)
                 finally:  # KeyboardInterrupt, for example
-                    has_failed.set()
+                    stopped.set()
         except UserError as error:
             if kept := self.spent.requests - requests_before:
                 raise UserError(

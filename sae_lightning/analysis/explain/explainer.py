@@ -186,10 +186,12 @@ def make_fuzzing_trials(evidence: Evidence, together: int, seed: int = 0) -> lis
             versions.append((prompts.mark_tokens(window), prompts.mark_tokens(window, decoys)))
     rng.shuffle(versions)
     trials = []
-    # first the right version of texts with even indices and the wrong one of the others, then the
-    # other way round
+    # the right version of every other text in one turn, and of the remaining texts in the other
     for turn in (0, 1):
-        pairs = [(pair[(i + turn) % 2], (i + turn) % 2 == 0) for i, pair in enumerate(versions)]
+        pairs = [
+            (right, True) if i % 2 == turn else (wrong, False)
+            for i, (right, wrong) in enumerate(versions)
+        ]
         rng.shuffle(pairs)
         trials += _make_trials(FUZZ, pairs, together)
     return trials
