@@ -181,7 +181,8 @@ def _compare_features(scores: Scores, controls: Mapping[str, Scores]) -> str:
         claim += f"{_format_score(best, kind)})"
         is_better = exceeds_noise(scores[name].samples, best.samples, paired=kind.paired)
         (better if is_better else not_better).append(claim)
-    others = f"those of {next(iter(controls)) if len(controls) == 1 else 'the best control'}"
+    rival = next(iter(controls)) if len(controls) == 1 else "the best control"
+    others = f"those of {rival}"
     if not_better:
         rest = f"They {_join_claims(better)} better. " if better else ""
         return f"This SAE's features {_join_claims(not_better)} no better than {others}. {rest}"

@@ -1,8 +1,6 @@
 """Reads a text once and hands each batch to every reducer; only one batch is in memory.
 
 sequences -> capture -> encode -> EncodedBatch -> reducer.add(batch), for each reducer
-
-Shapes: sequences = sequences in a batch, context = tokens per sequence.
 """
 
 from collections.abc import Iterable, Iterator

@@ -123,6 +123,6 @@ WRITERS |= {
     "circuit_tracer_features": Writer(
         write_circuit_tracer_features,
         open_blocks,
-        DASHBOARD_SETTINGS - RELEASE_SETTINGS - {"feature", "vectors"},
+        DASHBOARD_SETTINGS - RELEASE_SETTINGS - {"feature", "vectors"},  # it writes all features
     ),
 }

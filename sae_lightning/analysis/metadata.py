@@ -40,6 +40,5 @@ def config_from_metadata(
     keeps_context = "data.context" in given_settings or not hasattr(data, "context")
     if "context_size" in metadata and not keeps_context:
         data = replace(data, context=metadata["context_size"])
-    loss = ARCHITECTURES[sae.config.name].loss()
-    seed = settings["seed"]
+    loss, seed = ARCHITECTURES[sae.config.name].loss(), settings["seed"]
     return Config(llm=llm, data=data, layer=layer, model=sae.config, loss=loss, seed=seed)

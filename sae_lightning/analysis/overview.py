@@ -90,7 +90,6 @@ class OverviewTask(FeaturesTask):
 def _compare_with_controls(
     subject: Subject, scores: Scores, controls: dict[str, Scores], random: Scores | None = None
 ) -> Section:
-    """Compare the scores of the SAE with those of its controls and of random directions."""
     if not controls:
         return make_missing_section(subject)
     return make_control_section(scores, controls, random)

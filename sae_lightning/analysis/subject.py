@@ -101,7 +101,7 @@ class Subject:
         llm = Path(self.config.llm.name).name
         source = self.config.data_source
         where = f"{llm}, {self.sites}" if source.has_llm else source.origin
-        plural = "s" * (self.features > 1)
+        plural = "s" if self.features > 1 else ""
         return f"{where}: {self.features:,} {self.sae.config.name} feature{plural}"
 
     def describe(self) -> dict[str, str]:
@@ -125,10 +125,11 @@ class Subject:
     def _require_llm(self) -> None:
         source = self.config.data_source
         if not source.has_llm:
-            remedy = "; if an LLM made them, name it and a text with llm=... data=..."
+            if_text = "; if an LLM made them, name it and a text with llm=... data=..."
+            remedy = if_text if source.fits_text else ""
             raise UserError(
                 f"{self.folder} was trained on {source.origin} and names no LLM: only "
-                f"task=evaluate and task=overview can score it{remedy * source.fits_text}"
+                f"task=evaluate and task=overview can score it{remedy}"
             )
 
 

@@ -42,7 +42,7 @@ class Task:
     layer: LayerConfig
     """The site, if the folder does not name it or to use another."""
     seed: int = 0
-    """Fixes the order of the text; that of the run unless given."""
+    """Fixes the order of the text; unless given, it is the run's seed."""
     plugins: list[str] = field(default_factory=list)
     """Modules or .py files with parts of your own, such as `[my_sae]` (docs/extending.md)."""
 

@@ -129,7 +129,7 @@ class Answers:
         self._write(question, reply)
         with self._lock:
             added = (1, reply.tokens_in, reply.tokens_out)
-            self.spent = Cost(*map(sum, zip(self.spent, added, strict=True)))
+            self.spent = Cost(*(a + b for a, b in zip(self.spent, added, strict=True)))
         return reply
 
     def _remove_key(self, reply: Reply) -> Reply:

@@ -105,7 +105,7 @@ def _gather_one(
             inside = ids >= 0
             tokens = tuple(token_texts[i] for i in ids[inside].tolist())
             window = Window(tokens, tuple(values[inside].tolist()))
-            if not seen & {sequence, window.tokens}:
+            if sequence not in seen and window.tokens not in seen:
                 seen.update((sequence, window.tokens))
                 yield window
 

@@ -74,7 +74,7 @@ def censor(text: str, key: str) -> str:
     plain = "".join(c if len(c) == 1 else chr(int(c[-2:], 16)) for c in characters)
     for start in range(len(plain) - MIN_KEY_PART + 1):
         if plain[start : start + MIN_KEY_PART] in key:
-            characters[start : start + MIN_KEY_PART] = "\0" * MIN_KEY_PART  # a mark for each
+            characters[start : start + MIN_KEY_PART] = ["\0"] * MIN_KEY_PART  # marks
     text = re.sub("\0+", "***", "".join(characters))
     # beginnings and ends of the key, the longest first, that are too short to be censored alone
     lengths = range(MIN_KEY_PART - 1, 2, -1)  # 7 to 3 characters
