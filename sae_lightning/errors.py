@@ -49,7 +49,7 @@ def list_causes(error: BaseException | None, *, contexts: bool = True) -> list[B
 
 
 def check_finite(name: str, value: object) -> None:
-    """UserError if `value`, or a number in this list, is infinite or NaN."""
+    """UserError if `value`, or an element of the list `value`, is infinite or NaN."""
     numbers = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise UserError(f"{name}={value}: give a finite number")

@@ -33,7 +33,7 @@ def _find_errnos(names: str) -> set[int]:
     return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
 
 
-# Errors of writing only, then errors of writing and reading.
+# SYSTEM_ERRORS occur in writing; those that are not WRITE_ERRORS occur in reading, too.
 WRITE_ERRORS = _find_errnos("ENOSPC EDQUOT EFBIG EROFS EEXIST")
 SYSTEM_ERRORS = WRITE_ERRORS | _find_errnos(
     "EIO ESTALE EBUSY ENAMETOOLONG ELOOP EISDIR EACCES EPERM ENOTDIR ENOTCONN"
@@ -196,7 +196,7 @@ def read_free_space(folder: Path) -> int:
 @contextmanager
 def hold_lock(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on the file `path`, against other processes and other callers in this
-    one. Yields whether it is locked: False if the file system does not support locks.
+    process. Yields whether it is locked: False if the file system does not support locks.
 
     The system releases the lock if the process dies; the file is removed when the block ends.
     BlockingIOError if it is locked already; OSError if it cannot be made or is a symbolic link.

@@ -84,7 +84,7 @@ _live: list[Progress] = []  # the live display, if any
 
 @contextmanager
 def show_live(display: Progress) -> Iterator[Progress]:
-    """Make `display` the live display until the block ends; phases inside add lines to it."""
+    """Show `display` until the block ends; phases inside add lines to it."""
     with display:
         _live.append(display)
         try:
@@ -110,7 +110,8 @@ def phase(description: str, total: int | None = None) -> Iterator[Callable[[floa
         transient=True,
         disable=not console.is_terminal,
     )
-    with nullcontext(_live[-1]) if _live else show_live(new_display) as display:
+    live_display = nullcontext(_live[-1]) if _live else show_live(new_display)
+    with live_display as display:
         task = display.add_task(description, total=total)
         try:
             yield lambda n=1: display.advance(task, n)

@@ -22,7 +22,7 @@ class AnnotatedToken(NamedTuple):
     read: bool
     """False where the SAE is not applied: BOS, other special tokens, norms that are too large."""
     features: Tensor
-    """[k] features that fire here, by descending strength x norm of the decoder row, int64"""
+    """[k] features that fire here, by descending strength * norm of the decoder row, int64"""
     strengths: Tensor
     """[k] their activations"""
 
@@ -32,7 +32,6 @@ class Firing(NamedTuple):
 
     feature: int
     strength: float
-    """Its activation."""
     share: float | None
     """strength / the feature's maximum in the catalogue's text; None if it never fires there."""
     place: int

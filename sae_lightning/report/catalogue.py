@@ -68,7 +68,8 @@ class TokenSetScores(NamedTuple):
 
     score: Tensor
     """[units] Matthews correlation between the token being in the set and the unit firing (1 is
-    perfect, 0 is chance), on held-out text; NaN where a unit fires too rarely."""
+    perfect, 0 is chance), on the half of the text that the set was not chosen on; NaN where a
+    unit fires too rarely."""
     tokens: Tensor
     """[units, k] ids of the set's most frequent tokens, int32; padded with -1."""
     previous: Tensor
@@ -96,9 +97,8 @@ class LogitEffect(NamedTuple):
     """[units] excess kurtosis of the effect over the vocabulary: large if few tokens get most of
     it"""
     raised: Tensor | None = None
-    """[units, k] change of each promoted token's logit for a strength of 1; for the direct path, up
-    to a positive factor. `raised`, `lowered` and `histogram` are None in files of older versions.
-    """
+    """[units, k] change of each promoted token's logit for a strength of 1; of unknown scale if
+    no linear map is used. In files of older versions, this field and the next two are None."""
     lowered: Tensor | None = None
     """[units, k] change of each suppressed token's logit, mostly negative"""
     histogram: Tensor | None = None

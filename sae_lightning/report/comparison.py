@@ -8,8 +8,8 @@ import numpy as np
 from sae_lightning.report.means import TRAINED, MeansTable
 from sae_lightning.report.noise import differ_significantly
 
-SAME_L0 = 0.1  # see `has_same_l0`
-MAX_SENTENCES = 4  # trained SAEs with a sentence each; for more, one sentence counts verdicts
+SAME_L0 = 0.1  # largest difference from the trained SAE's L0, as a share of it
+MAX_SENTENCES = 4  # sentences on one metric
 BETTER, WORSE, TIED, UNKNOWN = "better", "worse", "not significant", "too few seeds: noise unknown"
 OTHER_L0 = "L0 differs"
 # Metric -> what an SAE with the value {} does.
@@ -92,7 +92,7 @@ def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
 
 def write_claims(means: MeansTable, comparisons: list[Comparison]) -> list[str]:
     """For each metric of CLAIMS, write a sentence for each trained SAE with controls, or one that
-    counts verdicts if they are more than MAX_SENTENCES. Without controls, write a sentence on the
+    counts verdicts if there are more than MAX_SENTENCES. Without controls, write a sentence on the
     stable features of the first MAX_SENTENCES trained SAEs."""
     sentences = []
     for name in CLAIMS:

@@ -36,7 +36,7 @@ TEMPLATE = {
         "annotationdefaults": {"font": {"color": GREY}},
     }
 }
-SAME_VALUE = 1e-4  # values whose range is below this share of the largest count as equal
+SAME_VALUE = 1e-4  # values count as equal if their range / the largest |value| is at most this
 SINGLE_VALUE_BINS = 11  # bins of a histogram of equal values
 MAX_LABELLED = 12  # points with labels; labels of more points would overlap
 LOG_AXIS_RATIO = 8  # largest / smallest L0 from which the axis is logarithmic
@@ -105,7 +105,7 @@ def plot_tradeoff(
         xaxis=_make_l0_axis(points.l0.min(), points.l0.max()),
     )
     trained, controls = points[points.control == ""], points[points.control != ""]
-    # in the legend, a front (ranks 4 and 2) comes after its points (ranks 3 and 1)
+    # order in the legend: trained SAEs (rank 1), their front, controls (rank 3), their front
     for candidates, name, dash, legend_rank in (
         (controls, "front of controls", "dot", 4),
         (trained, "front of trained SAEs", "solid", 2),
@@ -153,7 +153,7 @@ def _is_on_front(points: "pd.DataFrame") -> np.ndarray:
 
 
 def _draw_front(figure: "Figure", points: "pd.DataFrame", dash: str, style: dict) -> None:
-    """Draw the Pareto front of `points` as a line, in a band as wide as the known spreads."""
+    """Draw the Pareto front of `points` as a line, in a band of one spread on each side."""
     front = points[_is_on_front(points)].sort_values(["l0", "quality"])
     if front.spread.notna().any():
         spread = front.spread.fillna(0)

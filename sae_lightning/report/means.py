@@ -27,7 +27,7 @@ def read_seeds(run: SweepRun) -> tuple:
 
 class MeansTable:
     """A row is a run, or the mean of runs that differ in seeds only; an experiment's trained SAE
-    comes before its controls. Every frame, array and list has one entry per row."""
+    comes before its controls. Every frame, array and list but `keys` has one entry per row."""
 
     def __init__(self, table: SweepTable):
         import pandas as pd  # imported late, like in SweepTable
@@ -54,10 +54,10 @@ class MeansTable:
         """Number of finished runs of each row."""
         comparable = table.comparable.to_numpy()
         measured = table.frame[table.metrics].to_numpy(float)
-        self.mean, self.spread = (
-            pd.DataFrame([summarise(comparable[i]) for i in finished], columns=[*METRIC_COLUMNS])
-            for summarise in (_average, _measure_spread)
-        )
+        means = [_average(comparable[i]) for i in finished]
+        self.mean = pd.DataFrame(means, columns=[*METRIC_COLUMNS])
+        spreads = [_measure_spread(comparable[i]) for i in finished]
+        self.spread = pd.DataFrame(spreads, columns=[*METRIC_COLUMNS])
         """Mean and sample standard deviation of metrics as in `SweepTable.comparable`."""
         self.spread["stable"] *= _correct_for_pairs(self.seeds)
         spreads = [_measure_spread(measured[i]) for i in finished]
@@ -103,8 +103,8 @@ class MeansTable:
         return front
 
     def mark(self, row: int, name: str) -> str:
-        """Choose the mark of a cell: `*` if it is the best of its column. If there are seeds, and
-        several cells do not differ significantly from the best, their mark is `≈`."""
+        """Choose the mark of a cell: `*` if it is the best of its column. With seeds, several cells
+        that do not differ significantly from the best have `≈`, unless that is all of them."""
         count = self.best[name].sum()
         if not self.best.at[row, name]:
             return ""
@@ -154,7 +154,7 @@ def _group_repetitions(table: SweepTable) -> dict[tuple, list[int]]:
         # without settings, a run cannot be compared
         experiment = identify_experiment(run.settings) if run.settings else str(run.folder)
         group = tuple(table.frame.loc[i, keys]), read_kind(run), experiment
-        # a search may try the same settings and seeds twice: each trial has a row
+        # a search may try the same settings and seeds again: `trial` counts, each has a row
         trial = trials[group, read_seeds(run)]
         trials[group, read_seeds(run)] += 1
         groups.setdefault((*group, trial), []).append(i)
@@ -173,11 +173,11 @@ def _average(values: np.ndarray) -> np.ndarray:
 
 
 def _correct_for_pairs(seeds: np.ndarray) -> np.ndarray:
-    """Factors that correct the spread of shares of stable features, for each number of seeds.
+    """Factors that correct the spread of the share of stable features over n seeds; n from `seeds`.
 
-    A run's share is a mean over its pairs with all other runs. As two runs have one pair in common,
-    their shares differ by less than those of independent seeds: the jackknife of a mean over pairs
-    gives 2 (n - 1) / (n - 2) times the spread. NaN for up to two seeds.
+    A run's share is a mean over its pairs with all other runs. Two runs have one pair in common, so
+    their shares differ by less than those of independent seeds. The jackknife of a mean over pairs
+    gives the factor 2 * (n - 1) / (n - 2). NaN for up to two seeds.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(seeds > 2, 2 * (seeds - 1) / (seeds - 2), np.nan)

@@ -1,8 +1,8 @@
 """Which means over seeds differ by more than their noise.
 
 Two means differ significantly if they differ by more than either spread, and by more than Welch's
-t-test allows at the 5 % level (equal SAEs do in at most one of twenty comparisons). A single run
-borrows the other side's spread. Of two single runs the noise is unknown: any difference counts.
+t-test allows at the 5 % level. (Equal SAEs then seem to differ in at most 1 of 20 comparisons.) A
+single run borrows the other's spread. Any difference counts between two single runs.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,6 @@ class Estimates(NamedTuple):
     """A metric of several SAEs, each with several seeds; all fields are arrays of one shape."""
 
     mean: np.ndarray
-    """Over seeds."""
     spread: np.ndarray
     """Sample standard deviation over seeds; NaN for a single run."""
     seeds: np.ndarray
@@ -51,10 +50,10 @@ def differ_significantly(a: Estimates, b: Estimates) -> np.ndarray:
         freedom = (variance_a + variance_b) ** 2 / (
             variance_a**2 / (a.seeds - 1) + variance_b**2 / (b.seeds - 1)
         )
-    # a borrowed spread has the degrees of freedom of the side that it comes from
-    one_sided = np.isnan(a.spread) | np.isnan(b.spread)
-    freedom = np.where(one_sided, np.maximum(a.seeds, b.seeds) - 1, freedom)
-    # freedom is NaN if neither side varies: the noise is 0 then, whatever the critical value
+    # a borrowed spread has the degrees of freedom of the SAE that it comes from
+    is_borrowed = np.isnan(a.spread) | np.isnan(b.spread)
+    freedom = np.where(is_borrowed, np.maximum(a.seeds, b.seeds) - 1, freedom)
+    # freedom is NaN if neither varies: the noise is 0 then, whatever the critical value
     allowed = find_critical_t(np.nan_to_num(freedom, nan=1.0)) * np.sqrt(variance_a + variance_b)
     noise = np.nan_to_num(np.maximum(allowed, np.maximum(spread_a, spread_b)))
     return np.abs(a.mean - b.mean) > noise

@@ -21,7 +21,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 NUMBER = re.compile(r"^[^\w.]*?([-−+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
 
 MAX_ONE_LINE = 40  # characters; a longer cell of a table may wrap
-# Largest unpacked size of blocks that stay in the page, where they take about a third of it.
+# Blocks of more unpacked bytes are files beside the page; packed, blocks take about a third.
 MAX_EMBEDDED_BYTES = 1 << 26
 
 
@@ -39,7 +39,7 @@ def render_template(template: str, *, figures: bool, **values: object) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # names and metadata may come from untrusted files
+        # names and metadata may come from untrusted files; a Markup does not, and is not changed
         finalize=lambda value: make_visible(value) if type(value) is str else value,
     )
     return environment.get_template(template).render(
@@ -58,14 +58,14 @@ class AnalysisPage(NamedTuple):
     facts: dict[str, str]
     """Shown below the title."""
     sections: Sequence[Section]
-    """Parts of the page that are shown instead of the browser of features and neurons."""
+    """Results; the page has a link to each part, which shows it in place of the browser."""
     catalogues: Sequence[Catalogue] = ()
     commands: Sequence[str] = ()
     """Command lines to paste, shown at the end."""
     files: Sequence[str] = ()
     """Names of files in the page's folder."""
     annotated: AnnotatedText | None = None
-    """The user's own text, annotated with features; shown above the browser of features."""
+    """The user's text, annotated with features; shown above the browser of features."""
 
 
 def write_page(path: Path, page: AnalysisPage) -> None:
@@ -127,7 +127,7 @@ def find_long_columns(table: ResultTable) -> set[int]:
 
 def make_sort_value(cell: str, *, is_word: bool) -> float | str:
     """The sort key of a table's cell: its first number, or "" if it has none. In a column of words
-    (`is_word`), the cell itself unless all of it is a number."""
+    (`is_word`): the number if the whole cell is one, else the cell."""
     match = NUMBER.match(cell)
     if match is None or (is_word and match.group() != cell):
         return cell if is_word else ""

@@ -12,7 +12,7 @@ The page loads "feature" when it opens; a block of tokens when one of the block'
 A block holds its fields one after another, deflated, as base64. The bytes of a field are grouped by
 significance (the lowest byte of every number, then the next ...), which compresses best.
 Tokens are renumbered from 1 by frequency, so that the high bytes of common tokens are 0 and
-compress to nearly nothing. 0 is no token.
+compress to nearly nothing. 0 means that there is no token.
 """
 
 import base64
@@ -62,7 +62,7 @@ class Blocks(Mapping[str, str]):
     def __init__(self, catalogues: Sequence[Catalogue], page_ids: np.ndarray):
         self.page_ids = page_ids
         self.parts = {catalogue.kind: (catalogue, _make_list_fields) for catalogue in catalogues}
-        """Name of a block -> the units in it, and the function that makes its fields."""
+        """Name of a block -> the catalogue of its units, and the function that makes its fields."""
         self.parts["text"] = catalogues[0], _make_text_fields
         self.size = catalogues[0].token_ids.size * page_ids.itemsize  # bytes, unpacked
         for catalogue in catalogues:
@@ -176,6 +176,7 @@ def _make_token_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
 def _make_detail_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields that only the view of a single unit shows."""
     example_sets, maximum = (catalogue.top, catalogue.random), catalogue.statistics.maximum
+    # the smallest dtypes that hold an index of a sequence and of a token in it
     sequence_dtype, position_dtype = map(np.min_scalar_type, catalogue.token_ids.shape)
     fields = {
         "sequence": _to_array(torch.cat([x.sequence for x in example_sets], 1), sequence_dtype),
@@ -217,9 +218,9 @@ def _describe_layout(fields: Fields) -> list[tuple[str, str, int]]:
 
 
 def _pack(fields: Fields) -> str:
-    """Pack a block, as the module's docstring says."""
+    """Pack a block: its fields, with bytes grouped by significance, deflated, as base64."""
     packed = []
     for values in fields.values():
-        numbers = values.reshape(-1)
-        packed.append(numbers.view("u1").reshape(-1, numbers.itemsize).T.tobytes())
+        byte_rows = values.reshape(-1, 1).view("u1")  # [numbers, bytes of a number]
+        packed.append(byte_rows.T.tobytes())
     return base64.b64encode(zlib.compress(b"".join(packed), 6)).decode()

@@ -59,7 +59,6 @@ def _make_columns(catalogue: Catalogue, first: int, vocabulary: pa.Array) -> dic
         columns["copy_of"] = _to_array(catalogue.copy_of)
     for name, related in (("neighbour", catalogue.neighbours), ("partner", catalogue.partners)):
         if related is not None:
-            # -1 is padding
             columns[f"{name}s"] = _make_lists(related.units, related.units >= 0)
             # similarity to each: neighbours' cosine of decoder rows, partners' Jaccard index
             columns[f"{name}_likeness"] = _make_lists(related.similarity, related.units >= 0)
@@ -81,8 +80,8 @@ def _to_array(values: Tensor) -> pa.Array:
 
 
 def _make_lists(values: Tensor | pa.Array, mask: Tensor) -> pa.ListArray:
-    """Make one list per row of `mask` [units, k], of the `values` [units, k] where it is True. A
-    pyarrow array has the values where it is True only, one after another."""
+    """Make one list per row of `mask` [units, k]: the values of the row where the mask is True.
+    `values`: a tensor [units, k], or an array of only those values, one after another."""
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(dim=1).cumsum(0)])
     flat = _to_array(values[mask]) if isinstance(values, Tensor) else values
     return pa.ListArray.from_arrays(ends.int().numpy(), flat)

@@ -1,6 +1,7 @@
 """Reads the catalogues that `parquet.write_catalogue` writes.
 
-Shapes: units, n, k as in catalogue.py; entries = values of all lists, concatenated.
+Shapes: n = examples of a unit; k = length of the longest list of a column; entries = values of all
+lists of a column, concatenated.
 """
 
 import json
@@ -32,7 +33,7 @@ from sae_lightning.report.parquet import METADATA_KEY
 # Limits on the memory that an untrusted file can take, as all lists of a column are padded to the
 # longest.
 MAX_LIST_LENGTH = 1024
-MAX_TEXT_TOKENS = 1 << 27  # sequences x context
+MAX_TEXT_TOKENS = 1 << 27  # sequences * context
 MAX_COUNT = 2**32 - 1  # the page stores uint32
 
 
@@ -62,7 +63,8 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
 
     Lists are padded to the longest, [units, k]. Any exception means that the file is damaged.
     """
-    columns = dict(_combine_columns(pyarrow.parquet.read_table(path)))
+    table = pyarrow.parquet.read_table(path)
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
     kind = next(iter(columns))  # the first column numbers the units and is named after their kind
     ids = {word: i for i, word in enumerate(vocabulary)}
     last_unit, tokens = len(columns[kind]) - 1, read_header(path).tokens
@@ -80,7 +82,7 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
             _to_tensor(columns["score"]).float(), _read_tokens(columns["tokens"], ids), previous
         )
         catalogue = catalogue._replace(token_sets=token_sets)
-    if "telling" in columns:
+    if "telling" in columns:  # the file's name of informativeness
         informativeness = _to_tensor(columns["telling"]).float()
         copy_of = _read_integers(columns["copy_of"], last_unit)
         catalogue = catalogue._replace(informativeness=informativeness, copy_of=copy_of)
@@ -103,7 +105,7 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
 
 
 def _read_effect(columns: dict[str, pa.Array], ids: dict[str, int]) -> LogitEffect:
-    """Read the effect of units on logits; files of older versions have the tokens only."""
+    """Read the effect on logits; in files of older versions, only tokens and their sharpness."""
     tokens = (_read_tokens(columns[name], ids).long() for name in ("promoted", "suppressed"))
     effect = LogitEffect(*tokens, _to_tensor(columns["sharpness"]).float())
     if "effect_histogram" not in columns:
@@ -113,13 +115,6 @@ def _read_effect(columns: dict[str, pa.Array], ids: dict[str, int]) -> LogitEffe
         lowered=_read_real_lists(columns["effect_lowered"]),
         histogram=_read_counts(columns["effect_histogram"], LINEAR_BINS),
     )
-
-
-def _combine_columns(table: pa.Table):
-    """Yield the name and the values of each column, as one array."""
-    for name in table.column_names:
-        column = table[name].combine_chunks()
-        yield name, column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def _to_tensor(values: pa.Array) -> Tensor:
@@ -135,8 +130,8 @@ def _read_integers(values: pa.Array, maximum: int) -> Tensor:
 
 
 def _read_counts(lists: pa.ListArray, bins: int) -> Tensor:
-    """Convert histograms to int64 [units, bins]; ValueError if one has another number of bins, or a
-    count is not from 0 to MAX_COUNT."""
+    """Convert histograms to int64 [units, bins], padded with 0. ValueError if the longest has
+    another number of bins, or a count is not from 0 to MAX_COUNT."""
     counts = _pad_lists(lists, _read_integers(lists.flatten(), MAX_COUNT), 0)
     if counts.shape[1] != bins:
         raise ValueError(f"{counts.shape[1]} bins")
@@ -190,15 +185,17 @@ def _read_examples(lists: pa.ListArray, ids: dict[str, int]) -> Examples:
     flat = lists.flatten()  # [examples of all units]
     texts, strengths, peaks = flat.field("tokens"), flat.field("strengths"), flat.field("peak")
     lengths = _count_entries(texts)
-    first = (BEFORE - _read_integers(peaks, BEFORE)).repeat_interleave(lengths)
-    start = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    place = first + torch.arange(len(first)) - start  # index in the window
-    owner = torch.arange(len(flat)).repeat_interleave(lengths)
-    # an empty extra example, at index -1, pads units with fewer than n
+    # for each token [entries]: its example, and its index in the example and in the window
+    example = torch.arange(len(flat)).repeat_interleave(lengths)
+    first_token = lengths.cumsum(0) - lengths  # [examples] index of each example's first token
+    in_example = torch.arange(len(example)) - first_token[example]
+    first_place = BEFORE - _read_integers(peaks, BEFORE)  # so that the peak is at index BEFORE
+    in_window = first_place[example] + in_example
+    # one empty example is added at the end, so that index -1 pads units with fewer than n
     tokens = torch.full((len(flat) + 1, WINDOW), -1, dtype=torch.int32)
-    tokens[owner, place] = _look_up_ids(texts.flatten(), ids)
+    tokens[example, in_window] = _look_up_ids(texts.flatten(), ids)
     window = torch.zeros(len(flat) + 1, WINDOW, dtype=torch.float16)
-    window[owner, place] = _read_reals(strengths.flatten()).half()
+    window[example, in_window] = _read_reals(strengths.flatten()).half()
     slots = _pad_lists(lists, torch.arange(len(flat)), -1)  # [units, n] index of the example
     return Examples(
         peak_strength=pad(_read_reals(flat.field("strength")), (0, 1))[slots],

@@ -144,8 +144,8 @@ def isolate(token: str) -> str:
 
 
 def _draw_bar(share: float, text: str) -> str:
-    """Draw a bar over each column of `text` except its leading spaces; `share` is the height as a
-    fraction of the full height, without a bar for 0 and less."""
+    """Draw a bar over each column of `text` except its leading spaces. `share` is its height, where
+    1 is the full height; 0 and less draw nothing."""
     # however small, a strength above 0 has a bar
     bar = BARS[max(1, round(share * (len(BARS) - 1)))] if share > 0 else " "
     word = text.lstrip(" ") or text

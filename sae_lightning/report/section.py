@@ -37,10 +37,10 @@ class ColouredText(NamedTuple):
 
 
 class ResultTable(NamedTuple):
-    """A table of formatted numbers."""
+    """A table of formatted numbers and words."""
 
     header: list[str]
-    """Names of the columns; the first column holds words, the others numbers."""
+    """Names of the columns; the first is sorted as words, the others by their first number."""
     rows: list[list[str]]
 
 
@@ -57,8 +57,8 @@ class Section(NamedTuple):
     figures: dict[str, "Figure"] = {}
     """Caption -> figure; shown on the page only."""
     part: str = ""
-    """Name of the part of the page that the section is in; if empty, the section's title, and no
-    other section is in the part."""
+    """Name of the part of the page that the section is in; if empty, the section is a part alone,
+    named after its title."""
 
     @property
     def max_strength(self) -> float:

@@ -126,9 +126,9 @@ def shorten_value(value: str) -> str:
 
 
 def pick_grouping(means: MeansTable) -> str | None:
-    """Pick the swept setting whose values have a colour each: one with words rather than numbers,
-    then one with few values. None if fewer than two settings are swept, or all have more values
-    than there are colours."""
+    """Pick the swept setting whose values have a colour each: one with words if possible and, among
+    several, one with the fewest values. None if fewer than two settings are swept, or all have more
+    values than there are colours."""
     if len(means.keys) < 2:
         return None
     values = {key: set(means.frame[key]) for key in means.keys}

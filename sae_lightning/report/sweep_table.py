@@ -97,7 +97,7 @@ METRIC_COLUMNS = {
         "CE gap closed",
         "{:.1%}",
         1,
-        "share of what the SAE adds to the LLM's cross-entropy that training with loss.kl removed",
+        "of the cross-entropy that the SAE adds, the share that training with loss.kl removed",
     ),
     "recovered": MetricColumn(
         "recovered", "{:.1%}", 1, "share of concepts with a feature at cosine > 0.9"
@@ -179,7 +179,8 @@ class SweepTable:
         values = self.frame.reindex(columns=[*METRIC_COLUMNS, "ce_zero", "ce_clean"]).astype(float)
         values["ce_recovered"] = cap_recovered(values.ce_recovered, values.ce_zero, values.ce_clean)
         values = values[list(METRIC_COLUMNS)]
-        self.comparable = values.where(np.isfinite(values).mul(self.is_finished, axis=0))
+        is_comparable = np.isfinite(values).mul(self.is_finished, axis=0)
+        self.comparable = values.where(is_comparable)
         """Finite metrics of finished runs, CE recovered capped at 1; NaN elsewhere."""
 
     def _read_swept(self, run: SweepRun) -> dict[str, str]:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sae_lightning.stream.rows import compute_norms
 
-FEW_TOKENS_SHARE = 1e-3  # of all tokens
-DOMINANT_SHARE = 0.1  # of the variance: few tokens, or one dimension, that hold more dominate it
-# Share of the tokens, those of largest norm -> share of the variance above which they dominate it,
-# if it is also more than ten times their share of the tokens. The second entry is for models such
-# as Llama 2, where one token of each short sequence (the first full stop) holds nearly all.
+FEW_TOKENS_SHARE = 1e-3  # "a few tokens": at most this share of all tokens
+DOMINANT_SHARE = 0.1  # of the variance: a few tokens, or one dimension, with more are dominant
+# Share of the tokens -> share of the variance. The tokens of largest norm dominate if they hold
+# more of the variance than this, and than ten times their share of the tokens. The second entry is
+# for LLMs such as Llama 2, where the first full stop of each short sequence holds nearly all.
 VARIANCE_LIMITS = {FEW_TOKENS_SHARE: DOMINANT_SHARE, 0.05: 0.5}
 
 
@@ -38,8 +38,8 @@ class DominantTokens(NamedTuple):
 
 @torch.no_grad()
 def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
-    """Find the dominant tokens of x [n, d]. Tokens are removed, the largest norm first, until the
-    rest are within VARIANCE_LIMITS. Up to 0.1 % more are removed, to cut where the norm drops most.
+    """Find the dominant tokens of x [n, d]. Tokens are removed, the largest norm first, until none
+    dominate the rest. Up to 0.1 % more are removed, to cut where the norm drops most.
     None if no token is dominant, or x is not finite.
 
         |x|      100  97     11  10   9  ...   1
@@ -50,14 +50,16 @@ def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
     squares = torch.cat([(part.float() - mean).square().sum(dim=1) for part in x.split(4096)])
     # remaining[j]: sum of squared distances from the mean, without the j tokens of largest norm
     remaining = squares.cpu().double()[order].flip(0).cumsum(0).flip(0)
-    limits = [(math.ceil(share * len(x)), limit) for share, limit in VARIANCE_LIMITS.items()]
-    dominated = torch.stack([_is_dominated(remaining, k, limit) for k, limit in limits]).any(dim=0)
+    dominated = torch.zeros(len(x), dtype=torch.bool)  # [n], like `remaining`
+    for token_share, limit in VARIANCE_LIMITS.items():
+        dominated |= _is_dominated(remaining, math.ceil(token_share * len(x)), limit)
     median = norms.median().item()
     if not dominated[0] or not median > 0:
         return None
-    first = int((~dominated).nonzero()[0])
-    gaps = norms[first - 1 : -1] / norms[first:]
-    count = first + int(gaps[: math.ceil(FEW_TOKENS_SHARE * len(x)) + 1].argmax())
+    fewest = int((~dominated).nonzero()[0])  # number of tokens to remove, from fewest to most
+    most = fewest + math.ceil(FEW_TOKENS_SHARE * len(x))
+    drops = norms[:-1] / norms[1:]  # drops[j - 1]: from the last of j removed tokens to the next
+    count = fewest + int(drops[fewest - 1 : most].argmax())
     lowest, highest = norms[count].item() / median, norms[count - 1].item() / median
     # between these norms, the number nearest to the middle that has the fewest digits
     middle = math.sqrt(lowest * highest)
@@ -71,10 +73,11 @@ def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
 
 
 def _is_dominated(remaining: Tensor, k: int, limit: float) -> Tensor:
-    """For each number j of removed tokens, whether the k largest of the rest dominate its variance:
-    bool [n]. `remaining` [n]: as in `find_dominant_tokens`; `limit`: from VARIANCE_LIMITS."""
+    """For each number j of removed tokens, whether the next k hold more than `limit` of the rest's
+    variance, and more than ten times their share of the rest: bool [n]. `remaining` [n]: sums of
+    squares without the j tokens of largest norm."""
     without_k = torch.cat([remaining[k:], torch.zeros(k, dtype=remaining.dtype)])
-    token_share = k / torch.arange(len(remaining), 0, -1, dtype=remaining.dtype)
+    token_share = k / torch.arange(len(remaining), 0, -1, dtype=remaining.dtype)  # k / (n - j)
     return remaining - without_k > remaining * (10 * token_share).clamp(min=limit)
 
 

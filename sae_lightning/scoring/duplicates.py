@@ -17,14 +17,14 @@ BLOCK_ROWS = 1024  # rows compared with as many other rows at a time: bounds mem
 
 
 class Copies(NamedTuple):
-    """Cosines of live features (those that fire on held-out data) with the nearest other decoder
-    row, live or dead; NaN if no feature is live. If more than 16,384 are live, a random sample of
+    """Cosine of each live feature (one that fires on held-out data) with its nearest other decoder
+    row, live or dead; NaN if no feature is live. Above 16,384 live features, a random sample of
     16,384 is measured, drawn with a fixed seed."""
 
     duplicates: float
-    """Share of live features whose nearest other row has a cosine above 0.9."""
+    """Share of live features with a cosine above 0.9."""
     nearest_cosine: float
-    """Median of that cosine."""
+    """Median of the cosines."""
 
 
 @torch.no_grad()
@@ -45,42 +45,43 @@ def find_nearest_cosines(W_dec: Tensor, indices: Tensor) -> Tensor:
     """Find the largest cosine [n] of each row in `indices` [n] with any other row of W_dec
     [features, d_out]; -1 where there is no other row.
 
-    Rows in `indices` come first, and each block of them is compared with itself and all later
-    blocks: each pair is computed once, and counts for both rows if both are in `indices`.
+    Rows in `indices` are sorted first. Each block of them is compared with itself and all later
+    blocks, so that each pair is computed once. It counts for both rows if both are in `indices`.
     """
     others = torch.ones(len(W_dec), dtype=torch.bool, device=W_dec.device)
     others[indices] = False
     order = torch.cat([indices, others.nonzero().squeeze(1)])
     nearest = W_dec.new_full((len(indices),), -1.0)
     for i in range(0, len(indices), BLOCK_ROWS):
-        rows = normalize(W_dec[order[i : min(i + BLOCK_ROWS, len(indices))]])
+        best = nearest[i : i + BLOCK_ROWS]
+        rows = normalize(W_dec[order[i : i + len(best)]])
         for j in range(i, len(order), BLOCK_ROWS):
             cosines = rows @ normalize(W_dec[order[j : j + BLOCK_ROWS]]).T
             if i == j:
                 cosines.fill_diagonal_(-1)  # a row is not its own neighbour
-            # the maxima of this block's rows, then of its columns that are in `indices`
-            for first, dim in ((i, 1), (j, 0)):
-                block = nearest[first : first + BLOCK_ROWS]
-                torch.maximum(block, cosines.amax(dim)[: len(block)], out=block)
+            torch.maximum(best, cosines.amax(dim=1), out=best)
+            other_best = nearest[j : j + BLOCK_ROWS]  # of the columns that are in `indices`
+            torch.maximum(other_best, cosines.amax(dim=0)[: len(other_best)], out=other_best)
     return nearest
 
 
 def find_nearest_on_ranks(W_dec: Tensor, indices: Tensor, split: FeatureSplit) -> Tensor:
     """`find_nearest_cosines` for a decoder that is split over ranks, each with its own rows W_dec
-    [own features, d_out]: every block of the rows in `indices` [n] is sent to all ranks, which
-    compare it with their own rows."""
+    [own features, d_out]. Every block of the rows in `indices` [n] is sent to all ranks, and each
+    rank compares it with its own rows."""
     nearest = W_dec.new_full((len(indices),), -1.0)
     for block, best in zip(indices.split(BLOCK_ROWS), nearest.split(BLOCK_ROWS), strict=True):
-        # feature i is row i // size on rank i % size; `held`: entries of the block on this rank
-        own_rows = block // split.ranks.size
-        (held,) = (block % split.ranks.size == split.ranks.rank).nonzero(as_tuple=True)
+        # feature i is row i // size of rank i % size
+        is_own = block % split.ranks.size == split.ranks.rank
+        row_in_W_dec = block // split.ranks.size
         rows = W_dec.new_zeros(len(block), W_dec.shape[1])
-        rows[held] = W_dec[own_rows[held]]
-        rows = normalize(split.ranks.sum(rows))
+        rows[is_own] = W_dec[row_in_W_dec[is_own]]
+        rows = normalize(split.ranks.sum(rows))  # every row is 0 on all ranks but one
         for start in range(0, len(W_dec), BLOCK_ROWS):
             others = W_dec[start : start + BLOCK_ROWS]
             cosines = rows @ normalize(others).T
-            inside = held[(own_rows[held] >= start) & (own_rows[held] < start + len(others))]
-            cosines[inside, own_rows[inside] - start] = -1  # a row is not its own neighbour
+            column = row_in_W_dec - start
+            is_inside = is_own & (column >= 0) & (column < len(others))
+            cosines[is_inside, column[is_inside]] = -1  # a row is not its own neighbour
             torch.maximum(best, cosines.amax(dim=1), out=best)
     return split.ranks.stack(nearest).amax(dim=0)

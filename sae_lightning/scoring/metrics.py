@@ -1,8 +1,8 @@
 """Metrics of an SAE on a set of activations.
 
-Everything is summed in float64 over the whole set and divided once at the end. Averaging ratios
-over batches or tokens gives another number, and made published explained variances too high
-(SAELens issue 659).
+Numerators and denominators are summed over the whole set and divided once at the end. Averaging
+ratios over batches or tokens gives another number, and made published explained variances too high
+(SAELens issue 659). The classes below sum in float64.
 
 Shapes: n = tokens, d = width of the site.
 """
@@ -43,9 +43,9 @@ class QualitySums:
 
     def __init__(self):
         self.tokens = 0
-        self.residual = self.total = 0.0  # of squared errors, of squared distances from `shift`
-        self.residual_by_dim = self.total_by_dim = torch.zeros(())  # the same, for each dimension
-        self.shift = self.sum = torch.zeros(())  # a first estimate of the mean, sum of x - shift
+        self.residual = self.total = 0.0  # sum |x - x_hat|^2, sum |x - shift|^2
+        self.residual_by_dim = self.total_by_dim = torch.zeros(())  # both for each dimension
+        self.shift = self.sum = torch.zeros(())  # first batch's mean, sum of x - shift
         self.firing_counts = torch.zeros(())
 
     @torch.no_grad()
@@ -54,8 +54,7 @@ class QualitySums:
         # on the CPU: not every accelerator has float64
         target, reconstruction = target.cpu().double(), reconstruction.cpu().double()
         if self.tokens == 0:
-            # subtracting `shift` avoids cancellation in the variance
-            self.shift = target.mean(dim=0)
+            self.shift = target.mean(dim=0)  # subtracting it avoids cancellation in the variance
         self.tokens += len(target)
         error, square = (target - reconstruction).square(), (target - self.shift).square()
         self.residual += error.sum().item()
@@ -131,7 +130,8 @@ class FidelitySums:
         return self.reconstruction / self.tokens
 
     def result(self) -> Fidelity:
-        """Fidelity over all tokens added so far; NaN where a denominator is 0."""
+        """Fidelity over all tokens added so far. Where the denominator of a ratio is 0, the ratio
+        is NaN if the numerator is 0 too, else infinite."""
         norm, norm_hat, square, square_hat, product, cosine = self.uncentred
         *_, centred_square_hat, centred_product, centred_cosine = self.centred
         return Fidelity(
@@ -162,7 +162,7 @@ def count_by_density(density: Tensor) -> dict[str, int]:
     The lowest bin also counts smaller shares.
     """
     # rounded, or a share of exactly 0.001 would fall below 1e-3
-    exponents = torch.log10(density[density > 0].double()).mul(1e6).round().div(1e6).floor()
+    exponents = density[density > 0].double().log10().round(decimals=6).floor()
     counts = {"never": int((density == 0).sum())}
     for exponent in range(-6, 1):
         inside = exponents <= exponent if exponent == -6 else exponents == exponent

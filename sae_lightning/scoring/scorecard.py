@@ -16,7 +16,7 @@ from sae_lightning.scoring.metrics import Fidelity, FidelitySums, Quality, Quali
 from sae_lightning.stream.recovery import RECOVERED_COSINE, Recovery
 from sae_lightning.stream.source import HeldOutData
 
-# Most tokens, and most activations of features, that are computed at a time: bounds memory.
+# Limits on the tokens, and on tokens * features, that an SAE encodes at a time: bound memory.
 MAX_TOKENS_AT_ONCE = 4096
 MAX_ACTIVATIONS_AT_ONCE = 1 << 26
 
@@ -37,9 +37,7 @@ class Scorecard(NamedTuple):
     """Everything that is measured on held-out data."""
 
     quality: Quality
-    """Reconstruction and sparsity."""
     copies: Copies
-    """Features with nearly the same decoder row."""
     scores: SpliceScores | Recovery | None = None
     """The LLM's loss with the reconstruction in place (None if not measured) or, on synthetic
     data, the recovery of its concepts."""
@@ -52,7 +50,7 @@ class Scorecard(NamedTuple):
         """All numbers but those of `fidelity`, by name, for `metrics.json`, curves and tables."""
         numbers = self.quality._asdict() | self.copies._asdict()
         del numbers["density"], numbers["dimension"]
-        # "usual": of the tokens that are not dominant
+        # prefix "usual": without the dominant tokens; "dimension": without the dominant dimension
         parts = {"usual": self.without_dominant, "dimension": self.quality.dimension}
         for prefix, part in parts.items():
             if part:
@@ -80,7 +78,7 @@ def score_saes(
     activations. `fidelity` adds the size and kind of the error, and the LLM's loss with the error
     alone; as this takes a pass of the LLM for each SAE, training does without it. `splits`: how
     each SAE's features are split over ranks, which then all call this; empty if none is split.
-    Everything is computed in float32, like a saved SAE, whatever the precision of training.
+    The SAEs compute in float32, like a saved SAE, whatever the precision of training.
     """
     x, y = held_out.activations(source), held_out.activations(target)
     dominant = find_dominant_tokens(y)
@@ -191,7 +189,7 @@ def _format_recovery(scalars: dict[str, float]) -> dict[str, str]:
         "strengths": f"{scalars['feature_readout']:.1%} of their variance read by features, "
         f"{scalars['projection_readout']:.1%} by projection",
         "encoder and decoder": f"cosine {scalars['encoder_agreement']:.4f}, "
-        f"{scalars['negative_bias']:.1%} of biases (less thresholds) negative"
+        f"{scalars['negative_bias']:.1%} of biases (minus thresholds) negative"
         if scalars["recovered"]
         else "no concept recovered",
     }

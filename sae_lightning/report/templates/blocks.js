@@ -28,6 +28,7 @@ function add(name, text) {
 }
 
 // Unpacks a block: name of a field -> { values, of(row) }. Rows are units or, in the block of the text, sequences.
+// A field has the lowest byte of every number, then the next byte of every number, ...
 async function unpack(name, layout, rows) {
   const ARRAYS = { u1: Uint8Array, i1: Int8Array, u2: Uint16Array, u4: Uint32Array, i4: Int32Array, f4: Float32Array };
   const text = atob(await readText(name)), packed = new Uint8Array(text.length);

@@ -153,7 +153,7 @@ async function open(id) {
 
 const isWide = () => matchMedia("(min-width: 901px)").matches;
 
-// Opens the unit `step` places below the open one in the list.
+// Opens the unit `step` places below the open one in the list, or the first one if the open one is not listed.
 function walk(step) {
   if (!listing.length) return;
   const place = listing.indexOf(openUnit);

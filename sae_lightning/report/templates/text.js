@@ -9,7 +9,7 @@ const MAX_FEATURES = 100; // features in the list
 let chosen = null; // index of the chosen token
 let open = null; // the feature that is open
 
-// Returns [feature, strength] of each feature on a token, by descending strength x norm of its decoder row.
+// Returns [feature, strength] of each feature on a token, by descending strength * norm of its decoder row.
 const listFirings = token => annotated.features[token].map((feature, i) => [feature, annotated.strengths[token][i]]);
 const normalise = id => index.vocabulary[id].trim().toLowerCase();
 const isolate = token => `\u2066${token}\u2069`; // a right-to-left token reorders no neighbour
@@ -17,7 +17,7 @@ const listPeakTokens = (fields, feature) => { // ids of up to four distinct toke
   const peaks = [...fields.peaks.of(feature)].filter(Boolean);
   return peaks.filter((id, i) => i === peaks.findIndex(other => normalise(other) === normalise(id))).slice(0, 4);
 };
-const formatOfMaximum = (fields, feature, strength) => {
+const formatShareOfMaximum = (fields, feature, strength) => {
   const maximum = fields.maximum.values[feature];
   return maximum ? `${Math.round(100 * strength / maximum)} %` : "–";
 };
@@ -50,7 +50,7 @@ async function listFeatures() {
       make("span", { className: "id" }, String(feature)),
       make("span", { className: "line" }, ...chips),
       make("span", { className: "number" }, formatNumber(strength)),
-      make("span", { className: "number" }, formatOfMaximum(fields, feature, strength)));
+      make("span", { className: "number" }, formatShareOfMaximum(fields, feature, strength)));
     line.toggleAttribute("aria-current", feature === open);
     return line;
   }));
@@ -75,7 +75,7 @@ async function colour(feature) {
     element.style.setProperty("--s", Math.min(1, Math.max(.12, strength / maximum)).toFixed(2));
   });
   note.textContent = `Coloured by feature ${feature}, `
-    + (most ? `up to ${formatNumber(most)} (${formatOfMaximum(fields, feature, most)} of its maximum in the catalogue). ` : "which does not fire here. ")
+    + (most ? `up to ${formatNumber(most)} (${formatShareOfMaximum(fields, feature, most)} of its maximum in the catalogue). ` : "which does not fire here. ")
     + "Click a token to list the features that fire on it; the arrow keys move to the next one.";
   for (const line of results.children) line.toggleAttribute("aria-current", line.hash === makeLink(kind, feature));
 }
@@ -83,7 +83,7 @@ async function colour(feature) {
 // Sets the tooltip of a token: the open feature if it fires there, then the first features of the token.
 async function setTip(token) {
   const fields = await loadFields(kind);
-  const describe = ([feature, strength]) => `${feature}: ${formatNumber(strength)}, ${formatOfMaximum(fields, feature, strength)}  `
+  const describe = ([feature, strength]) => `${feature}: ${formatNumber(strength)}, ${formatShareOfMaximum(fields, feature, strength)}  `
     + listPeakTokens(fields, feature).map(id => isolate(index.vocabulary[id].trim() || "␣")).join(" ");
   const merged = mergeCopies(fields, listFirings(token)), ofOpen = merged.filter(([feature]) => feature === open);
   const described = [...new Set([...ofOpen, ...merged.slice(0, 5)])];

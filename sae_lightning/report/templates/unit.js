@@ -97,9 +97,8 @@ function listExamples(kind, maximum, { sequence, position, interval, levels }, t
 
 // Returns the bounds of an interval of strengths, as shares of the maximum and as strengths; 0 is the top interval.
 function describeInterval(i, maximum) {
-  const [low, high] = [1 + i, i].map(n => 1 - n / index.intervals);
-  const percents = [low, high].map(share => Math.round(100 * share)).join(" to ");
-  return [`${percents} % of the maximum`, `${formatNumber(low * maximum)} to ${formatNumber(high * maximum)}`];
+  const low = 1 - (i + 1) / index.intervals, high = 1 - i / index.intervals;
+  return [`${Math.round(100 * low)} to ${Math.round(100 * high)} % of the maximum`, `${formatNumber(low * maximum)} to ${formatNumber(high * maximum)}`];
 }
 
 // Makes the text around the peak of an example in the sequence `tokens`; a click widens or narrows it.
@@ -136,7 +135,7 @@ function makeExample(tokens, peak, windowLevels, maximum) {
 }
 
 function drawHistogram(kind, counts, maximum) {
-  const first = counts.findIndex(Boolean), last = counts.length - [...counts].reverse().findIndex(Boolean);
+  const first = counts.findIndex(Boolean), last = counts.findLastIndex(Boolean);
   if (first < 0) return "";
   const [width, top, base, most] = [300, 14, 104, Math.max(...counts)]; // bars are between y = top and y = base
   const picture = makeSvg("svg", { viewBox: `0 0 ${width} ${base + 46}`, role: "img",
@@ -147,10 +146,10 @@ function drawHistogram(kind, counts, maximum) {
     picture.append(label);
   };
   // bins are half an octave wide; at least ten, so that a few are not stretched
-  const bins = Math.max(last - first, 10), step = width / bins;
+  const bins = Math.max(last + 1 - first, 10), step = width / bins;
   const findX = strength => Math.min(Math.max(2 * Math.log2(strength / edges[first]), 0), bins) * step;
   write(`number of tokens; highest bar: ${most.toLocaleString("en")}`, 0, 9, "start");
-  for (let i = first; i < last; i++) {
+  for (let i = first; i <= last; i++) {
     const bar = Math.max(counts[i] ? 1 : 0, counts[i] / most * (base - top)), x = (i - first) * step;
     picture.append(makeSvg("rect", { x: x + .5, y: base - bar, width: step - 1, height: bar, class: "bar" }));
     const hoverArea = makeSvg("rect", { x, y: top, width: step, height: base - top, class: "reach" });
@@ -162,7 +161,7 @@ function drawHistogram(kind, counts, maximum) {
   peak.dataset.tip = `strongest example: ${formatNumber(maximum)}`;
   picture.append(peak);
   for (let i = 0; i < index.intervals; i++) {
-    const [low, high] = [1 + i, i].map(n => findX((1 - n / index.intervals) * maximum));
+    const low = findX((1 - (i + 1) / index.intervals) * maximum), high = findX((1 - i / index.intervals) * maximum);
     const band = makeSvg("rect", { x: low, y: base + 1, width: Math.max(high - low, 0), height: 5, class: i % 2 ? "band" : "band odd" });
     band.dataset.tip = describeInterval(i, maximum).join(": ");
     picture.append(band);
