@@ -73,7 +73,7 @@ def build_sae(
 
 def count_parameters(config: SAEConfig, d_in: int, d_out: int) -> int:
     """Number of parameters of the SAE that `config` describes, including frozen ones."""
-    # parameters [features], such as b_enc: all of `per_feature` but W_enc and W_dec
+    # W_enc and W_dec are matrices; the others of `per_feature` have one number per feature
     vectors = len(ARCHITECTURES[config.name].network.per_feature) - 2
     parameters = config.features * (d_in + d_out + vectors) + d_out
     return parameters + d_in * d_out if config.skip else parameters

@@ -79,7 +79,7 @@ class TrainingOutput(NamedTuple):
     pre: Matrix
     """Pre-activations [batch, features]"""
     prefixes: tuple[Tensor, ...] = ()
-    """Matryoshka: reconstruction [batch, d_out] from each dictionary but the whole; else empty"""
+    """Matryoshka: reconstruction [batch, d_out] from each dictionary but the largest; else empty"""
     relu_gate: Matrix | None = None
     """Gated: relu(gate) [batch, features]; else None"""
 
@@ -87,9 +87,10 @@ class TrainingOutput(NamedTuple):
 class SAE(nn.Module):
     """f = activate(x W_enc + b_enc);  x_hat = f W_dec + b_dec (+ x W_skip).
 
-    A subclass is an architecture. It overrides `compute_strengths` or, if the features of a token
-    compete, `activate` and `find_entries`, and `activate_batch` if those of a batch do. b_dec is
-    not subtracted from the input, because b_enc can make up for it.
+    A subclass is an architecture. It overrides `compute_strengths`, and `find_entries` if it needs
+    more than the positive pre-activations. If the features of a token compete, it sets
+    `features_compete` and overrides `activate` and `find_entries`; if those of a batch compete,
+    also `activate_batch`. b_dec is not subtracted from the input: b_enc can make up for it.
 
     If the features are split over ranks, `features` in a shape means those of this rank; the
     reconstruction is the same on all ranks.
@@ -117,8 +118,8 @@ class SAE(nn.Module):
     ):
         """Random decoder directions, encoder = decoder transposed (Anthropic, April 2024 update):
         pre-activations of normalised input have a standard deviation of about `decoder_norm`.
-        A frozen encoder's columns, which cannot grow, have norm 1: at 0.1, the learned biases would
-        soon outweigh them.
+        A frozen encoder's columns have norm 1: they cannot grow, so the learned biases would soon
+        outweigh shorter ones.
         """
         super().__init__()
         self.config = config
@@ -164,7 +165,7 @@ class SAE(nn.Module):
         stored = output.pre.stored_columns(indices)
         if stored is not None:
             return stored
-        # rows of the transpose are contiguous
+        # transposed first: rows of W_enc.T are contiguous
         return output.x @ self.W_enc.T[indices].T + self.b_enc[indices]
 
     def compute_strengths(self, pre: Matrix) -> Tensor:
@@ -263,11 +264,9 @@ class SAE(nn.Module):
     def fold(
         self, in_mean: Tensor, in_scale: Tensor, out_mean: Tensor, out_scale: Tensor
     ) -> dict[str, Tensor]:
-        """The weights, converted to read and write raw instead of normalised activations.
-
-        z = (x - in_mean) / in_scale is folded into the encoder, x_hat = z_hat out_scale + out_mean
-        into the decoder. Computed in float64, returned in float32, on the CPU.
-        """
+        """The weights, converted to read and write raw activations: z = (x - in_mean) / in_scale is
+        folded into the encoder, x_hat = z_hat * out_scale + out_mean into the decoder. Computed in
+        float64, returned in float32, on the CPU."""
         in_mean, in_scale, out_mean, out_scale = (
             value.cpu().double() for value in (in_mean, in_scale, out_mean, out_scale)
         )

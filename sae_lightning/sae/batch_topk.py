@@ -8,14 +8,14 @@ from sae_lightning.sae.base import SAE
 from sae_lightning.sae.sparse import SparsityPattern
 
 THRESHOLD_DECAY = 0.9  # per update, of the threshold's running mean (about 10 updates long)
-# Multiples of the threshold, tried in turn as a lower bound until batch x k values exceed it. The
+# Multiples of the threshold, tried in turn as a lower bound until batch * k values exceed it. The
 # last one, 0, finds all positive values.
 BOUND_FACTORS = (0.8, 0.4, 0.0)
 
 
 class BatchTopK(SAE):
-    """In training: f = the batch x k largest of relu(x W_enc + b_enc) in a batch, the others 0.
-    In evaluation: f = z 1[z > threshold], z = x W_enc + b_enc.  x_hat = f W_dec + b_dec.
+    """In training: f = the batch * k largest of relu(x W_enc + b_enc) in a batch, the others 0.
+    In evaluation: f = z * 1[z > threshold], z = x W_enc + b_enc.  x_hat = f W_dec + b_dec.
 
     Bussmann et al. 2024, "BatchTopK sparse autoencoders" (arXiv 2412.06410). The threshold is the
     running mean of the smallest strength kept in each batch. With it, tokens do not depend on one
@@ -37,7 +37,7 @@ class BatchTopK(SAE):
         return pre * (pre > self.threshold)
 
     def activate_batch(self, pre: Tensor) -> Tensor:
-        """The batch x k largest pre-activations [batch, features], if they are positive."""
+        """The batch * k largest pre-activations, if positive; 0 in place of the others."""
         flat, k = pre.flatten(), len(pre) * self.config.k
         with torch.no_grad():
             positive = (flat > 0).nonzero().squeeze(1)
@@ -49,7 +49,7 @@ class BatchTopK(SAE):
         return torch.zeros_like(flat).scatter(0, indices, strengths).view_as(pre)
 
     def find_entries(self, x: Tensor) -> tuple[SparsityPattern, Tensor]:
-        """The batch x k largest pre-activations of a batch [batch, d_in], if they are positive."""
+        """The batch * k largest pre-activations of a batch [batch, d_in], if they are positive."""
         k = len(x) * self.config.k
         for factor in BOUND_FACTORS:
             bound = factor * self.threshold

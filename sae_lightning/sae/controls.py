@@ -1,5 +1,5 @@
-"""Controls: SAEs that cannot learn something essential. If a control reaches the score of a trained
-SAE, the score does not show that the SAE has learned it.
+"""Controls: SAEs that cannot learn something essential. If a control scores as high as a trained
+SAE, the score does not show that the SAE has learned what the control cannot.
 
 Shapes: batch = tokens, d = width of a site.
 """
@@ -56,7 +56,8 @@ def permute_dimensions(x: Tensor, generator: Generator) -> Tensor:
 def list_principal_directions(axes: Tensor) -> Tensor:
     """[2 d, d]: the unit vectors u_1, -u_1, u_2, -u_2, ... along principal axes [d, d] (rows). The
     largest element of each u_i is positive."""
-    axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
+    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))  # [d, 1], with their signs
+    axes = axes * largest.sign()
     return torch.stack([axes, -axes], dim=1).flatten(0, 1)
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sae_lightning.sae import losses
 from sae_lightning.sae.base import SAE, SAEConfig, TrainingOutput
-from sae_lightning.sae.losses import l1, mse
 from sae_lightning.sae.matrix import Matrix
 from sae_lightning.sae.objective import PenaltyLoss, RowNorms, TrainingStatus
 
@@ -23,7 +23,7 @@ class GatedConfig(SAEConfig):
 
 
 class Gated(SAE):
-    """f = 1[gate > 0] relu(x W_enc exp(r_mag) + b_mag), gate = x W_enc + b_gate;
+    """f = 1[gate > 0] * relu(x W_enc * exp(r_mag) + b_mag), gate = x W_enc + b_gate;
     x_hat = f W_dec + b_dec.
 
     Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders" (arXiv
@@ -65,32 +65,32 @@ class Gated(SAE):
 
 @dataclass(slots=True, kw_only=True)
 class GatedLoss(PenaltyLoss):
-    """loss = mse + l1 x sum_i relu(gate_i) |W_dec_i| + mse(relu(gate) W_dec + b_dec)
-    + preact x (distance of dead features to 0).
+    """loss = mse + l1 * sum_i(relu(gate_i) * |W_dec_i|) + mse(relu(gate) W_dec + b_dec)
+    + preact * (distance of dead features to 0).
 
     In all terms but the first the decoder is detached, so that they train W_enc and b_gate only.
     """
 
     sparsity = "l1"
 
-    l1: float = 1e-3  # for presets of the user's without l1; conf/loss/gated.yaml sets 4e-3
+    l1: float = 1e-3  # for a user's preset without l1; conf/loss/gated.yaml sets 4e-3
     """Sparsity coefficient."""
 
     def penalty(self, sae: Gated, output: TrainingOutput, status: TrainingStatus) -> Tensor:
         """The L1 norm of relu(gate), each feature weighted by the norm of its decoder row."""
-        return output.relu_gate.apply_penalty(l1, RowNorms.apply(sae.W_dec.detach()))
+        return output.relu_gate.apply_penalty(losses.l1, RowNorms.apply(sae.W_dec.detach()))
 
     def terms(
         self, sae: Gated, output: TrainingOutput, target: Tensor, status: TrainingStatus
     ) -> dict[str, Tensor]:
-        """The terms of `PenaltyLoss` and "gate", the mse of the reconstruction from relu(gate),
-        without which b_gate would get no gradient but the penalty's."""
+        """The terms of `PenaltyLoss` and "gate", the mse of the reconstruction from relu(gate).
+        Without it, only the penalty would train b_gate."""
         terms = PenaltyLoss.terms(self, sae, output, target, status)
-        # only the difference to f is decoded: the reconstruction has b_dec and a skip connection
+        # relu(gate) = f + difference; the reconstruction is f decoded, with b_dec and W_skip
         relu_gate, strengths = output.relu_gate, output.features.values.detach()
         difference = relu_gate.with_values(relu_gate.values - strengths)
         decoded_difference = sae.split.ranks.sum(difference @ sae.W_dec.detach())
-        terms["gate"] = mse(output.reconstruction.detach() + decoded_difference, target)
+        terms["gate"] = losses.mse(output.reconstruction.detach() + decoded_difference, target)
         return terms
 
     def coefficients(self) -> dict[str, float]:

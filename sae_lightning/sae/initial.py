@@ -13,16 +13,17 @@ NUMBERS_AT_ONCE = 1 << 22  # random numbers drawn at a time
 def draw_directions(split: FeatureSplit, d: int, generator: Generator) -> Tensor:
     """[own features, d]: this rank's rows of torch.randn(features, d), which is drawn in pieces and
     never held as a whole."""
-    # torch draws 16 numbers at a time and, if the size is not a multiple of 16, the last 16 again:
-    # so pieces are multiples of 16, and the last one includes the remainder
+    # torch.randn fills blocks of 16 numbers and, if some are left over, draws the last 16 again.
+    # So pieces have a multiple of 16 numbers, and the last piece also has the remaining rows.
     piece_rows = 16 * max(1, NUMBERS_AT_ONCE // (16 * d))
+    pieces = max(1, split.features // piece_rows)
     rows = torch.empty(len(split.own_features), d)
-    stops = [*range(piece_rows, split.features - piece_rows + 1, piece_rows), split.features]
-    for start, stop in pairwise([0, *stops]):
+    starts = [piece_rows * i for i in range(pieces)]
+    for start, stop in pairwise([*starts, split.features]):
         piece = torch.randn(stop - start, d, generator=generator)
         # feature i is on rank i % size
-        first = (split.ranks.rank - start) % split.ranks.size
-        rows[split.count_own(start) : split.count_own(stop)] = piece[first :: split.ranks.size]
+        first_own = (split.ranks.rank - start) % split.ranks.size
+        rows[split.count_own(start) : split.count_own(stop)] = piece[first_own :: split.ranks.size]
     return rows
 
 

@@ -40,8 +40,8 @@ class JumpReLUConfig(SAEConfig):
 
 
 class _Jump(torch.autograd.Function):
-    """z 1[z > threshold]; the threshold's gradient is -threshold / width x 1[|z - threshold| <
-    width / 2], the gradient of the jump averaged over the window. Thresholds broadcast with z."""
+    """z * 1[z > threshold]. The threshold's gradient is the jump's, averaged over the window:
+    -threshold / width * 1[|z - threshold| < width / 2]. Thresholds broadcast with z."""
 
     @staticmethod
     def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
@@ -58,7 +58,7 @@ class _Jump(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """1[z > threshold]; the threshold's gradient is -1 / width x 1[|z - threshold| < width / 2]."""
+    """1[z > threshold]; the threshold's gradient is -1 / width * 1[|z - threshold| < width / 2]."""
 
     @staticmethod
     def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
@@ -75,7 +75,7 @@ class _Step(torch.autograd.Function):
 
 
 class JumpReLU(SAE):
-    """f = z 1[z > threshold], z = x W_enc + b_enc;  x_hat = f W_dec + b_dec.
+    """f = z * 1[z > threshold], z = x W_enc + b_enc;  x_hat = f W_dec + b_dec.
 
     Rajamanoharan et al. 2024, "Jumping ahead: improving reconstruction fidelity with JumpReLU
     sparse autoencoders" (arXiv 2407.14435). Thresholds are learned as logarithms, so that they stay
@@ -147,14 +147,14 @@ class PenaltyKind(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class JumpReLULoss(PenaltyLoss):
-    """loss = mse + l0 x (active features) + preact x (distance of dead features to thresholds)."""
+    """loss = mse + l0 * (active features) + preact * (distance of dead features to thresholds)."""
 
     sparsity = "l0"
 
-    l0: float = 1e-3  # for presets of the user's without l0; conf/loss/jumprelu.yaml sets 1.7e-4
+    l0: float = 1e-3  # for a user's preset without l0; conf/loss/jumprelu.yaml sets 1.7e-4
     """Sparsity coefficient."""
     penalty_kind: PenaltyKind = PenaltyKind.tanh
-    """tanh (sum of tanh(tanh_scale f_i |W_dec_i|), Anthropic, January 2025 update) or step (the
+    """tanh (sum of tanh(tanh_scale * f_i * |W_dec_i|), Anthropic, January 2025 update) or step (the
     exact count, Rajamanoharan et al. 2024, which trains only the thresholds)."""
     tanh_scale: float | None = None
     """Steepness of the smooth count (tanh); null for 4."""

@@ -19,7 +19,7 @@ def mse(reconstruction: Tensor, target: Tensor) -> Tensor:
 
 
 def l1(features: Tensor, norms: Tensor) -> Tensor:
-    """Mean over the batch of sum_i f_i |W_dec_i|, for f [batch, features] and norms [features].
+    """Mean over the batch of sum_i(f_i * |W_dec_i|), for f [batch, features] and norms [features].
     Without the norms, f would shrink and W_dec grow (Conerly et al., Anthropic April 2024)."""
     # mean over the batch first, which saves a [batch, features] product; not `@`, which autocast
     # would compute in bf16
@@ -29,7 +29,7 @@ def l1(features: Tensor, norms: Tensor) -> Tensor:
 def lp(
     features: Tensor, norms: Tensor, p: float, smooth: float = 0.01, ranks: Ranks = ALONE
 ) -> Tensor:
-    """Mean over the batch of sum_i (f_i |W_dec_i|)^p, rescaled so that its sum over all ranks
+    """Mean over the batch of sum_i (f_i * |W_dec_i|)^p, rescaled so that its sum over all ranks
     equals that of `l1`.
 
     For 0 < p < 1 this pushes weak features towards 0 and spares strong ones. Rescaling keeps the
@@ -44,8 +44,8 @@ def lp(
 
 
 def tanh_l0(features: Tensor, norms: Tensor, scale: float) -> Tensor:
-    """Mean over the batch of sum_i tanh(scale f_i |W_dec_i|): a smooth count of active features
-    (Conerly et al., Anthropic January 2025 update, with a scale of 4)."""
+    """Mean over the batch of sum_i tanh(scale * f_i * |W_dec_i|): a smooth count of active
+    features (Conerly et al., Anthropic January 2025 update, with a scale of 4)."""
     return torch.tanh(scale * features.float() * norms).sum(dim=1).mean()
 
 
@@ -67,13 +67,13 @@ def auxk(residual: Tensor, pre: Tensor, rows: Tensor, k: int, ranks: Ranks = ALO
         largest = ranks.keep_largest(largest, k)
         strengths = torch.zeros_like(strengths).scatter(1, indices, largest)
     variance = (residual - residual.mean(dim=0)).square().mean()
-    # an infinite factor becomes 0, as dividing by a variance of 0 would make the gradient NaN
+    # 0 if the variance is 0: dividing by it would make the gradient NaN
     factor = (1 / variance).nan_to_num(0.0, 0.0, 0.0)
     return mse(ranks.sum(strengths @ rows), residual) * factor
 
 
 def preact(pre: Tensor, threshold: Tensor | float, norms: Tensor) -> Tensor:
-    """Mean over the batch of the sum over dead features i of relu(threshold_i - pre_i) |W_dec_i|,
+    """Mean over the batch of the sum over dead features i of relu(threshold_i - pre_i) * |W_dec_i|,
     which pulls dead features up to their thresholds (Conerly et al., Anthropic January 2025
     update). pre [batch, dead]; threshold and norms [dead]."""
     shortfall = (threshold - pre.float()).relu().mean(dim=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_lightning.sae.sparse import Broadcast, Decode, SparsityPattern
 
-DENSITY_TOKENS = 128  # tokens from which the density of a batch is estimated
+DENSITY_TOKENS = 128  # first tokens of a shuffled batch, from which its density is estimated
 
 
 class Matrix(ABC):
@@ -29,7 +29,7 @@ class Matrix(ABC):
 
     @abstractmethod
     def with_values(self, values: Tensor) -> "Matrix":
-        """The same entries with other values, in the shape of `values`."""
+        """A matrix with the same entries and other values, in the shape of `values`."""
 
     @abstractmethod
     def broadcast(self, vector: Tensor) -> Tensor:
@@ -45,8 +45,8 @@ class Matrix(ABC):
 
     @abstractmethod
     def matmul_by_group(self, sizes: list[int], W_dec: Tensor) -> Iterable[Tensor]:
-        """[batch, d_out] for each group of `sizes` consecutive features: its part of the product
-        with W_dec."""
+        """For each group of consecutive features, its part [batch, d_out] of the product with
+        W_dec; `sizes`: the number of features in each group."""
 
     @abstractmethod
     def apply_penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ class Matrix(ABC):
 
     @abstractmethod
     def density_above(self, bound: Tensor | float) -> float:
-        """Estimated share of values above a bound (a number or [features]): that of the first
-        tokens, as batches are shuffled; of a sparse matrix, the share of values that it stores."""
+        """Estimated share of values above a bound (a number or [features]). A dense matrix counts
+        its first tokens only; a sparse one returns the share of values that it stores."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,10 +101,10 @@ class DenseMatrix(Matrix):
 
 @dataclass(slots=True, eq=False)
 class SomeColumns(DenseMatrix):
-    """The columns of n of the features: [batch, n]."""
+    """Some columns of [batch, features]: the values [batch, n] of n features."""
 
     columns: Tensor
-    """Indices [n] of these features"""
+    """Indices [n] of the features"""
 
     def broadcast(self, vector: Tensor) -> Tensor:
         return vector[self.columns]
@@ -135,10 +135,10 @@ class SparseMatrix(Matrix):
 
     def matmul_by_group(self, sizes: list[int], W_dec: Tensor) -> Iterable[Tensor]:
         products = Decode.apply(self.values, W_dec, self.pattern.split_by_group(sizes))
-        return products.unflatten(0, (-1, len(sizes))).unbind(dim=1)
+        return products.unflatten(0, (-1, len(sizes))).unbind(dim=1)  # from [batch * groups, d_out]
 
     def apply_penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
-        # the entries pass as features of a single token; the mean over the batch is taken here
+        # the function takes all entries for features of one token, so it does not average them
         return function(self.values[None], self.broadcast(norms)) / self.batch_size
 
     def count_positive(self) -> Tensor:

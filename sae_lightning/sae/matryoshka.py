@@ -49,16 +49,16 @@ class Matryoshka(BatchTopK):
     """
 
     def training_pass(self, x: Tensor, only_active: bool = False) -> TrainingOutput:
-        """Reconstruct a batch [batch, d_in] with each prefix, adding one group at a time."""
+        """Reconstruct a batch [batch, d_in] with each dictionary, adding one group at a time."""
         pre, features = self.encode_batch(x, only_active)
         without_features = self.b_dec + x @ self.W_skip if self.config.skip else self.b_dec
         with record_function("decode"):
             groups = features.matmul_by_group(self._own_sizes(), self.W_dec)
             # the first sum is the reconstruction without features
-            _, *prefixes, whole = accumulate(
+            _, *prefixes, reconstruction = accumulate(
                 map(self.split.ranks.sum, groups), initial=without_features
             )
-        return TrainingOutput(x, whole, features, pre, tuple(prefixes))
+        return TrainingOutput(x, reconstruction, features, pre, tuple(prefixes))
 
     def _own_sizes(self) -> list[int]:
         """Number of this rank's features in each group."""
@@ -68,14 +68,14 @@ class Matryoshka(BatchTopK):
 
 @dataclass(slots=True, kw_only=True)
 class MatryoshkaLoss(AuxKLoss):
-    """loss = sum over dictionaries of mse(x_hat_m) + auxk x (residual that dead features leave);
-    the largest dictionary is all features."""
+    """loss = (sum of mse(x_hat_m) over all dictionaries) + auxk * AuxK, where dead features
+    reconstruct the residual. The largest dictionary has all features."""
 
     def terms(
         self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus
     ) -> dict[str, Tensor]:
-        """The terms of `AuxKLoss` and "prefixes", the summed mse of all dictionaries but the whole
-        one."""
+        """The terms of `AuxKLoss` and "prefixes", the summed mse of all dictionaries but the
+        largest."""
         terms = AuxKLoss.terms(self, sae, output, target, status)
         terms["prefixes"] = sum(mse(prefix, target) for prefix in output.prefixes)
         return terms

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
+from sae_lightning.sae import losses
 from sae_lightning.sae.base import SAE, TrainingOutput
-from sae_lightning.sae.losses import auxk, mse, preact
 
 KL_FROM, KL_LR = 0.9, 0.1  # defaults of loss.kl_from and loss.kl_lr
 
@@ -27,12 +27,12 @@ class TrainingStatus(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Loss:
-    """loss = mse + sum of coefficient x term.
+    """loss = mse + sum of coefficient * term.
 
-    With `kl`, the mse is replaced in the last part of the run by (mse + kl x KL x mse' / KL') /
-    (1 + kl). KL is the divergence between the LLM's predictions without and with the SAE in place;
-    mse' and KL' get no gradient. The result is as large as the mse, so that the other coefficients
-    keep their meaning (Karvonen 2025, arXiv 2503.17272, with kl = 1)."""
+    With `kl`, (mse + kl * KL * mse' / KL') / (1 + kl) replaces the mse in the last part of the run.
+    KL is the divergence between the LLM's predictions without and with the SAE in place; mse' and
+    KL' are mse and KL without gradients. The result is as large as the mse, so that the other
+    coefficients keep their meaning (Karvonen 2025, arXiv 2503.17272, with kl = 1)."""
 
     sparsity = None
     """Name of the term that makes features sparse: `warmup` and `target_l0` act on its
@@ -66,7 +66,7 @@ class Loss:
         self, sae: SAE, output: TrainingOutput, target: Tensor, status: TrainingStatus
     ) -> dict[str, Tensor]:
         """The unweighted terms [] by name, always including "mse"."""
-        return {"mse": mse(output.reconstruction, target)}
+        return {"mse": losses.mse(output.reconstruction, target)}
 
     def coefficients(self) -> dict[str, float]:
         """Coefficient of each term but the mse, after warm-up."""
@@ -102,7 +102,7 @@ def _check_not_negative(name: str, value: float, example: str) -> None:
 
 @dataclass(slots=True, kw_only=True)
 class PenaltyLoss(Loss):
-    """loss = mse + coefficient x penalty + preact x (distance of dead features to thresholds):
+    """loss = mse + coefficient * penalty + preact * (distance of dead features to thresholds):
     for architectures whose features do not compete."""
 
     warmup: float = 0.05
@@ -151,7 +151,7 @@ class PenaltyLoss(Loss):
         if self.preact:
             dead = status.dead.nonzero().squeeze(1)
             pre, norms = sae.pre_activations_of(dead, output), sae.W_dec[dead].norm(dim=1)
-            own_term = preact(pre, sae.thresholds_for(dead), norms)
+            own_term = losses.preact(pre, sae.thresholds_for(dead), norms)
             terms["preact"] = sae.split.ranks.sum(own_term)
         return terms
 
@@ -162,8 +162,8 @@ class PenaltyLoss(Loss):
 
 @dataclass(slots=True, kw_only=True)
 class AuxKLoss(Loss):
-    """loss = mse + auxk x (residual that dead features leave): for architectures whose features
-    compete for k places, so that even dead ones have positive pre-activations."""
+    """loss = mse + auxk * AuxK, where dead features reconstruct the residual: for architectures
+    whose features compete for k places, so that dead ones have positive pre-activations, too."""
 
     auxk: float = 1 / 32
     """Coefficient of AuxK, by which dead features learn to reconstruct the residual; 0 is off (Gao
@@ -192,7 +192,7 @@ class AuxKLoss(Loss):
             residual = target - output.reconstruction
             dead = status.dead.nonzero().squeeze(1)
             pre = sae.pre_activations_of(dead, output)
-            terms["auxk"] = auxk(residual, pre, sae.W_dec[dead], k, sae.split.ranks)
+            terms["auxk"] = losses.auxk(residual, pre, sae.W_dec[dead], k, sae.split.ranks)
         return terms
 
     def coefficients(self) -> dict[str, float]:

@@ -40,7 +40,7 @@ def has_sparse_products(device: str) -> bool:
 
 def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
     """The sparse matrix times a table [columns, d]: row r of the result [rows, d] is the sum over
-    its entries i of weights[i] table[indices[i]]."""
+    its entries i of weights[i] * table[indices[i]]."""
     if table.is_cuda:
         from sae_lightning.sae import triton_products
 
@@ -56,8 +56,8 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
 
 
 def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Left [rows, d] times right [columns, d] transposed, computed only at the entries: for entry i
-    in row r, left[r] . right[indices[i]], [n entries]."""
+    """[n entries]: for entry i of row r, the dot product of left[r] and right[indices[i]], given
+    left [rows, d] and right [columns, d]."""
     if left.is_cuda:
         from sae_lightning.sae import triton_products
 

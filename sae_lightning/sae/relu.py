@@ -8,8 +8,8 @@ from functools import partial
 from torch import Tensor
 
 from sae_lightning.errors import UserError
+from sae_lightning.sae import losses
 from sae_lightning.sae.base import SAE, SAEConfig, TrainingOutput
-from sae_lightning.sae.losses import l1, lp
 from sae_lightning.sae.objective import Loss, PenaltyLoss, RowNorms, TrainingStatus
 
 
@@ -41,13 +41,13 @@ class DenseLoss(Loss):
 
 @dataclass(slots=True, kw_only=True)
 class ReLULoss(PenaltyLoss):
-    """loss = mse + l1 x sum_i (f_i |W_dec_i|)^p + preact x (distance of dead features to 0)."""
+    """loss = mse + l1 * sum_i (f_i * |W_dec_i|)^p + preact * (distance of dead features to 0)."""
 
     sparsity = "l1"
 
-    l1: float = 1e-3  # for presets of the user's without l1; conf/loss/relu.yaml sets 2e-3
-    """Sparsity coefficient; 1e-4 is dense, 1e-2 very sparse. Anthropic's lambda is l1 x the site's
-    width."""
+    l1: float = 1e-3  # for a user's preset without l1; conf/loss/relu.yaml sets 2e-3
+    """Sparsity coefficient; 1e-4 is dense, 1e-2 very sparse. Anthropic's lambda is l1 times the
+    site's width."""
     p: float = 1.0
     """Final power of the penalty, which falls linearly from 1 between the end of the warm-up and
     the end of the run; below 1 it spares strong features (p-annealing, Karvonen et al. 2024: 0.2).
@@ -62,12 +62,12 @@ class ReLULoss(PenaltyLoss):
             raise UserError(f"loss.p={self.p} has no effect with loss.l1=0: leave one of them out")
 
     def penalty(self, sae: SAE, output: TrainingOutput, status: TrainingStatus) -> Tensor:
-        """Mean over the batch of sum_i (f_i |W_dec_i|)^p [], with p falling from 1 to `self.p`,
+        """Mean over the batch of sum_i (f_i * |W_dec_i|)^p [], with p falling from 1 to `self.p`,
         rescaled to its value at p = 1."""
         norms = RowNorms.apply(sae.W_dec)
         if self.p == 1:
-            return output.features.apply_penalty(l1, norms)
-        # share of the updates after the warm-up that are done; 1e-9 if there are none
+            return output.features.apply_penalty(losses.l1, norms)
+        # share of the run after the warm-up that is done; 1e-9 avoids a division by 0
         share = (float(status.progress) - self.warmup) / max(1 - self.warmup, 1e-9)
         p = 1 - (1 - self.p) * min(max(share, 0.0), 1.0)
-        return output.features.apply_penalty(partial(lp, p=p, ranks=sae.split.ranks), norms)
+        return output.features.apply_penalty(partial(losses.lp, p=p, ranks=sae.split.ranks), norms)

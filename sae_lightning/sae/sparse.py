@@ -11,7 +11,7 @@ gradient are kept; the decoder and the backward pass are sparse products.
                    over features                               over features
 
 Shapes: n entries = (token, feature) pairs, ordered by token, then feature. The flat index of an
-entry is token x features + feature.
+entry is token * features + feature.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class SparsityPattern:
     """Positions of the stored entries of a sparse matrix [rows, columns], in CSR order."""
 
     def __init__(self, flat_indices: Tensor, height: int, width: int, has_zeros: bool = False):
-        """A pattern in [height, width]. `flat_indices` [n entries] int64: row x width + column,
+        """A pattern in [height, width]. `flat_indices` [n entries] int64: row * width + column,
         ascending; `has_zeros`: many values are 0 (JumpReLU stores them for its thresholds)."""
         self.flat_indices, self.shape, self.has_zeros = flat_indices, (height, width), has_zeros
         self.rows = flat_indices // width  # of each entry
@@ -65,16 +65,16 @@ class SparsityPattern:
         return values.new_zeros(self.shape[1]).index_add_(0, self.columns, values)
 
     def without_zeros(self, values: Tensor) -> tuple["SparsityPattern", Tensor]:
-        """Pattern and values of the nonzero entries; of all entries if hardly any are 0 (without
-        `has_zeros`)."""
+        """Pattern and values of the nonzero entries or, without `has_zeros`, of all entries."""
         if not self.has_zeros:
             return self, values
         nonzero = values.nonzero().squeeze(1)
         return SparsityPattern(self.flat_indices[nonzero], *self.shape), values[nonzero]
 
     def split_by_group(self, sizes: list[int]) -> "SparsityPattern":
-        """Split each row by groups of `sizes` consecutive columns: row r x groups + g of the result
-        [rows x groups, columns] has the entries of row r in group g. Their order stays."""
+        """Split each row into a row for each group of `sizes` consecutive columns: row
+        r * groups + g of the result [rows * groups, columns] has the entries of row r in group g.
+        The order of all entries stays."""
         ends = torch.tensor(sizes, device=self.flat_indices.device).cumsum(0)
         groups = torch.searchsorted(ends, self.columns, right=True)  # the group of each entry
         height, width = self.shape
@@ -125,10 +125,10 @@ def find_positive(x: Tensor) -> Tensor:
         return find_above(x, 0)
     # Few values are positive, so skipping groups that are all 0 after a ReLU halves the time.
     groups = x.relu().view(-1).view(torch.int64).nonzero().squeeze(1)
-    in_groups = find_above(x.view(-1, size).index_select(0, groups), 0)  # in the groups, flat
-    shift = size.bit_length() - 1  # x >> shift is x // size
-    # index of the group x size + place in the group
-    return (groups.index_select(0, in_groups >> shift) << shift) + (in_groups & (size - 1))
+    found = find_above(x.view(-1, size).index_select(0, groups), 0)  # flat, in [groups, size]
+    shift = size.bit_length() - 1  # i >> shift is i // size, i & (size - 1) is i % size
+    group, place = groups.index_select(0, found >> shift), found & (size - 1)
+    return (group << shift) + place
 
 
 def find_above(x: Tensor, bound: Tensor | float) -> Tensor:

@@ -34,8 +34,8 @@ class TopKConfig(SAEConfig):
 class TopK(SAE):
     """f = the k largest of relu(x W_enc + b_enc), the others 0;  x_hat = f W_dec + b_dec.
 
-    Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093). Decoder rows
-    have norm 1, so that the strengths of features are comparable.
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093). By
+    default, decoder rows have norm 1, so that the strengths of features are comparable.
     """
 
     architecture = "topk"

@@ -30,7 +30,7 @@ TILE_COLUMNS = 256
 
 
 def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    """[rows, d]: row r is the sum over its entries i of weights[i] table[indices[i]]."""
+    """[rows, d]: row r is the sum over its entries i of weights[i] * table[indices[i]]."""
     assert all(part.is_contiguous() for part in (offsets, indices, weights, table))
     rows, d = len(offsets) - 1, table.shape[1]
     cut_rows = _find_cut_rows(offsets, len(indices))
@@ -39,7 +39,7 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
     tails = table.new_empty(cuts, d, dtype=torch.float32)
     columns = _pick_tile_columns(d)
     # Programs are launched along the first axis first, so that all read one stripe of the table:
-    # 256 columns of bf16 fit the L2 cache up to some 90,000 rows.
+    # 256 columns of bf16 fit into the L2 cache for up to some 90,000 rows.
     stripes = triton.cdiv(d, columns)
     tile = {"PIECE": PIECE_ENTRIES, "ENTRIES": TILE_ENTRIES, "COLUMNS": columns}
     _sum_pieces[rows + cuts, stripes](
@@ -51,8 +51,8 @@ def weighted_sums(offsets: Tensor, indices: Tensor, weights: Tensor, table: Tens
 
 
 def dots(offsets: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """[nnz]: left[r] . right[indices[i]] for entry i of row r, with left [rows, d] and right
-    [columns, d]."""
+    """[nnz]: for entry i of row r, the dot product of left[r] and right[indices[i]], with left
+    [rows, d] and right [columns, d]."""
     assert all(part.is_contiguous() for part in (offsets, indices, left, right))
     rows, d = left.shape
     cut_rows = _find_cut_rows(offsets, len(indices))
@@ -119,19 +119,19 @@ def _add_tails(
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Add the tails of a row to its sum, in the program of the row's first cut."""
-    cut = tl.program_id(0)
+    cut = tl.program_id(0)  # number of the cut at entry (cut + 1) * PIECE, and of its tail
     row = tl.load(cut_rows + cut)
-    begin = tl.load(offsets + row).to(tl.int64) // PIECE
-    if cut == begin:
-        # up to the piece of the row's last entry
-        end = (tl.load(offsets + row + 1).to(tl.int64) - 1) // PIECE
+    first_cut = tl.load(offsets + row).to(tl.int64) // PIECE  # the first one after the row's start
+    if cut == first_cut:
+        # exclusive: the number of cuts up to the row's last entry
+        end_cut = (tl.load(offsets + row + 1).to(tl.int64) - 1) // PIECE
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         within = column < d
         total = tl.full([ENTRIES, COLUMNS], 0.0, tl.float32)
-        for first in range(begin, end, ENTRIES):
-            entry = first + tl.arange(0, ENTRIES)
-            pointers = tails + entry[:, None] * d + column[None, :]
-            total += tl.load(pointers, mask=(entry < end)[:, None] & within[None, :], other=0)
+        for first in range(first_cut, end_cut, ENTRIES):
+            tail = first + tl.arange(0, ENTRIES)
+            pointers = tails + tail[:, None] * d + column[None, :]
+            total += tl.load(pointers, mask=(tail < end_cut)[:, None] & within[None, :], other=0)
         row_sum = sums + row * d + column  # pointers to the row's sum
         result = tl.load(row_sum, mask=within) + tl.sum(total, axis=0)
         tl.store(row_sum, result, mask=within)
