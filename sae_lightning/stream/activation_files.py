@@ -1,10 +1,10 @@
 """Finds matrices of activations in files, by the names of sites, and reads rows of them.
 
-data.path=acts/                     names                        sites
-  resid.9/part-0.safetensors        folder                       resid.9, rows 0 to 999
-  resid.9/part-1.safetensors                                     resid.9, rows 1000 to 1999
-  mlp.9.npy                         file                         mlp.9
-  others.safetensors {cls: ...}     tensor, or a parquet column  data.sites={resid.11: cls}
+data.path=acts/                     site from the name of   matrix
+  resid.9/part-0.safetensors        a folder                resid.9, rows 0 to 999
+  resid.9/part-1.safetensors        a folder                resid.9, rows 1000 to 1999
+  mlp.9.npy                         a file                  mlp.9
+  others.safetensors (tensor cls)   a tensor or column      resid.11 (data.sites={resid.11: cls})
 """
 
 import os
@@ -46,7 +46,7 @@ class MatrixShard(NamedTuple):
     """Name of the tensor or column; None in an .npy file and in a parquet file of plain columns."""
     shape: tuple[int, ...]
     dtype: torch.dtype | str
-    """A str if it is not a float's."""
+    """A str, the name in the file, unless it is a dtype of floats."""
     names: tuple[str, ...]
     """What `data.sites` may call it: `name`, and the names of the file and its folders."""
 
@@ -74,7 +74,7 @@ class MatrixShard(NamedTuple):
         if file.lower().endswith(".parquet"):
             file = str(copy_column(file, self.name, *self.shape))
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-        dtype = array.dtype.newbyteorder("=")
+        dtype = array.dtype.newbyteorder("=")  # torch takes only the machine's byte order
         return lambda start, stop: torch.from_numpy(np.array(array[start:stop], dtype, order="C"))
 
 
@@ -89,13 +89,13 @@ class SavedMatrix:
         self.row_count, self.width = sum(shard.shape[0] for shard in shards), shards[0].shape[1]
         dtypes = {shard.dtype for shard in shards}
         keeps_dtype = len(dtypes) == 1 and dtypes <= {*LLM_DTYPES}
-        self.dtype = shards[0].dtype if keeps_dtype else torch.float32
+        self.dtype = shards[0].dtype if keeps_dtype else torch.float32  # for float64 or a mix
         self._ends = np.cumsum([shard.shape[0] for shard in shards])  # rows up to each shard's end
 
     def read_rows(self, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """Read the rows start to stop - 1 of each range -> [n, width].
 
-        UserError: one of them is not finite, or a file is gone."""
+        UserError: a row is not finite, or a file is gone."""
         pieces = [piece for start, stop in ranges for piece in self._read_pieces(start, stop)]
         x = torch.cat(pieces)
         if not x.isfinite().all():
@@ -103,14 +103,14 @@ class SavedMatrix:
             rows = np.concatenate([np.arange(start, stop) for start, stop in ranges])
             shard, index = self._locate_row(rows[first])
             raise UserError(
-                f"data.path: row {index} (from 0) of {self.shards[shard]} holds NaN or infinity; "
+                f"data.path: row {index} (from 0) of {shard} holds NaN or infinity; "
                 "leave such rows out"
             )
         return x
 
     def try_files(self) -> None:
         """Open every file once. UserError: one cannot be read."""
-        for shard in range(len(self.shards)):
+        for shard in self.shards:
             self._get_reader(shard)
 
     def summarise_content(self) -> str:
@@ -122,23 +122,25 @@ class SavedMatrix:
             checksum = zlib.crc32(x.contiguous().view(torch.uint8).numpy(), checksum)
         return f"{self.row_count} rows of {self.width}, crc32 {checksum:08x}"
 
-    def _locate_row(self, row: int) -> tuple[int, int]:
-        """Index of the shard that holds a row of the matrix, and of the row in that shard."""
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        return shard, int(row - self._ends[shard] + self.shards[shard].shape[0])
+    def _locate_row(self, row: int) -> tuple[MatrixShard, int]:
+        """Find the shard that holds a row of the matrix, and the row's index in that shard."""
+        shard_index = int(np.searchsorted(self._ends, row, side="right"))
+        shard = self.shards[shard_index]
+        first_row = self._ends[shard_index] - shard.shape[0]
+        return shard, int(row - first_row)
 
     def _read_pieces(self, start: int, stop: int) -> Iterator[Tensor]:
         """Yield the rows `start` to `stop` - 1 as tensors [n, width], one from each shard."""
         while start < stop:
             shard, row = self._locate_row(start)
-            count = min(int(stop - start), self.shards[shard].shape[0] - row)
+            count = min(int(stop - start), shard.shape[0] - row)
             yield self._get_reader(shard)(row, row + count).to(self.dtype)
             start += count
 
-    def _get_reader(self, shard: int) -> Reader:
-        """Open the shard of this index, or reuse the open one. UserError: it cannot be read."""
-        with _explain_errors(self.shards[shard].file):
-            return self._open_shard(self.shards[shard])
+    def _get_reader(self, shard: MatrixShard) -> Reader:
+        """Open a shard, or reuse the open one. UserError: it cannot be read."""
+        with _explain_errors(shard.file):
+            return self._open_shard(shard)
 
 
 @contextmanager
@@ -146,7 +148,7 @@ def _explain_errors(file: str) -> Iterator[None]:
     """Turn errors of the libraries that read `file` into a UserError."""
     try:
         yield
-    except UserError:
+    except UserError:  # a ValueError too
         raise
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise UserError(
@@ -210,7 +212,7 @@ def _pick_unnamed(shards: Sequence[MatrixShard], where: str) -> list[MatrixShard
 
 
 def _check_shards(site: Site, shards: list[MatrixShard], where: str) -> list[MatrixShard]:
-    """Return the shards. UserError: they are no matrices of one width."""
+    """Return the shards. UserError: one has a `refusal`, or another width than the first."""
     first = shards[0]
     for shard in shards:
         if shard.refusal:
@@ -225,7 +227,7 @@ def _check_shards(site: Site, shards: list[MatrixShard], where: str) -> list[Mat
 
 def _list_shards(file: str, path: Path) -> list[MatrixShard]:
     """List the tensors or columns of a file below `path`."""
-    # folders below `base` are names; for a file or glob, it is the deepest folder that exists
+    # only folders below `base` are names; of a file or glob, `base` is the deepest existing parent
     base = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
     relative = Path(os.path.relpath(file, base))
     path_names = (relative.stem, *reversed(relative.parts[:-1]))
@@ -255,5 +257,5 @@ def _read_headers(file: str) -> dict[str | None, tuple[Sequence[int], torch.dtyp
 def _parse_dtypes(
     entries: dict[str | None, tuple[Sequence[int], str]],
 ) -> dict[str | None, tuple[Sequence[int], torch.dtype | str]]:
-    """Replace the names of dtypes of floats by dtypes; other names stay as they are."""
+    """Replace the name of a float dtype by the dtype; keep other names."""
     return {name: (shape, FLOATS.get(dtype, dtype)) for name, (shape, dtype) in entries.items()}

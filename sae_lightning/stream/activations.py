@@ -87,7 +87,7 @@ class ActivationsSource(NoLLMSource):
         return LLMShape(layers, max(widths.values()), context=None, vocabulary=0, widths=widths)
 
     def find_sites(self, layer: LayerConfig, shape: LLMShape) -> SitePair:
-        # as many blocks as the index needs: the files decide which sites there are
+        # any index passes this check: the files decide below which sites there are
         pair = layer.resolve_sites(layer.index + 1)
         missing = [site for site in pair if site not in shape.widths]
         if missing and [*shape.widths] == [UNNAMED]:
@@ -109,7 +109,7 @@ class ActivationsSource(NoLLMSource):
 
     def _hold_out(self, matrices: Sequence[SavedMatrix], batch: int = 1) -> RowBlocks:
         """Hold out blocks of rows. UserError: sites differ in their number of rows, or fewer than
-        `batch` are left."""
+        `batch` rows are left to train on."""
         first, where = matrices[0], f"data.path={self.data.path}"
         for other in matrices:
             if other.row_count != first.row_count:
@@ -129,23 +129,23 @@ class ActivationsSource(NoLLMSource):
     def estimate_data_memory(
         self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
-        return DataMemory(SERVED_ROWS, 0, 0)  # files are memory-mapped
+        return DataMemory(rows=SERVED_ROWS, shared=0, per_sae=0)  # files are memory-mapped
 
     def check_stream_state(
         self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int
     ) -> None:
         files = {str(site): str for site in sites}
         expect(state, {"rows": {"served": ANY_COUNT, "rows": ANY_COUNT, "files": files}}, "stream")
-        # each row counts as a sequence
-        max_rows, sequences = self.data.pool + SERVED_ROWS, state["rows"]["served"]
+        max_rows = self.data.pool + SERVED_ROWS
+        row_count = state["rows"]["served"]  # each row counts as a sequence
         widths = {site: shape.width_at(site) for site in sites}
-        expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)
+        expect_stream(state, widths, max_rows=max_rows, served=served, sequences=row_count)
 
     def _open(
         self, sites: Sequence[Site], own_sites: Sequence[Site]
     ) -> tuple[dict[Site, SavedMatrix], RowBlocks]:
-        """Open the matrices {site: matrix} at `own_sites`; hold out blocks of rows of `sites`."""
-        with world().go_first():  # copies parquet files once per machine
+        """Open {site: matrix} at `own_sites`, and hold out the same rows at all `sites`."""
+        with world().go_first():  # `try_files` copies parquet files, once per machine
             by_site = self.read_headers()
             matrices = {site: by_site[site] for site in own_sites}
             for matrix in matrices.values():
@@ -176,22 +176,19 @@ class ActivationsSource(NoLLMSource):
         return HeldOutRows(matrices, blocks, tokens=tokens, device=pick_device(self.llm))
 
     def describe_sites(self, sites: Sequence[SitePair], shape: LLMShape) -> dict[str, str]:
-        descriptions = (
-            f"{pair}, d = " + " -> ".join(str(shape.width_at(site)) for site in dict.fromkeys(pair))
-            for pair in sites
-        )
+        descriptions = []
+        for pair in sites:
+            distinct = dict.fromkeys(pair)  # one if source and target are the same site
+            widths = " -> ".join(str(shape.width_at(site)) for site in distinct)
+            descriptions.append(f"{pair}, d = {widths}")
         return {"site": "; ".join(dict.fromkeys(descriptions))}
 
     def make_saelens_metadata(self, sites: SitePair) -> dict[str, Any]:
         """Describe an SAE's inputs: the files, and the names of its sites in them."""
         data = self.data
-        hooks = zip(sites.hook_names.items(), sites, strict=False)  # one hook if sites are equal
-        return {
-            "model_name": data.model or "unknown",
-            "dataset_path": data.path,
-            # without a model there are no hooks to name
-            **{
-                key: data.sites.get(str(site)) or (name if data.model else str(site))
-                for (key, name), site in hooks
-            },
-        }
+        about = {"model_name": data.model or "unknown", "dataset_path": data.path}
+        # if source and target are the same site, there is one hook
+        for (key, hook_name), site in zip(sites.hook_names.items(), sites, strict=False):
+            name = hook_name if data.model else str(site)  # without a model there are no hooks
+            about[key] = data.sites.get(str(site)) or name
+        return about

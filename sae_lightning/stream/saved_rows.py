@@ -90,7 +90,7 @@ class SavedRows(RowStream):
         self.epoch = epoch
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         self._order = random.permutation(self.blocks.train)
-        self._ends = np.cumsum(self.blocks.count_rows(self._order))
+        self._stops = np.cumsum(self.blocks.count_rows(self._order))  # of blocks, in the epoch
 
     def next(self, remaining: int) -> Rows:
         """Read the next rows, at most to the end of an epoch; each row counts as a sequence."""
@@ -112,12 +112,12 @@ class SavedRows(RowStream):
     def _find_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Find the ranges (begin, end) of the files' rows that are at the positions `start` to
         `stop` - 1 of this epoch."""
-        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
+        first, last = np.searchsorted(self._stops, [start, stop - 1], side="right")
         indices = self._order[first : last + 1]  # of the blocks that hold these rows
         begins = indices * self.blocks.size
         ends = begins + self.blocks.count_rows(indices)
-        ends[-1] -= self._ends[last] - stop  # the rows may end within the last block
-        begins[0] += start - (self._ends[first - 1] if first else 0)  # and begin within the first
+        ends[-1] -= self._stops[last] - stop  # the rows may end within the last block
+        begins[0] += start - (self._stops[first - 1] if first else 0)  # and begin within the first
         return list(zip(begins.tolist(), ends.tolist(), strict=True))
 
     def summarise_files(self) -> dict[str, str]:
