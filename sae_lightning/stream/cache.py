@@ -58,7 +58,7 @@ class CachedRows(RowStream):
     ) -> None:
         """`folder` holds the shards for one `identity` (see `identify_rows`); `width`: d of the
         activations; a `resumed` run goes on without writing where a new one would stop with an
-        error; `own_sites`: the sites at which rows are read (None: at all)."""
+        error; `own_sites`: the sites at which rows are read (None: all)."""
         self.live = live
         self.sites, self.device, self.max_rows = live.sites, live.device, live.max_rows
         self.folder, self.identity, self.resumed = folder, identity, resumed
@@ -83,8 +83,7 @@ class CachedRows(RowStream):
     def next(self, remaining: int) -> Rows:
         """Return the rows of the next LLM batch; closes the cache after the last one needed.
 
-        UserError: the disk has no space for the rows of a new run (checked at the first call).
-        """
+        UserError: the disk has no space for the rows of a new run (checked at the first call)."""
         if not self._is_checked:
             self._check_space(remaining)
         if self._position == self._stop:
@@ -108,7 +107,7 @@ class CachedRows(RowStream):
 
     def _compute(self, remaining: int) -> Rows:
         """Run the LLM on the next LLM batch, and buffer its rows if they are to be written."""
-        if self._stop is not None:  # a shard has the rows from there on
+        if self._stop is not None:  # `live` must not read ahead into rows that a shard has
             remaining = min(remaining, (self._stop - self._position) * self.max_rows)
         rows = self.live.next(remaining)
         self.epoch = self.live.epoch
@@ -118,7 +117,7 @@ class CachedRows(RowStream):
             self._buffer.append((batch, self.epoch, self.live.tokens_crc32))
             row_count = sum(len(batch.sequence_ids) for batch, _, _ in self._buffer)
             if row_count * self.row_bytes >= SHARD_BYTES:
-                self._stop = self._position
+                self._stop = self._position  # the new shard is large enough
         return rows
 
     def _begin_stretch(self) -> None:
@@ -155,7 +154,7 @@ class CachedRows(RowStream):
         """Have `live` skip the text up to LLM batch `_position`; UserError if that text is not the
         one that the shards were made from."""
         state = self._earlier_state
-        try:  # skips nothing yet: the loop below does, and checks the skipped text
+        try:  # goes to LLM batch `read` only: the loop below skips the rest, and checks it
             self.live.load_state_dict(state | {"llm_batches": state["read"]})
         except TextChanged:
             if self.resumed:
@@ -177,9 +176,10 @@ class CachedRows(RowStream):
         """End the stretch here, and write the buffered rows."""
         if self._buffer:
             with self._stop_writing_on_error():
-                # the first shard's state lacks the medians, which a run resumed inside it needs
+                # a run resumed within the first shard needs the medians, which its state lacks
                 state = self._earlier_state | {"medians": self.live.state_dict()["medians"]}
-                shard = write_shard(self.folder, state, *map(list, zip(*self._buffer, strict=True)))
+                batches, epochs, crc32s = map(list, zip(*self._buffer, strict=True))
+                shard = write_shard(self.folder, state, batches, epochs, crc32s)
                 self.shards = sorted([*self.shards, shard], key=lambda shard: shard.first)
         if self._shard is not None:
             self._shard.close()
@@ -242,14 +242,14 @@ class CachedRows(RowStream):
         try:
             return lock_folder(self.folder, self._lock)
         except OSError as error:
-            # perhaps a colleague's cache, which is read-only for this user
+            # a colleague's cache is read-only for this user: that is fatal only if it is empty
             reason = f"{self.folder} cannot be written to ({error.strerror})"
             self._refuse(reason, fatal=not self.shards)
             return False
 
     def _refuse(self, reason: str, fatal: bool = True) -> None:
-        """Stop writing for this `reason`. UserError if it is `fatal`, except in a resumed run, as
-        the settings of that are fixed."""
+        """Stop writing for this `reason`. UserError if it is `fatal`, except in a resumed run,
+        whose settings are fixed."""
         self._release()
         if fatal and not self.resumed:
             raise UserError(
@@ -287,8 +287,7 @@ class CachedRows(RowStream):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after `llm_batches` LLM batches; `live` skips their text only if it must run.
 
-        UserError: the text is not the one that the state was saved with.
-        """
+        UserError: the text is not the one that the state was saved with."""
         check_text(state, self.live.token_stream.fingerprint())
         self._earlier_state, self.epoch = state, state["tokens"]["epoch"]
         self._position = state["llm_batches"]

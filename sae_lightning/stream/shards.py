@@ -72,7 +72,7 @@ class Shard:
         self.tokens_crc32: list[int] = about["texts"]  # of each LLM batch
         self._state: dict[str, Any] = about["state"]
         self.stop = self.first + len(self.row_counts)
-        self._starts = np.cumsum([0, *self.row_counts])  # first row of each LLM batch; all rows
+        self._starts = np.cumsum([0, *self.row_counts])  # first row of each LLM batch; total
         self._tensors: dict[str, Tensor] = {}
 
     def map_tensors(
@@ -99,8 +99,9 @@ class Shard:
 
     def read_state(self) -> dict[str, Any]:
         """Return the state of the row stream before the first LLM batch of a mapped shard."""
-        tokens, saved = self._state["tokens"], self._tensors
-        tensors = {name: saved[name].clone() for name in tokens.keys() & saved.keys()}
+        tokens = self._state["tokens"]  # with null in place of tensors
+        names = tokens.keys() & self._tensors.keys()
+        tensors = {name: self._tensors[name].clone() for name in names}
         return self._state | {"tokens": tokens | tensors}
 
     def read_batch(self, llm_batch: int, sites: Iterable[Site]) -> Rows:
@@ -147,8 +148,10 @@ def count_cached(shards: list[Shard], llm_batch: int, max_rows: int, remaining: 
     cached, left = 0, remaining
     for shard in shards:
         if shard.stop > llm_batch:
-            left -= min(left, max(0, shard.first - llm_batch) * max_rows)
-            in_shard = min(left, sum(shard.row_counts[max(0, llm_batch - shard.first) :]))
+            uncached_batches = max(0, shard.first - llm_batch)  # before this shard
+            left -= min(left, uncached_batches * max_rows)
+            passed_batches = max(0, llm_batch - shard.first)  # of this shard
+            in_shard = min(left, sum(shard.row_counts[passed_batches:]))
             llm_batch, cached, left = shard.stop, cached + in_shard, left - in_shard
     return cached
 

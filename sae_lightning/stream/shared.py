@@ -71,7 +71,7 @@ class SharedRows(LLMRows):
             selected.append(self.select_tokens())
             text_positions.append((self.token_stream.epoch, self.tokens_crc32))
             remaining -= len(selected[-1].sequence_ids)
-        self.llm_batches = served  # `next` counts them
+        self.llm_batches = served  # undo the count of `select_tokens`: `next` serves these batches
         own_rows = self.run_llm(selected[ranks.rank]) if ranks.rank < len(selected) else {}
         ids_by_batch = [batch.sequence_ids for batch in selected]
         if self.max_norm is not None and any(map(len, ids_by_batch)):

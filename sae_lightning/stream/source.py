@@ -30,8 +30,8 @@ class Rows(NamedTuple):
 
 
 class RowStream(Protocol):
-    """An endless stream of rows, which does not depend on a run's length, batch or pool. It serves
-    one LLM batch at a time; without an LLM, up to `max_rows` rows, here also called an LLM batch.
+    """An endless stream of rows, the same for any length, batch and pool of a run. It serves one
+    LLM batch at a time; without an LLM, up to `max_rows` rows, here also called an LLM batch.
 
     The state of one stream loads into another stream of the same rows: a run resumes exactly
     whether the LLM computes the rows or a cache holds them.
@@ -49,7 +49,7 @@ class RowStream(Protocol):
     """The current epoch, from 1; an epoch is one reading of all data."""
 
     def next(self, remaining: int) -> Rows:
-        """Return the rows of the next LLM batch. `remaining`: rows that the run needs from here."""
+        """Return the rows of the next LLM batch; `remaining`: rows that the run still needs."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream: plain values and CPU tensors."""
@@ -153,7 +153,7 @@ class HeldOutData(Protocol):
         splits: Sequence[FeatureSplit],
         means: Sequence[Tensor] = (),
     ) -> list[Any]:
-        """Measure for each SAE what only this kind of data can; a list of None if that is nothing.
+        """Measure the metrics of each SAE that only this kind of data has; a None for each if none.
 
         saes: functions from activations [n, d_in] at `source`, n <= rows_per_call, to an `Output`
         that reconstructs [n, d_out] at `target`. weights: functions that return an SAE's weights
@@ -234,7 +234,7 @@ class DataSource(ABC):
         """Raise UserError for settings that have no meaning here; reads only the config."""
 
     def list_metrics(self, loss_tokens: int) -> tuple[frozenset[str], str]:
-        """Return the `metrics` that are measured and, for messages, where others are missing."""
+        """Return the measured `metrics`, and the words after "is not measured" in messages."""
         return self.metrics, f"on {self.where}"
 
     def resolve_llm(self) -> LLMConfig:

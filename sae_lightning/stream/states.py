@@ -67,7 +67,7 @@ def expect_rows(
         expect(state["medians"], {str(site): float for site in sites}, "rows.medians")
         if not all(0 < median < inf for median in state["medians"].values()):
             raise ValueError("rows.medians: a median norm is not positive and finite")
-    tokens, served = state["tokens"], state["read"] * batch  # sequences that the text has served
+    tokens, sequences_read = state["tokens"], state["read"] * batch
     pattern = {"epoch": range(1, ANY_COUNT.stop)}
     if "texts" in tokens or "cursor" in tokens:  # a mixture, or one indexed text
         texts, position = tokens.get("texts", [tokens]), 0
@@ -77,10 +77,10 @@ def expect_rows(
             windows = -(-text["tokens"] // (context - 1))  # BOS takes one position
             expect(text, {"cursor": range(windows + 1)}, "tokens")
             position += (text["epoch"] - 1) * windows + text["cursor"]
-        expect(position, served, "the text's position")
+        expect(position, sequences_read, "the text's position")
     else:
-        pattern |= {"documents": ANY_COUNT, "read": ANY_COUNT, "served": served, "carry": Tensor}
-        expect(tokens, pattern, "tokens")
+        pattern |= {"documents": ANY_COUNT, "read": ANY_COUNT, "served": sequences_read}
+        expect(tokens, pattern | {"carry": Tensor}, "tokens")
         carry = tokens["carry"]
         expect_ids(carry, carry.numel(), vocabulary, "tokens.carry", torch.int32)
     return state["llm_batches"] * batch
