@@ -42,7 +42,7 @@ class BatchStream:
         seed: int = 0,
         sites: Sequence[Site] | None = None,
     ) -> None:
-        """`batch` and `pool` are in tokens; the pool is on the device of `rows`; batches have the
+        """`batch` and `pool` are in rows; the pool is on the device of `rows`; batches have the
         `sites` (None: all of `rows`)."""
         assert batch <= pool, f"batches of {batch} rows from a pool of {pool}"
         self.rows, self.batch, self.total_batches, self.pool_rows = rows, batch, total_batches, pool

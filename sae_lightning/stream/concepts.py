@@ -15,12 +15,11 @@ LOG_STRENGTH_STD = 0.5  # one standard deviation is a factor of 1.65
 
 
 class ConceptWorld(NamedTuple):
-    """x = sum of s_i d_i over the active concepts i, with strength s_i > 0 and |d_i| = 1.
+    """x = sum of s_i * d_i over the active concepts i, with strength s_i > 0 and |d_i| = 1.
 
     Concepts are linear directions in superposition (Elhage et al. 2022, "Toy Models of
     Superposition"). They are random, since many more random directions than dimensions are nearly
-    orthogonal: for 1,024 in 256 dimensions, the |cosine| of each with its nearest one is 0.21 on
-    average. A union of random orthonormal bases is no better (0.21).
+    orthogonal: of 1,024 in 256 dimensions, the mean |cosine| with the nearest one is 0.21.
     """
 
     directions: Tensor
@@ -47,9 +46,9 @@ class ConceptWorld(NamedTuple):
     def _draw_active(self, n: int, generator: Generator) -> Tensor:
         """Draw which concepts are active -> [n, concepts] bool.
 
-        A one-factor Gaussian copula: concept i is active where sqrt(r) g + sqrt(1 - r) e_i is below
-        the quantile of its rate. Here r is `correlation`, and g (the same for its whole group) and
-        e_i are standard normal. So correlation changes no rate. Where its parent is active, a child
+        A one-factor Gaussian copula: concept i is active where sqrt(r) * g + sqrt(1 - r) * e_i is
+        below the quantile of its rate. Here r is `correlation`; g (one for each group) and e_i
+        are standard normal. So correlation changes no rate. Where its parent is active, a child
         is active with probability rate / (its parent's rate); elsewhere it is not active.
         """
         is_child = self.parent != torch.arange(len(self.rates))
@@ -93,9 +92,9 @@ def make_zipf_rates(concepts: int, l0: float, exponent: float) -> Tensor:
     """Compute firing probabilities min(MAX_RATE, c / rank^exponent) [concepts], with c such that
     they add up to `l0`."""
     law = torch.arange(1, concepts + 1, dtype=torch.float64) ** -exponent
-    # m concepts at MAX_RATE leave l0 - m MAX_RATE = c * tail for the others, so c follows
-    capped = torch.arange(concepts)
-    tail = law.flip(0).cumsum(0).flip(0)
-    c = (l0 - MAX_RATE * capped) / tail
-    m = int((c * law <= MAX_RATE).nonzero()[0])
-    return torch.where(capped < m, MAX_RATE, c[m] * law).float()
+    # if the first m concepts are at MAX_RATE, the others share l0 - m * MAX_RATE = c[m] * tail[m]
+    index = torch.arange(concepts)
+    tail = law.flip(0).cumsum(0).flip(0)  # sum from each concept on
+    c = (l0 - MAX_RATE * index) / tail
+    m = int((c * law <= MAX_RATE).nonzero()[0])  # the smallest m that leaves the others below it
+    return torch.where(index < m, MAX_RATE, c[m] * law).float()

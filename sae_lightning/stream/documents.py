@@ -95,7 +95,7 @@ def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitDocumen
             return SplitDocuments(data.select(np.sort(order[n:])), data.select(np.sort(order[:n])))
     row, size = int(order[last]), sizes[order[last]]
     (text,) = view_texts(column.slice(row, 1))
-    missing_share = share * (sums[-1] / size) - sums[last] / size  # of the text of `row`
+    missing_share = share * (sums[-1] / size) - sums[last] / size  # of `row`, still to hold out
     cut = _find_cut(text, missing_share)
     train = _append_part(data, np.sort(order[last + 1 :]), text[:cut], f"{row} {cut}")
     held_out = _append_part(data, np.sort(order[:last]), text[cut:], f"{row} {cut}")
@@ -107,9 +107,10 @@ def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
     import pyarrow as pa
 
     for array in column.chunks:
-        _, ends, texts = array.buffers()
+        _, offset_bytes, texts = array.buffers()
         dtype = np.int64 if pa.types.is_large_string(array.type) else np.int32
-        offsets = np.frombuffer(ends or b"", dtype)[array.offset :][: len(array) + 1].tolist()
+        offsets = np.frombuffer(offset_bytes or b"", dtype)
+        offsets = offsets[array.offset :][: len(array) + 1].tolist()
         valid = array.is_valid().tolist()
         for start, end, is_text in zip(offsets, offsets[1:], valid, strict=False):
             yield texts[start:end] if is_text and end > start else pa.py_buffer(b"")
@@ -121,7 +122,8 @@ def _find_cut(text: "Buffer", share: float) -> int:
     the part before it."""
     characters = sum(np.count_nonzero(begins) for begins in _mark_characters(text))
     cut = int(characters * (1 - share))
-    first = _find_byte(text, max(cut // 2, cut - (characters - cut)))
+    cut_off = characters - cut
+    first = _find_byte(text, max(cut // 2, cut - cut_off))
     last = _find_byte(text, cut)
     return _find_last(b"\n", text, first, last) or _find_last(b" ", text, first, last) or last
 
@@ -163,7 +165,7 @@ def _append_part(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -
     text_type = data.data.schema.field("text").type
     ends = np.array([0, len(part)], np.int64 if pa.types.is_large_string(text_type) else np.int32)
     text = pa.Array.from_buffers(text_type, 1, [None, pa.py_buffer(ends), part])
-    # with zero rows of the data, the table counts as on disk, and so its tokens are kept there
+    # with zero rows of `data` in it, the table counts as on disk if `data` does: tokens are cached
     table = concat_tables([data.data.slice(0, 0), pa.table({"text": text})])
     key = hashlib.sha256(f"{data._fingerprint} {name} {len(part)}".encode()).hexdigest()[:16]
     return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=key)])

@@ -56,7 +56,7 @@ def apply_together(
     function together, on the same rows: each call gets about `rows_per_call` rows of all ranks."""
     if ranks.size == 1:
         return torch.cat([function(part) for part in x.split(rows_per_call)])
-    longest = max(ranks.gather_values(len(x)))
+    longest = max(ranks.gather_values(len(x)))  # ranks with fewer rows call on zeros too
     padded = x.new_zeros(longest, x.shape[1])
     padded[: len(x)] = x
     results = []

@@ -56,8 +56,7 @@ def tokenise_documents(
 ) -> list[np.ndarray]:
     """Tokenise documents and end each with the separator -> arrays [tokens + 1] int32.
 
-    A document without tokens, or None, gives an empty array.
-    """
+    A document without tokens, or None, gives an empty array."""
     contents = ((text or "").encode("utf-8", "surrogatepass") for text in texts)
     documents, parts = [], []
     for piece, tokens in _tokenise(tokenizer, contents, separator):
@@ -201,7 +200,6 @@ def _join_arrays(arrays: Iterable[np.ndarray]) -> Iterator[pa.Array]:
 def summarise_tokens(flat: pa.ChunkedArray) -> str:
     """Length and checksum of a text's tokens; beyond a million tokens, the checksum is of evenly
     spaced samples."""
-    # at most 256 samples of 4,096 tokens: a million; none of an empty text
     samples = min(256, -(-len(flat) // FINGERPRINT_TOKENS))
     checksum = 0
     for start in np.linspace(0, len(flat), samples, endpoint=False).astype(np.int64):

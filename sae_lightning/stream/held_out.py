@@ -30,8 +30,8 @@ class HeldOut(HeldOutData):
 
     Tokens that training drops are neither scored nor replaced: position 0, special tokens, those of
     a chat that the assistant has not written (`data.assistant_only`), and those with a norm above
-    `max_norm` x median (of this text) at any site. All ranks together compute once all that does
-    not depend on the SAE.
+    `max_norm` * median (of this text) at any site. What does not depend on the SAE is computed
+    once, by all ranks together.
     """
 
     noun = "text"
@@ -94,7 +94,7 @@ class HeldOut(HeldOutData):
             if rows:  # a rank without sites has none
                 is_usual = mark_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
             is_usual = torch.stack(world().gather_values(is_usual)).all(dim=0)
-            self._keep = self._keep.masked_scatter(self._keep, is_usual)
+            self._keep = self._keep.masked_scatter(self._keep, is_usual)  # at the kept tokens
             rows = {site: x[is_usual.to(x.device)] for site, x in rows.items()}
         self._rows = rows
 

@@ -73,8 +73,8 @@ class HubConfig(TextConfig):
             )
 
     def hash_files(self) -> str | None:
-        """Hash the files' names and commit, or local files' names and times; None if they are
-        downloaded or cannot be listed."""
+        """Hash the names and commit of the files, or the names and times of local files; None
+        without `streaming`, or if the files cannot be listed."""
         if not self.streaming:
             return None
         from datasets import load_dataset_builder
@@ -85,7 +85,7 @@ class HubConfig(TextConfig):
             identity = {
                 str(split): [list(files), files.origin_metadata] for split, files in splits.items()
             }
-        except Exception:  # not fatal: the text itself has been opened
+        except Exception:  # not fatal: the cache's key also has the text's fingerprint
             return None
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -100,8 +100,8 @@ class HubSource(TextSource):
         config = self.data
         where = f"data.name={config.name}"
         if config.held_out_split is not None:
-            parts = (_open_split(config, name) for name in (config.split, config.held_out_split))
-            return SplitDocuments(*parts, where)
+            train = _open_split(config, config.split)
+            return SplitDocuments(train, _open_split(config, config.held_out_split), where)
         n = config.held_out_documents or HELD_OUT_DOCUMENTS
         data = _open_split(config, config.split)
         if config.streaming:
@@ -116,7 +116,7 @@ class HubSource(TextSource):
         return SplitDocuments(data.select(range(n, len(data))), data.select(range(n)), where)
 
     def open_labelled_documents(self, label: str) -> Documents:
-        return _load_split(self.data, self.data.split)
+        return _load_split(self.data, self.data.split)  # with all columns, so also `label`
 
 
 def _open_split(config: HubConfig, split: str) -> "Dataset | IterableDataset":
@@ -132,7 +132,7 @@ def _load_split(config: HubConfig, split: str) -> Documents:
     try:
         with phase(f"opening {config.name}"):
             data = load_dataset(config.name, config.subset, split=split, streaming=config.streaming)
-            row = next(iter(data), None)
+            first_row = next(iter(data), None)
     except DatasetNotFoundError as error:
         raise UserError(
             f"data.name={config.name}: no such data set ({summarise_cause(error)})"
@@ -147,4 +147,4 @@ def _load_split(config: HubConfig, split: str) -> Documents:
             f"data.name={config.name}: cannot be read ({summarise_cause(error)}); "
             f"without a network use {OFFLINE_PRESETS}"
         ) from error
-    return Documents(data, row, f"data.name={config.name}")
+    return Documents(data, first_row, f"data.name={config.name}")

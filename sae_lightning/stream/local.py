@@ -103,7 +103,7 @@ class LocalSource(TextSource):
         if not resumed:
             self._check_files()
         if self.data.chat:
-            ChatEncoder(load_tokenizer(self.llm), bool(self.data.assistant_only))
+            ChatEncoder(load_tokenizer(self.llm), bool(self.data.assistant_only))  # may raise
 
     def open_documents(self) -> SplitDocuments:
         if not self.data.weights:
@@ -188,7 +188,7 @@ def load_documents(config: LocalConfig) -> "Dataset":
     except UserError:
         raise
     except Exception as error:
-        # `check_files` reads lines of text, which a parquet file does not have
+        # `check_files` names the line at fault; a parquet file has no lines
         if not concerns_copy(error) and pick_loader(files[0]) != "parquet":
             check_files(files, where)
         raise

@@ -36,8 +36,7 @@ def find_files(path: Path, where: str) -> list[str]:
     """Find files of one format: `path` itself, all files below it, or all that it matches.
 
     `path` may be a glob. UserError if there are no files, an unsupported format or several formats;
-    `where` begins its message.
-    """
+    `where` begins its message."""
     files = list_files(path)
     if not files:
         raise UserError(f"{where}: no file there; give a file, a folder or a glob of text files")
@@ -99,10 +98,11 @@ def match_glob(pattern: Path) -> Iterator[str]:
         yield from (str(folder / name) for name in matches)
         return
     first = names.index("**")  # not left to glob, which follows circular links
+    rest = names[first + 1 :] or ["*"]  # a final ** matches every file
     tops = match_glob(folder.joinpath(*names[:first])) if first else [folder]
     for top in tops:
         for subfolder, _ in _walk(top, hidden=False):
-            yield from match_glob(Path(subfolder, *(names[first + 1 :] or ["*"])))
+            yield from match_glob(Path(subfolder, *rest))
 
 
 def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]]]:
@@ -111,7 +111,7 @@ def _walk(top: str | Path, hidden: bool = True) -> Iterator[tuple[str, list[str]
     seen = set()
     for folder, subfolders, files in os.walk(top, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
-            subfolders.clear()
+            subfolders.clear()  # a link leads here again
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if hidden or not name.startswith("."))
@@ -127,7 +127,7 @@ def _read_suffix(file: str) -> str:
 
 def check_files(files: list[str], where: str) -> None:
     """Raise UserError for the first file that cannot be read, line that is not UTF-8, or row that
-    does not fit the others, and name it: errors of `datasets` do not."""
+    does not fit the others. The message names it; those of `datasets` do not."""
     for file in files:
         for _ in _read_lines(file, where):
             pass
@@ -177,8 +177,7 @@ def check_json(files: list[str], column: str, where: str) -> None:
     """Raise UserError for the first row that holds something other than text in `column`.
 
     The `datasets` library would silently turn the whole column into JSON strings. Invalid JSON is
-    left to `datasets`, which reports it.
-    """
+    left to `datasets`, which reports it."""
     for file in files:
         with suppress(json.JSONDecodeError):
             for number, row in read_json_rows(file, where):

@@ -116,7 +116,7 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
 
 
 def _name_site(model: nn.Module, site: Site) -> str:
-    """Name a site; if the LLM scales its output, the factor is part of the name. Earlier versions
+    """Name a site, with the factor by which the LLM scales the output there. Earlier versions
     cached these activations unscaled, under the plain name."""
     scale = measure_branch_scale(model, site)
     return str(site) if scale == 1 else f"{scale} {site}"

@@ -101,8 +101,8 @@ class Detection:
         self.n = 0  # samples added so far
         # numbers of samples, by concept: where it is active, where its feature fires, and both
         self.active, self.fires, self.both = torch.zeros(3, concepts, dtype=torch.float64)
-        # sums of values, of squares and of products with the concept's strength; the first
-        # dimension: strength of the concept, of its feature, projection on its direction
+        # [3, concepts] each, for three values: strength of the concept, strength of its feature,
+        # projection on its direction; `products`: times the concept's strength
         self.sums, self.squares, self.products = torch.zeros(3, 3, concepts, dtype=torch.float64)
 
     def add(self, x: Tensor, strengths: Tensor, features: Tensor) -> None:

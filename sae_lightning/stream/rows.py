@@ -1,6 +1,6 @@
 """Rows of activations straight from the LLM.
 
-tokens.next -> select -> capture -> drop norms above data.max_norm x median, at any of the sites
+tokens.next -> select -> capture -> drop norms above data.max_norm * median, at any of the sites
 [n, context]     │       {site: [rows, d]}
                  │
                  ├─ not position 0 (BOS), whose activations are many times larger
@@ -8,8 +8,7 @@ tokens.next -> select -> capture -> drop norms above data.max_norm x median, at 
                  └─ not other special tokens, unless data.keep_special
 
 Which tokens are selected depends on the text alone, so the CPU does not wait for the LLM. Norms are
-known only after the LLM has run: with `data.max_norm` the CPU waits for each batch. Evaluation
-drops large norms with the same functions, `compute_medians` and `mark_usual_rows`.
+known only after the LLM has run: with `data.max_norm` the CPU waits for each batch.
 """
 
 import math
@@ -192,7 +191,7 @@ def compute_medians(rows: dict[Site, Tensor]) -> dict[Site, float]:
 def mark_usual_rows(
     rows: dict[Site, Tensor], medians: dict[Site, float], max_norm: float
 ) -> Tensor:
-    """Mark the rows of {site: [n, d]} with norm <= max_norm x median at every site -> [n] bool.
+    """Mark the rows of {site: [n, d]} with norm <= max_norm * median at every site -> [n] bool.
 
     A row that is too large at one site is dropped at all of them, so that rows stay aligned.
     """

@@ -44,8 +44,7 @@ class Pool:
     def add(self, activations: Mapping[Site, Tensor], sequence_ids: Tensor) -> None:
         """Append rows {site: [n, d]} of the sequences `sequence_ids` [n]; their dtype is kept.
 
-        UserError: the pool holds rows of another dtype (possible only after a resume).
-        """
+        UserError: the pool holds rows of another dtype (possible only after a resume)."""
         start, stop = self._filled, self._filled + len(sequence_ids)
         assert stop <= self.capacity, f"{stop} rows in a pool of {self.capacity}"
         for site in self.sites:

@@ -106,7 +106,7 @@ class SyntheticConfig(DataConfig):
             )
         rates = make_zipf_rates(self.concepts, self.l0, self.zipf)
         parents = self.concepts - children
-        # parents in turn, as in `make_concept_world`
+        # `make_concept_world` gives the children to the parents in turn
         parent_rates = rates[torch.arange(children) % parents]
         if (rates[parents:] / parent_rates).max() > 0.9:
             raise UserError(
@@ -214,7 +214,8 @@ class HeldOutConcepts(HeldOutData):
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield activations, concept strengths and feature strengths of n samples at a time."""
         for x, strengths in zip(self._x.split(n), self.strengths.split(n), strict=True):
-            yield x.cpu(), strengths, split.join(sae(x).features.cpu().T).T
+            own_features = sae(x).features.cpu()  # [n, features of this rank]
+            yield x.cpu(), strengths, split.join(own_features.T).T
 
 
 def _join_weights(weights: dict[str, Tensor], split: FeatureSplit) -> dict[str, Tensor]:
@@ -252,16 +253,18 @@ class SyntheticSource(NoLLMSource):
         self, sites: Sequence[Site], shape: LLMShape, tokens: int, loss_tokens: int
     ) -> DataMemory:
         # strengths of the held-out samples, and about 4 arrays [SAMPLED_ROWS, concepts] in `sample`
-        return DataMemory(SAMPLED_ROWS, (tokens + 4 * SAMPLED_ROWS) * self.data.concepts, 0)
+        shared = (tokens + 4 * SAMPLED_ROWS) * self.data.concepts
+        return DataMemory(SAMPLED_ROWS, shared, per_sae=0)
 
     def check_stream_state(
         self, state: Any, sites: Sequence[Site], shape: LLMShape, served: int
     ) -> None:
         expect(state, {"rows": {"served": ANY_COUNT, "generator": Tensor}}, "stream")
         Generator().set_state(state["rows"]["generator"])
-        max_rows, sequences = self.data.pool + SAMPLED_ROWS, state["rows"]["served"]
+        max_rows = self.data.pool + SAMPLED_ROWS
+        row_count = state["rows"]["served"]  # each row counts as a sequence
         widths = dict.fromkeys(sites, shape.width)
-        expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)
+        expect_stream(state, widths, max_rows=max_rows, served=served, sequences=row_count)
 
     def open_data(self, needs: Needs) -> OpenedData:
         world = open_concept_world(self.data)

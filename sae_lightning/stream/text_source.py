@@ -124,7 +124,7 @@ class TextSource(DataSource):
         rows = self.llm.batch * self.data.context
         if not loss_tokens:
             return DataMemory(rows, weights, 0)
-        # about 8 arrays of logits: clean and with an SAE, in two dtypes; hidden states for each SAE
+        # about 8 arrays of logits (of the clean LLM and with an SAE); for each SAE, hidden states
         return DataMemory(rows, weights + 8 * LOGIT_ROWS * shape.vocabulary, rows * shape.width)
 
     def _count_blocks(self, sites: Sequence[Site], loss_tokens: int) -> int | None:
