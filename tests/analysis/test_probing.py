@@ -99,7 +99,7 @@ def test_nothing_of_a_tested_piece_reaches_its_probe(labels, planted):
     changed = x.clone()
     changed[first] = 7.0
     before, after = (cut(each, labels, 0) for each in (x, changed))
-    assert np.array_equal(before.x, after.x)
+    assert np.array_equal(before.fit_x, after.fit_x)
     assert np.array_equal(before.aurocs, after.aurocs)
 
 
@@ -121,7 +121,7 @@ def test_more_units_than_pieces_give_the_same_probe_as_in_the_space_of_the_piece
     direct = []
     for c in ALL_C:
         model = LogisticRegression(C=c, max_iter=5000, tol=1e-8)
-        model.fit(fold.x * scale, fold.class_indices)
+        model.fit(fold.fit_x * scale, fold.fit_class_indices)
         scores = model.decision_function(fold.test_x * scale)
         direct.append(score_predictions(scores, fold.test_class_indices).auroc)
     assert min(abs(found.auroc - auroc) for auroc in direct) < 0.01
@@ -157,7 +157,7 @@ def test_a_unit_that_never_changes_tells_nothing(labels, units):
     other = x.clone()
     other[labels.fold == 0, 5] = 50 * noise(int((labels.fold == 0).sum()))
     before, after = (cut(each, labels, 0) for each in (x, other))
-    assert not before.x[:, 5].any()
+    assert not before.fit_x[:, 5].any()
     assert 5 not in before.score_best_units()[0]
     assert before.fit_sparse(2) == after.fit_sparse(2)
     assert before.fit_all() == pytest.approx(after.fit_all(), abs=1e-6)
@@ -272,13 +272,13 @@ def test_how_strongly_to_regularise_is_told_by_a_fitted_fold(labels, tested):
 
     def fitted(c, which):
         model = LogisticRegression(C=c, max_iter=5000)
-        return model.fit(fold.x[which] * 40**-0.5, fold.class_indices[which])
+        return model.fit(fold.fit_x[which] * 40**-0.5, fold.fit_class_indices[which])
 
     def auroc(model, x, target):
         scores = model.decision_function(x * 40**-0.5)
         return sum(roc_auc_score(target == c, scores[:, c]) for c in range(CLASSES)) / CLASSES
 
-    checked = fold.x[fold.is_validation], fold.class_indices[fold.is_validation]
+    checked = fold.fit_x[fold.is_validation], fold.fit_class_indices[fold.is_validation]
     tried = {c: auroc(fitted(c, ~fold.is_validation), *checked) for c in ALL_C}
     assert max(tried.values()) > min(tried.values())
     best = max(ALL_C, key=tried.get)

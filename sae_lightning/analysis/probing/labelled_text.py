@@ -26,7 +26,7 @@ from sae_lightning.stream.packing import Packing, Sequences
 from sae_lightning.stream.source import DataConfig
 from sae_lightning.terminal import phase
 
-MIN_PIECES_PER_FOLD = 2  # fewest pieces of each class in each fold
+MIN_PIECES_PER_FOLD = 2  # a class needs this many in each fold
 MAX_CLASSES = 50
 
 
@@ -49,8 +49,8 @@ class LabelledText(NamedTuple):
 
     def split_batches(self, n: int) -> Iterator[Sequences]:
         """All pieces in order, n at a time."""
-        fields = (self.tokens, self.is_text, torch.arange(len(self.tokens)))
-        yield from map(Sequences, *(field.split(n) for field in fields))
+        for indices in torch.arange(len(self.tokens)).split(n):
+            yield Sequences(self.tokens[indices], self.is_text[indices], indices)
 
 
 def read_labelled_text(
@@ -64,9 +64,9 @@ def read_labelled_text(
     """
     source = make_source(LLMConfig(name=NO_LLM), config, seed)
     with mute_libraries(), phase("cutting labelled text"):
-        are_plays = bool(source.labels)  # the labels of other data are a column
-        if not are_plays:  # first: this refuses data without text, which has no `config.context`
-            pieces, notes = cut_documents(source, label, seed)
+        are_plays = bool(source.labels)  # only the packaged plays have fixed labels
+        if not are_plays:  # before `config.context` is read, which data without text lacks
+            pieces, notes = cut_documents(source, label, seed)  # UserError if there is no text
         packing = Packing(config.context, find_bos_id(tokenizer), find_separator_id(tokenizer))
         if are_plays:
             pieces, notes = cut_plays(label, tokenizer, packing, seed)

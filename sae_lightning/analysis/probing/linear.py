@@ -16,9 +16,9 @@ import numpy as np
 from numpy import ndarray
 
 UNITS_AT_ONCE = 4096  # units whose values are ranked at a time: bounds memory
-# Inverse strengths of the L2 penalty (sklearn's C).
-SPARSE_C = 0.1  # on k standardised units; 0.01 and 1 change the AUROC at k = 16 by < 0.02
-ALL_C = (1.0, 10.0, 100.0, 1000.0)  # tried on all units, scaled to a sum of squares of about 1
+# sklearn's C, the inverse of the L2 penalty.
+SPARSE_C = 0.1  # for k units; 0.01 and 1 change the AUROC at k = 16 by < 0.02
+ALL_C = (1.0, 10.0, 100.0, 1000.0)  # for all units: one of these is chosen
 
 
 class FoldScore(NamedTuple):
@@ -31,30 +31,29 @@ class FoldScore(NamedTuple):
 
 
 class FoldSplit:
-    """A representation, split for probes: they are tested on the pieces of the fold `tested`
-    (`test_x`, `test_class_indices`), and fitted on all others (`x`, `class_indices`). Units are
-    standardised by the fitted pieces.
-
-    x: [pieces, units]; class_indices, fold: [pieces].
-    """
+    """A representation x [pieces, units], split for probes: they are tested on the pieces of the
+    fold `tested`, and fitted on all others, whose mean and deviation standardise the units.
+    class_indices, fold: [pieces]."""
 
     def __init__(self, x: ndarray, class_indices: ndarray, fold: ndarray, tested: int):
         from sklearn.preprocessing import StandardScaler
 
         self.classes = int(class_indices.max()) + 1
         test = fold == tested
-        self.class_indices, self.test_class_indices = class_indices[~test], class_indices[test]
+        self.fit_class_indices, self.test_class_indices = class_indices[~test], class_indices[test]
         scaler = StandardScaler()
-        self.x, self.test_x = scaler.fit_transform(x[~test]), scaler.transform(x[test])
-        # the fold on which the penalty of `fit_all` is chosen; another one for each tested fold
-        fitted_folds = sorted({*fold.tolist()} - {tested})
-        self.is_validation = fold[~test] == fitted_folds[tested % len(fitted_folds)]
-        self.aurocs = measure_aurocs(self.x, self.class_indices, self.classes)
+        self.fit_x, self.test_x = scaler.fit_transform(x[~test]), scaler.transform(x[test])
+        fit_folds = sorted({*fold.tolist()} - {tested})
+        # `fit_all` chooses its penalty on one of these; which one depends on the tested fold
+        validation_fold = fit_folds[tested % len(fit_folds)]
+        self.is_validation = fold[~test] == validation_fold
+        self.aurocs = measure_aurocs(self.fit_x, self.fit_class_indices, self.classes)
 
     def score_best_units(self) -> tuple[ndarray, ndarray]:
         """The unit that predicts each class best on the fitted folds, and its AUROC on the tested
         fold (below 1/2 if its sign is reversed there), both [classes]."""
         units = np.abs(self.aurocs - 0.5).argmax(1)
+        # a unit with an AUROC below 1/2 is negated
         signs = np.sign(self.aurocs[range(self.classes), units] - 0.5)
         best = self.test_x[:, units] * signs  # [pieces, classes]
         return units, measure_aurocs(best, self.test_class_indices, self.classes).diagonal()
@@ -70,7 +69,7 @@ class FoldSplit:
             units = np.argsort(-np.abs(self.aurocs[c] - 0.5), kind="stable")[:k]
             with allow_early_stopping():
                 probe = LogisticRegression(C=SPARSE_C, max_iter=300)
-                probe.fit(self.x[:, units], self.class_indices == c)
+                probe.fit(self.fit_x[:, units], self.fit_class_indices == c)
             scores.append(probe.decision_function(self.test_x[:, units]))
         return score_predictions(np.stack(scores, 1), self.test_class_indices)
 
@@ -79,13 +78,13 @@ class FoldSplit:
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import GridSearchCV
 
-        x, test_x = self.x, self.test_x
+        x, test_x = self.fit_x, self.test_x
         if x.shape[1] > len(x):
-            # With an L2 penalty the best weights are a linear combination of the fitted rows, so
-            # that solving in the space of the rows gives the same probe and is far cheaper.
+            # With an L2 penalty the best weights are a linear combination of the rows of x. So a
+            # probe on coordinates in the space of the rows is the same, and far cheaper.
             basis = np.linalg.svd(x, full_matrices=False)[2].T
             x, test_x = x @ basis, test_x @ basis
-        scale = self.x.shape[1] ** -0.5  # the squares of standardised units then sum to about 1
+        scale = self.fit_x.shape[1] ** -0.5  # a row's squares then sum to about 1
         search = GridSearchCV(
             LogisticRegression(max_iter=300),
             {"C": ALL_C},
@@ -95,7 +94,7 @@ class FoldSplit:
             ),
         )
         with allow_early_stopping():
-            search.fit(x * scale, self.class_indices)
+            search.fit(x * scale, self.fit_class_indices)
         return score_predictions(search.decision_function(test_x * scale), self.test_class_indices)
 
 
@@ -107,10 +106,11 @@ def measure_aurocs(x: ndarray, class_indices: ndarray, classes: int) -> ndarray:
 
     is_member = np.eye(classes)[class_indices].T  # [classes, pieces] 0 or 1
     members = is_member.sum(1, keepdims=True)
-    # rankdata takes many times the memory of its input
+    # in parts, because rankdata takes many times the memory of its input
     parts = [x[:, first : first + UNITS_AT_ONCE] for first in range(0, x.shape[1], UNITS_AT_ONCE)]
     rank_sums = np.concatenate([is_member @ rankdata(part, axis=0) for part in parts], axis=1)
-    wins = rank_sums - members * (members + 1) / 2  # over pieces of other classes
+    # Mann-Whitney U: minus the ranks of members among themselves
+    wins = rank_sums - members * (members + 1) / 2
     with np.errstate(invalid="ignore"):
         return wins / (members * (len(class_indices) - members))
 
@@ -119,7 +119,7 @@ def score_predictions(scores: ndarray, class_indices: ndarray) -> FoldScore:
     """Accuracy and AUROC of scores [pieces, classes] or, for two classes, of the scores of class 1
     alone, [pieces] or [pieces, 1]. The AUROC is the mean over classes that have pieces."""
     if scores.ndim == 1 or scores.shape[1] == 1:
-        scores = scores.reshape(-1, 1) * [-1, 1]
+        scores = scores.reshape(-1, 1) * [-1, 1]  # class 0, class 1
     auroc = measure_aurocs(scores, class_indices, scores.shape[1]).diagonal()
     return FoldScore(float((scores.argmax(1) == class_indices).mean()), float(np.nanmean(auroc)))
 

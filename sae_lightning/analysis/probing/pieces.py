@@ -31,7 +31,7 @@ SPLIT_NOTES = {
     ),
 }
 MAX_DOCUMENTS = 20_000  # documents that are read
-MAX_CHARACTERS_PER_TOKEN = 16  # times `context`: characters of a document that are read
+MAX_CHARACTERS_PER_TOKEN = 16  # a document is cut after 16 * `context` characters
 
 
 class Piece(NamedTuple):
@@ -59,9 +59,11 @@ def cut_plays(
     plays = read_plays()
     texts = {play: text for play, (_, text) in plays.items()}
     texts = find_rivals(plays) if label == "speaker" else texts
-    # the class of each text; its own name if the label is play or speaker
-    classes = [genre for genre, _ in plays.values()] if label == "genre" else list(texts)
-    folds = deal_folds(classes, seed) if label == "genre" else None
+    if label == "genre":  # each play is in one fold
+        classes = [genre for genre, _ in plays.values()]  # of each text
+        folds = deal_folds(classes, seed)
+    else:  # each text is a class, divided into folds
+        classes, folds = list(texts), None
     token_arrays = tokenise_documents(tokenizer, list(texts.values()), packing.separator)
     pieces = []
     for i, tokens in enumerate(token_arrays):
@@ -114,8 +116,9 @@ def extract_speeches(text: str) -> dict[str, str]:
 
 
 def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """Pick the RIVAL_PLAYS plays whose second speaker says most, and the two main speakers of each
-    -> {`SPEAKER (play)`: all that the speaker says}. plays: as `read_plays` returns them."""
+    """Pick the two main speakers of RIVAL_PLAYS plays -> {`SPEAKER (play)`: all that the speaker
+    says}. Chosen are the plays in which the second of the two says most. plays: name -> (genre,
+    text)."""
     pairs, second_lengths = {}, {}
     for play, (_, text) in plays.items():
         by_length = sorted(extract_speeches(text).items(), key=lambda item: -len(item[1]))

@@ -80,7 +80,9 @@ def describe_winner(features: ProbeScore, neurons: ProbeScore) -> str:
 
 
 def _name_units(k: int | None) -> str:
-    return {None: "all units", 1: "the single best unit"}.get(k, f"the {k} best units")
+    if k is None:
+        return "all units"
+    return "the single best unit" if k == 1 else f"the {k} best units"
 
 
 def _standard_error(values: list[float]) -> float:

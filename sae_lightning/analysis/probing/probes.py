@@ -80,7 +80,7 @@ class Probes(NamedTuple):
     pieces: list[int]
     """Number of pieces of text of each class."""
     context: int
-    """Most tokens of a piece, BOS included."""
+    """Limit on the tokens of a piece, BOS included."""
     notes: list[str]
     """Caveats that a reader of the scores should know."""
     scores: list[ProbeScore]
@@ -135,8 +135,7 @@ class PieceMeans:
         means = {FEATURES: features.sum(1) / count, NEURONS: (batch.x * keep).sum(1) / count}
         end = self._filled + len(count)
         for kind, part in means.items():
-            # allocated once: small tensors that outlive the large ones of each batch would
-            # fragment memory
+            # one large tensor: small ones, kept from each batch, would fragment memory
             if kind not in self._means:
                 self._means[kind] = torch.empty(self._pieces, part.shape[1])
             self._means[kind][self._filled : end] = part
@@ -155,9 +154,9 @@ def probe(
     batch: int = 16,
     controls: Mapping[str, SAE] = {},
 ) -> Probes:
-    """Read labelled text, `batch` pieces at a time, and fit probes on all units of each kind and,
-    for each number in `k`, on that many. `controls`: other SAEs of the same site; their probes are
-    on CONTROL_K features."""
+    """Read labelled text, `batch` pieces at a time, and fit probes on as many units of each kind as
+    each number in `k` says, on all features and on all neurons. `controls`: other SAEs of the same
+    site; their probes are on CONTROL_K features."""
     pieces, progress = len(text.tokens), "reading labelled text"
     reducer = PieceMeans(pieces, subject.features)
     control_reducers = {
@@ -179,8 +178,8 @@ def probe(
 def fit_probes(
     means: dict[str, Tensor], text: LabelledText, *, k: tuple[int, ...] = (1, 2, 5, 16)
 ) -> Probes:
-    """Fit and test probes on features, on neurons and on random directions; means: as
-    `PieceMeans.result` returns them."""
+    """Fit and test probes on features, on neurons and on random directions. means: FEATURES and
+    NEURONS -> means over each piece [pieces, units]."""
     from sklearn.preprocessing import StandardScaler
 
     representations = {kind: x.numpy() for kind, x in means.items()}

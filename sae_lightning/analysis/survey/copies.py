@@ -22,13 +22,13 @@ def find_originals(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> 
     # made symmetric: one feature of a pair may be missing from the other's list of neighbours
     features, others = np.concatenate([features, others]), np.concatenate([others, features])
     others = others[features.argsort(kind="stable")]
+    # the neighbours of feature i are others[starts[i] : ends[i]]
     ends = np.bincount(features, minlength=len(W_dec)).cumsum()
-    starts = np.concatenate([[0], ends[:-1]])  # where each feature's neighbours begin
-    # a feature without near neighbours is its own original
-    original, undecided = np.arange(len(W_dec)), ends > starts
-    ranking = ranking.numpy()
-    for candidate in ranking[undecided[ranking]]:
-        if not undecided[candidate]:  # it has become a copy
+    starts = np.concatenate([[0], ends[:-1]])
+    original = np.arange(len(W_dec))
+    undecided = ends > starts  # a feature without near neighbours is its own original
+    for candidate in ranking.numpy():
+        if not undecided[candidate]:
             continue
         undecided[candidate], reached = False, np.array([candidate])
         while len(reached):

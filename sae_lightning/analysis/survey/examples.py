@@ -50,10 +50,11 @@ class FiringStatistics:
         self.firing_counts[units] += (values > 0).sum(dim=0).cpu()
         self.sum[units] += values.sum(dim=0).cpu().double()
         self.maximum[units] = self.maximum[units].maximum(values.amax(dim=0).cpu())
-        token, unit = values.nonzero(as_tuple=True)
+        token, column = values.nonzero(as_tuple=True)
         lowest = EDGES[0].log2().item()
-        bins = ((values[token, unit].log2() - lowest) * 2).floor().long()  # half an octave wide
-        cells = units[unit.cpu()] * STRENGTH_BINS + bins.clamp(0, STRENGTH_BINS - 1).cpu()
+        bins = ((values[token, column].log2() - lowest) * 2).floor().long()  # half an octave wide
+        # indices into the flat histogram
+        cells = units[column.cpu()] * STRENGTH_BINS + bins.clamp(0, STRENGTH_BINS - 1).cpu()
         self.histogram.index_add_(0, cells, torch.ones_like(cells))
 
     def result(self) -> Statistics:
@@ -70,8 +71,8 @@ class FiringStatistics:
 class StrongestExamples:
     """A reducer: the strongest examples of each unit, at most one per sequence.
 
-    kept [units, n]           9 7 4 2     The n strongest of kept and new examples stay. A new one
-    new  [units, sequences]   1 8 3       that stays takes the slot of a kept one that is dropped.
+    kept [units, n]           9 7 4 2     The n strongest of both stay, here 9 8 7 4. The new 8
+    new  [units, sequences]   1 8 3       takes the slot of the 2, which is dropped.
     """
 
     def __init__(self, units: int, n: int, read_strengths: StrengthReader):
@@ -80,31 +81,31 @@ class StrongestExamples:
     def add(self, batch: EncodedBatch) -> None:
         values, units = self.read_strengths(batch)  # [sequences, context, active units]
         best, position = (x.cpu() for x in values.max(dim=1))  # [sequences, active units]
-        best = torch.where(best > 0, best, -1).T  # -1 loses even against an empty slot, 0
+        best = torch.where(best > 0, best, -1).T  # silent: -1, less than the 0 of an empty slot
         n = self.top.peak_strength.shape[1]
         winners = torch.cat([self.top.peak_strength[units], best], dim=1).topk(n, dim=1).indices
         stays = torch.zeros(len(best), n + best.shape[1], dtype=torch.bool)
         stays.scatter_(1, winners, True)
-        # Each unit frees as many slots as it gets examples, and both masks are read unit by unit:
+        # Each unit frees as many slots as it gets examples, and `nonzero` lists unit after unit. So
         # the i-th freed slot and the i-th new example are of the same unit.
-        unit, slot = (~stays[:, :n]).nonzero(as_tuple=True)
+        column, slot = (~stays[:, :n]).nonzero(as_tuple=True)
         _, sequence = stays[:, n:].nonzero(as_tuple=True)
-        if len(unit):
-            peaks = position[sequence, unit]
-            examples = self._cut_windows(batch, values, unit, sequence, peaks)
-            for kept, new in zip(self.top, examples, strict=True):
-                kept[units[unit], slot] = new
+        if len(column):
+            peaks = position[sequence, column]
+            examples = self._cut_windows(batch, values, column, sequence, peaks)
+            for kept, new in zip(self.top, examples, strict=True):  # field by field
+                kept[units[column], slot] = new
 
     def _cut_windows(
-        self, batch: EncodedBatch, values: Tensor, unit: Tensor, sequence: Tensor, peak: Tensor
+        self, batch: EncodedBatch, values: Tensor, column: Tensor, sequence: Tensor, peak: Tensor
     ) -> Examples:
         """Cut m windows around position `peak` [m] of `sequence` [m], with strengths from column
-        `unit` [m] of `values` [sequences, context, active units]."""
+        `column` [m] of `values` [sequences, context, active units]."""
         window = peak[:, None] + torch.arange(-BEFORE, AFTER + 1)  # [m, WINDOW]
         inside = (window >= 0) & (window < values.shape[1])
         window = window.clamp(0, values.shape[1] - 1)
         tokens = batch.tokens.cpu()[sequence[:, None], window]
-        around = values[sequence[:, None], window, unit[:, None]].cpu()
+        around = values[sequence[:, None], window, column[:, None]].cpu()
         return Examples(
             peak_strength=around[:, BEFORE],
             tokens=torch.where(inside, tokens, -1).int(),

@@ -1,6 +1,6 @@
-"""Rates how informative features are at first sight: the best are predicted well by rare words.
+"""Rates how informative features are: the best are predicted well by rare words.
 
-    token-set score x mean rarity of tokens x words / (words + 1) / rank
+    token-set score * mean rarity of tokens * words / (words + 1) / rank
 
 The mean is over the feature's firings, weighted by strength; words = number of different words in
 the token set; rank = 1, 2, ... among the features whose token sets have the same first word.
@@ -26,13 +26,12 @@ def rate_informativeness(
     ids: [sequences, context] all tokens read, for their rarity.
     """
     entry_units = sample.list_entry_units().numpy()
-    # where the set's token is: at the firing, or just before it (nothing fires on the first token)
+    # If the set predicts from the previous token, that token's rarity counts. (There is always one,
+    # as nothing fires on BOS.)
     places = sample.places.numpy() - token_sets.previous.numpy()[entry_units]
     strengths, rarity = sample.strengths.numpy(), _measure_rarity(ids, sample, vocabulary)[places]
-    weighted, total = (
-        np.bincount(entry_units, weights, minlength=sample.unit_count)
-        for weights in (strengths * rarity, strengths)
-    )
+    weighted = np.bincount(entry_units, strengths * rarity, minlength=sample.unit_count)
+    total = np.bincount(entry_units, strengths, minlength=sample.unit_count)
     mean_rarity = weighted / np.maximum(total, np.finfo(float).tiny)
     words = [_find_words(tokens, vocabulary) for tokens in token_sets.tokens.tolist()]
     counts = np.array([*map(len, words)])
@@ -44,8 +43,8 @@ def rate_informativeness(
 
 def _measure_rarity(ids: np.ndarray, sample: Sample, vocabulary: Sequence[str]) -> np.ndarray:
     """Compute the rarity [places], 0 to 1, of the token at each place of the sample: its surprisal
-    -log2 p minus the mean surprisal, clipped at 0, divided by the largest difference in the
-    vocabulary; 0 if the token is no word. A piece of a word has PIECE_WEIGHT times that."""
+    -log2 p minus the mean surprisal, clipped at 0, divided by the largest value in the vocabulary;
+    0 if the token is no word. For a piece of a word it is multiplied by PIECE_WEIGHT."""
     share = np.bincount(ids.ravel(), minlength=len(vocabulary)) / ids.size
     surprisal = -np.log2(share.clip(min=1 / ids.size))  # unread tokens count as read once
     above_mean = surprisal - (share * surprisal).sum()

@@ -45,12 +45,11 @@ def draw_examples(
     """Draw `per_interval` random examples from each interval of each unit, at most one per sequence
     and interval, and none that is in `top`; maximum: [units]."""
     starts = sample.starts
-    cuts = torch.tensor(
-        range(ENTRIES_AT_ONCE, len(sample.places), ENTRIES_AT_ONCE), dtype=torch.int64
-    )
-    bounds = torch.searchsorted(starts, cuts).tolist()  # first unit after each cut
+    cuts = torch.arange(0, len(sample.places), ENTRIES_AT_ONCE)
+    # parts of about ENTRIES_AT_ONCE entries, which begin at whole units
+    bounds = {0, *torch.searchsorted(starts, cuts).tolist(), sample.unit_count}
     parts = []
-    for first, end in pairwise(sorted({0, *bounds, sample.unit_count})):
+    for first, end in pairwise(sorted(bounds)):
         entries = slice(starts[first], starts[end])
         part = sample._replace(
             starts=starts[first : end + 1] - starts[first],
@@ -70,8 +69,9 @@ def _draw_part(
     unit, strength = sample.list_entry_units()[entries], sample.strengths[entries]
     interval = find_interval(strength, maximum[unit]).numpy()
     unit, place = unit.numpy(), sample.places.numpy()[entries]
-    drawn = _draw_entries(sample, unit * INTERVALS + interval, interval, place, per_interval, seed)
-    drawn = drawn[np.lexsort((-strength.numpy()[drawn], unit[drawn]))]
+    group = unit * INTERVALS + interval
+    drawn = _draw_entries(sample, group, interval, place, per_interval, seed)
+    drawn = drawn[np.lexsort((-strength.numpy()[drawn], unit[drawn]))]  # by unit, strongest first
     return _make_examples(
         sample, entries[drawn], rank_in_runs(unit[drawn]), INTERVALS * per_interval
     )
@@ -80,17 +80,18 @@ def _draw_part(
 def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
     """Find the entries [n] of the sample that are not the peak of an example in `top`."""
     places, context = sample.tokens.numel(), sample.tokens.shape[1]
-    keys = sample.list_entry_units().numpy() * places + sample.places.numpy()  # ascending
+    # one number for each pair of a unit and a place; ascending
+    keys = sample.list_entry_units().numpy() * places + sample.places.numpy()
     unit, slot = (top.peak_strength > 0).numpy().nonzero()
     sequence, position = top.sequence.numpy()[unit, slot], top.position.numpy()[unit, slot]
     sampled = sample.sequence_indices.numpy()
     # index of each sequence in the sample, if it was sampled
     index = np.searchsorted(sampled, sequence).clip(max=len(sampled) - 1)
     in_sample = sampled[index] == sequence
-    candidate = np.ones(len(keys), bool)
-    peaks = (unit * places + index * context + position)[in_sample]
-    candidate[np.searchsorted(keys, peaks)] = False
-    return candidate.nonzero()[0]
+    peak_keys = (unit * places + index * context + position)[in_sample]
+    is_candidate = np.ones(len(keys), bool)
+    is_candidate[np.searchsorted(keys, peak_keys)] = False
+    return is_candidate.nonzero()[0]
 
 
 def _draw_entries(
@@ -106,7 +107,7 @@ def _draw_entries(
     a group is an interval of a unit."""
     sequences, context = sample.tokens.shape
     rng = np.random.default_rng(seed)
-    # shared by all units, for speed: the order within each unit is still random
+    # all units share the random keys, for speed; the order within each unit is still random
     sequence_keys = np.stack([rng.permutation(sequences) for _ in range(INTERVALS)])
     place_keys = rng.random((sequences, context)).argsort(axis=1).ravel()
     # one number for each pair of a group and a sequence

@@ -17,7 +17,7 @@ MAX_EXACT_FEATURES = 16_384  # up to this number, each is compared with all othe
 HASH_TABLES = 16
 HASH_DIRECTIONS = 32  # random directions per hash; a table sorts features by two hashes
 HASHED_ROWS = 8192  # decoder rows hashed at a time: bounds memory
-MAX_PAIRS = 400_000_000  # most pairs of features that fire on the same token: bounds time, memory
+MAX_PAIRS = 400_000_000  # limit on pairs of features that fire together: bounds time, memory
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def _pick_comparisons(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield block, indices
         return
     # Rows with the same largest component in a random basis are similar (cross-polytope hashing,
-    # Andoni et al. 2015): its index and sign are the hash. Rows are sorted by two hashes.
+    # Andoni et al. 2015): the component's index and sign are the hash. Rows are sorted by two.
     generator = Generator().manual_seed(0)
     mean = rows.mean(dim=0)
     for _ in range(HASH_TABLES):
@@ -88,13 +88,15 @@ def find_partners(sample: Sample, k: int = 5) -> RelatedUnits:
     units = torch.full((sample.unit_count, k), -1)
     similarity = torch.zeros(sample.unit_count, k)
     for first in range(0, sample.unit_count, BLOCK_FEATURES):
-        both = fires[first : first + BLOCK_FEATURES] @ by_token  # sparse: pairs that fire together
-        feature = first + np.repeat(np.arange(both.shape[0]), np.diff(both.indptr))
+        # [block, features] tokens on which both fire; only the nonzero entries are stored
+        both = fires[first : first + BLOCK_FEATURES] @ by_token
+        stored = np.diff(both.indptr)  # number of entries of each row
+        feature = first + np.repeat(np.arange(both.shape[0]), stored)
         others = both.indices
         jaccard = both.data / (counts[feature] + counts[others] - both.data)
         jaccard[feature == others] = 0
         jaccard, others = torch.from_numpy(jaccard), torch.from_numpy(others).long()
-        for i in np.flatnonzero(np.diff(both.indptr) > 1):  # features that fire with another one
+        for i in np.flatnonzero(stored > 1):  # more than the pair of the feature with itself
             pairs = slice(both.indptr[i], both.indptr[i + 1])
             best = jaccard[pairs].topk(min(k, pairs.stop - pairs.start))
             positive = best.values > 0

@@ -10,8 +10,8 @@ from torch import Tensor
 from sae_lightning.analysis.collect import EncodedBatch
 from sae_lightning.analysis.survey.strengths import StrengthReader, read_feature_strengths
 
-SAMPLE_TOKENS = 131_072  # most tokens of a sample
-SAMPLE_ENTRIES = 1 << 24  # most nonzero strengths of a sample
+SAMPLE_TOKENS = 131_072  # limit on the tokens of a sample
+SAMPLE_ENTRIES = 1 << 24  # limit on the nonzero strengths of a sample
 
 
 class Sample(NamedTuple):
@@ -50,8 +50,9 @@ class Sample(NamedTuple):
 
 def rank_in_runs(values: np.ndarray) -> np.ndarray:
     """Position [n] of each value in its run of equal values, from 0; `values` [n] are >= 0."""
-    first = np.flatnonzero(np.diff(values, prepend=-1))
-    return np.arange(len(values)) - np.repeat(first, np.diff(first, append=len(values)))
+    starts = np.flatnonzero(np.diff(values, prepend=-1))
+    lengths = np.diff(starts, append=len(values))
+    return np.arange(len(values)) - np.repeat(starts, lengths)
 
 
 class SequenceSampler:
@@ -80,9 +81,9 @@ class SequenceSampler:
         for i, key in enumerate(self.random.random(len(tokens))):
             if key < self.least_key:
                 continue
-            position, unit = values[i].nonzero(as_tuple=True)
-            value = values[i][position, unit].cpu().numpy()
-            position, unit = position.cpu().int().numpy(), units[unit.cpu()].int().numpy()
+            position, column = values[i].nonzero(as_tuple=True)
+            value = values[i][position, column].cpu().numpy()
+            position, unit = position.cpu().int().numpy(), units[column.cpu()].int().numpy()
             index = int(batch.sequence_indices[i])
             # copied, because a slice would keep the whole batch in memory
             item = (key, index, tokens[i].copy(), keep[i].copy(), position, unit, value)

@@ -10,8 +10,8 @@ from torch import Tensor
 from sae_lightning.analysis.collect import EncodedBatch
 
 StrengthReader = Callable[[EncodedBatch], tuple[Tensor, Tensor]]
-"""batch -> strengths [sequences, context, active] >= 0, which are 0 where not `keep`, of the units
-that may be active in the batch; and the indices [active] of these units, on the CPU."""
+"""batch -> (strengths, units). strengths: [sequences, context, active], 0 where not `keep`; units:
+[active] unit of each column, on the CPU. Units without a column are silent in the whole batch."""
 
 
 class Positive(Enum):

@@ -32,10 +32,10 @@ from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
-# Most nonzero strengths of the neurons' sample. Neurons fire on most tokens, so even with fewer
-# sequences than in the sample of features there are enough examples.
+# Limit on the nonzero strengths of the neurons' sample. Neurons fire on most tokens, so even with
+# fewer sequences than in the sample of features there are enough examples.
 NEURON_ENTRIES = 1 << 23
-TOP_PER_DRAWN = 6  # strongest examples for each random example of an interval
+TOP_PER_DRAWN = 6  # strongest examples / random examples of each interval
 
 
 class Survey(NamedTuple):
@@ -84,29 +84,25 @@ def survey(
     and neuron fires.
 
     `examples`: how many of the strongest to keep for each unit; a sixth as many are drawn at random
-    from each interval of strengths. `reducers`: further ones, which take part in the same pass;
-    `controls`: as in `collect`.
+    from each interval of strengths. `neurons`: how values of neurons become strengths. Further
+    `reducers` take part in the same pass; `controls`: other SAEs with their reducers.
     """
-    by_kind = _make_reducers(subject, examples, neurons, seed)
-    recorder = TokenRecorder()
+    by_kind, recorder = _make_reducers(subject, examples, neurons, seed), TokenRecorder()
     sequences, total = excerpt(text, tokens, batch)
     reducers = [*chain(*by_kind.values()), recorder, *reducers]
     collect(subject, sequences, reducers, total=total, controls=controls)
     del reducers
-    vocabulary, ids, catalogues = read_vocabulary(subject.llm), recorder.result(), []
+    vocabulary, ids = read_vocabulary(subject.llm), recorder.result()
+    per_interval, catalogues = max(1, examples // TOP_PER_DRAWN), {}
     with phase("drawing examples"):
-        for kind in [*by_kind]:
+        for kind in ("neuron", "feature"):  # features last: their sample is used below
             # popped to free the reducers' state, which is as large as their results
-            statistics, top, sample = (reducer.result() for reducer in by_kind.pop(kind))
-            random = draw_examples(
-                sample, statistics.maximum, top, max(1, examples // TOP_PER_DRAWN), seed
-            )
-            catalogues.append((Catalogue(kind, vocabulary, ids, statistics, top, random), sample))
-    (features, sample), (neuron_catalogue, neuron_sample) = catalogues
-    del catalogues, neuron_sample  # large
+            statistics, top, sample = [reducer.result() for reducer in by_kind.pop(kind)]
+            random = draw_examples(sample, statistics.maximum, top, per_interval, seed)
+            catalogues[kind] = Catalogue(kind, vocabulary, ids, statistics, top, random)
     with phase("comparing features"):
-        features = _compare(features, sample, subject.sae.W_dec)
-    return Survey(features, neuron_catalogue, sample)
+        features = _compare(catalogues["feature"], sample, subject.sae.W_dec)
+    return Survey(features, catalogues["neuron"], sample)
 
 
 def _make_reducers(
@@ -131,8 +127,8 @@ def _make_reducers(
 
 
 def _compare(features: Catalogue, sample: Sample, W_dec: Tensor) -> Catalogue:
-    """Add to the catalogue what is computed from all features at once: their token sets, how
-    informative each feature is, and which others are similar to it or fire with it."""
+    """Add to the features' catalogue: token sets, histograms, how informative each feature is,
+    which others are similar to it or fire with it, and whether it is a copy."""
     vocabulary, statistics = features.vocabulary, features.statistics
     token_sets = score_token_sets(sample, len(vocabulary))
     features = features._replace(
@@ -152,7 +148,7 @@ def make_features_section(result: Survey) -> Section:
     unscored = numbers["features"] - numbers["scored"]
     lines = {
         "text": f"{numbers['tokens']:,} tokens",
-        "features": f"{numbers['features']:,}, {numbers['unfired']:.1%} of them silent",
+        "features": f"{numbers['features']:,}, of which {numbers['unfired']:.1%} never fire",
         "L0": f"{numbers['l0']:.1f} active features per token",
     }
     if numbers["features"] > MAX_EXACT_FEATURES:

@@ -15,10 +15,10 @@ from scipy.sparse import csr_array
 from sae_lightning.analysis.survey.sample import Sample, rank_in_runs
 from sae_lightning.report.catalogue import TokenSetScores
 
-MIN_FIRINGS = 5  # tokens of each half that a feature must fire on to get a score
-MIN_FIRINGS_PER_TOKEN = 2  # firings on a token for it to enter a feature's set
+MIN_FIRINGS = 5  # a feature needs this many in each half of the text to get a score
+MIN_FIRINGS_PER_TOKEN = 2  # a token needs this many to enter a feature's set
 LISTED_TOKENS = 8
-MIN_LISTED_SHARE = 0.02  # least share of the firings on the set for a token to be listed
+MIN_LISTED_SHARE = 0.02  # a listed token has at least this share of the firings on its set
 
 
 class _Counts(NamedTuple):
@@ -37,7 +37,7 @@ class _Counts(NamedTuple):
 
 class _Sets(NamedTuple):
     """The token sets of all features: one entry per member, sorted by feature, then by falling
-    firings / (occurrences + 1): without the 1, tokens that occur once or twice would lead."""
+    firings / (occurrences + 1). (Without the 1, tokens that occur once or twice would lead.)"""
 
     feature: np.ndarray
     """[members]"""
@@ -57,12 +57,13 @@ def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
         a, b = _count_halves(sample, vocabulary, shift)
         # each set is tested on the half that it was not chosen on, and the counts are added up
         on_b, on_a = _count_hits(_choose_sets(a), b), _count_hits(_choose_sets(b), a)
-        scores.append(_correlate(*(x + y for x, y in zip(on_a, on_b, strict=True))))
+        summed = [count_a + count_b for count_a, count_b in zip(on_a, on_b, strict=True)]
+        scores.append(_correlate(*summed))
         sets.append(_choose_sets(_Counts(a.firings + b.firings, a.occurrences + b.occurrences)))
     # the shift is chosen on all of the text; the score is still that of the held-out halves
     previous = sets[1].score > sets[0].score
     score = np.where(previous, scores[1], scores[0])
-    # a feature's total is the same for both shifts
+    # the totals are those of shift 1; shift 0 has the same
     is_frequent = np.minimum(a.total_firings, b.total_firings) >= MIN_FIRINGS
     tokens = np.where(previous[:, None], _list_tokens(sets[1]), _list_tokens(sets[0]))
     return TokenSetScores(
@@ -101,8 +102,8 @@ def _choose_sets(counts: _Counts) -> _Sets:
     feature, token, firings, occurrences = (x[order] for x in candidates)
     rank = rank_in_runs(feature)
     start = np.arange(len(feature)) - rank  # index of the first candidate of the same feature
+    # cumulative sums that restart at each feature: minus the sum before its first candidate
     hits, size = firings.cumsum(), occurrences.cumsum()
-    # restart the cumulative sums at each feature
     hits, size = hits - (hits - firings)[start], size - (size - occurrences)[start]
     totals = counts.total_firings
     correlation = _correlate(hits, size, totals[feature], counts.occurrences.sum())
@@ -112,8 +113,9 @@ def _choose_sets(counts: _Counts) -> _Sets:
     first = np.flatnonzero(rank == 0)
     score[feature[first]] = np.maximum.reduceat(correlation, first).clip(min=0)
     at_best = np.flatnonzero((correlation == score[feature]) & (correlation > 0))
-    scored, where = np.unique(feature[at_best], return_index=True)  # the shortest of equal prefixes
-    last = np.full(len(totals), -1)
+    # `unique` finds the first of each feature: of equally good prefixes, the shortest
+    scored, where = np.unique(feature[at_best], return_index=True)
+    last = np.full(len(totals), -1)  # rank of the last member of each set
     last[scored] = rank[at_best[where]]
     inside = rank <= last[feature]
     return _Sets(feature[inside], token[inside], firings[inside], score)
@@ -146,7 +148,8 @@ def _list_tokens(sets: _Sets) -> np.ndarray:
     features = len(sets.score)
     order = np.lexsort((-sets.firings, sets.feature))
     hits = np.bincount(sets.feature, sets.firings, minlength=features)
-    order = order[(sets.firings >= MIN_LISTED_SHARE * hits[sets.feature])[order]]
+    is_listed = sets.firings >= MIN_LISTED_SHARE * hits[sets.feature]
+    order = order[is_listed[order]]
     feature, token = sets.feature[order], sets.token[order]
     rank = rank_in_runs(feature)
     tokens, fits = np.full((features, LISTED_TOKENS), -1), rank < LISTED_TOKENS
