@@ -253,7 +253,7 @@ def test_the_score_of_a_finished_run_is_read_if_it_was_made_with_the_same_settin
     calls, file = [], tmp_path / "analysis" / "benchmark-probing.json"
     usual = {"sets": "usual", "sets_folder": None, "texts": 1000, "splits": 2}
 
-    def score(task, given):
+    def score(task, given_settings):
         calls.append(task.suite)
         return BenchmarkResult({"score": 0.8, "settings": usual}, [], 0.8), None
 

@@ -2,12 +2,12 @@
 several features of the concept?
 
 If the feature of "short" also writes "starts with S", an SAE needs one active feature fewer. The
-feature of S is then silent on "short", which its examples do not show (Chanin et al. 2024, "A is
-for Absorption", arXiv 2409.14507). Absorption is counted as in SAEBench (Karvonen et al. 2025,
-arXiv 2503.09532, "Feature absorption"): by what a feature writes in the direction of a probe.
+feature of S is then silent on "short", which the examples of the feature do not show (Chanin et al.
+2024, "A is for Absorption", arXiv 2409.14507). Absorption is counted as in SAEBench (Karvonen et
+al. 2025, arXiv 2503.09532): by what a feature writes in the direction of a probe's weights.
 
-A concept's *own features* are those that predict it (`find_own_features`). A feature of strength f
-*writes* f (W_dec[i] . direction) in a direction.
+A concept's *own features* are those that predict it (`find_own_features`). Feature i, if it has the
+strength f, *writes* f * (W_dec[i] @ direction) in a direction.
 
 Shapes: n = samples, d = width of the target site; concepts, features (of the SAE).
 """
@@ -25,15 +25,15 @@ from sae_lightning.sae import SAE
 
 # Thresholds of SAEBench.
 SPLIT_GAIN = 0.03  # F1 that one more feature must add to count as a feature of the concept
-MAX_OWN_FEATURES = 10  # most own features of a concept
-ABSORBED_SHARE = 0.4  # least share of the activation's projection that absorbing features write
-ABSORBING_COSINE = 0.025  # least cosine with the probe, for a feature that absorbs alone
+MAX_OWN_FEATURES = 10  # of a concept
+ABSORBED_SHARE = 0.4  # absorbing features write at least this share of the activation's projection
+ABSORBING_COSINE = 0.025  # a feature that absorbs alone has at least this cosine with the direction
 PARTLY_ABSORBING_COSINE = 0.1  # the same, for one of several features that absorb together
-MAX_ABSORBING = 3  # how many features may absorb together
+MAX_ABSORBING = 3  # features that may absorb together
 
 ENCODED_AT_ONCE = 1024  # samples: bounds memory
 L1_PENALTY = 0.01  # for the probe that ranks features; it reads strengths divided by their rms
-ITERATIONS = 100  # most iterations of L-BFGS; 150 change no F1 by 0.01
+ITERATIONS = 100  # limit for L-BFGS; 150 change no F1 by 0.01
 L1_SMOOTHING = 1e-3  # weights far below it count as 0 in the L1 penalty
 
 
@@ -43,11 +43,12 @@ class SampleOutcomes(NamedTuple):
     silent: Tensor
     """bool: none of the concept's own features fires"""
     absorbed: Tensor
-    """bool: silent, and the feature that writes most in the concept's direction has a cosine of at
-    least 0.025 with it and writes at least 40 % of the activation's projection (full absorption)"""
+    """bool (full absorption): silent, and the feature that writes most in the concept's direction
+    writes at least 40 % of the projection x @ direction, with a cosine of at least 0.025"""
     fraction: Tensor
-    """what up to three other features write in that direction, as a share of what they and the own
-    features write (absorption fraction); 0 if the others write below 40 % of the projection"""
+    """absorption fraction: others / (others + max(own, 0)). own: what own features write; others:
+    what up to three others of cosine >= 0.1 write, at most projection - own. 0 if others < 40 % of
+    the projection, own >= projection or projection <= 0"""
     absorbing: Tensor
     """int64: index of the feature that writes most in that direction"""
 
@@ -61,8 +62,8 @@ def find_absorption(
     norm 1, along which the concept lies; own: indices of the concept's own features.
     """
     cosine = cosine_similarity(W_dec, direction[None], dim=1)
-    # along the direction: what the activation has [n], and what each feature writes [n, features]
-    projection, written = x @ direction, strengths * (W_dec @ direction)
+    projection = x @ direction  # [n]
+    written = strengths * (W_dec @ direction)  # [n, features]
     silent = (strengths[:, own] == 0).all(dim=1)
     largest, absorbing = written.max(dim=1)
     absorbed = silent & (projection > 0) & (largest >= ABSORBED_SHARE * projection)
@@ -72,11 +73,9 @@ def find_absorption(
     by_others = written.clamp(min=0) * (cosine >= PARTLY_ABSORBING_COSINE)
     by_others[:, own] = 0
     by_others = by_others.topk(min(MAX_ABSORBING, len(W_dec))).values.sum(dim=1)
-    # no absorption: the activation lacks the concept, the own features write all of it, or the
-    # others write too little
     is_zero = (projection <= 0) | (by_own >= projection)
     is_zero |= by_others < ABSORBED_SHARE * projection
-    by_others = torch.minimum(by_others, projection - by_own)  # no more than what is missing
+    by_others = torch.minimum(by_others, projection - by_own)
     fraction = torch.where(is_zero, 0.0, by_others / (by_others + by_own.clamp(min=0)))
     return SampleOutcomes(silent, absorbed, fraction, absorbing)
 
@@ -96,7 +95,7 @@ class ConceptSamples(NamedTuple):
     """Samples with the concepts that each has, and the concepts' directions."""
 
     noun: str
-    """What a concept is: letter, or parent concept."""
+    """What the concepts are called: letter, or parent concept."""
     concepts: list[str]
     names: list[str]
     """Names of the samples [n]."""
@@ -134,18 +133,18 @@ class ConceptResult(NamedTuple):
     f1: float
     """F1 on the test part of a probe that reads these features alone."""
     silent: float
-    """Share on which none of them fires; NaN, like the next two, if the concept has none."""
+    """Share on which no own feature fires. NaN, like the next two, without own features."""
     absorbed: float
-    """Share on which none fires and a single other feature takes over (full absorption)."""
+    """Share on which `SampleOutcomes.absorbed` is true (full absorption)."""
     fraction: float
-    """Mean share of the concept that other features write (absorption fraction)."""
+    """Mean of `SampleOutcomes.fraction`: share of the concept that other features write."""
     examples: list[tuple[str, int]]
     """Name of each absorbed sample, and the feature that absorbs the concept there."""
     silent_with_child: float = math.nan
-    """Of the counted samples in which a child is active, the share on which the feature closest to
-    the concept's direction is silent; NaN if there are none, or children are not known."""
+    """Share of the counted samples with an active child on which the feature closest to the
+    direction (own or not) is silent; NaN without such samples, or if children are not known."""
     silent_without: float = math.nan
-    """The same share of the counted samples in which no child is active."""
+    """The same of the counted samples without an active child."""
 
 
 class OwnFeatures(NamedTuple):
@@ -160,14 +159,14 @@ class OwnFeatures(NamedTuple):
 def find_own_features(strengths: Tensor, labels: Tensor, parts: SampleParts) -> list[OwnFeatures]:
     """Find each concept's own features, from strengths [n, features] and labels [n, concepts].
 
-    As in the paper, a probe with an L1 penalty ranks the features, and probes on the first k of
-    them are compared: the first feature is the concept's own, and so is the k-th if each before it
-    is and it adds more than 0.03 to F1. Only features with positive weights are ranked.
+    A probe with an L1 penalty ranks the features with positive weights. The first is the concept's
+    own. The next ones are added in order, as long as each raises the F1 of a probe on the own
+    features by more than 0.03.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
 
-    # the penalty must mean the same whatever the scale of the LLM's activations
+    # divided by their rms, so that the penalty means the same for any scale of activations
     fitted = strengths[parts.fit]
     positive = fitted[fitted > 0]
     strengths = strengths / positive.square().mean().sqrt().nan_to_num(1.0)  # NaN: all are silent
@@ -199,7 +198,7 @@ def measure_absorption(samples: ConceptSamples, sae: SAE) -> list[ConceptResult]
         sae.encode(x.to(sae.W_enc.device)).cpu().to_sparse()
         for x in samples.source.split(ENCODED_AT_ONCE)
     ]
-    # only features that ever fire; an SAE that is silent on all samples keeps its first one
+    # only features that ever fire, to save memory; if none does, the first one is kept
     fired = torch.cat([x.indices()[1] for x in encoded]).unique()
     fired = fired if len(fired) else torch.tensor([0])
     strengths = torch.cat([x.index_select(1, fired).to_dense() for x in encoded])
@@ -264,7 +263,7 @@ def fit_one_against_rest(
     """Fit a logistic regression for each concept, on x [n, inputs] and labels [n, concepts] (bool)
     -> weights [concepts, inputs] and biases [concepts].
 
-    All samples with the concept together weigh as much as all without it. The penalties are `l1`
+    The samples with the concept weigh together as much as those without it. The penalties are `l1`
     times the sum of |w|, smoothed at 0, and `l2` times the sum of w^2.
     """
     truth = labels.to(x.dtype)

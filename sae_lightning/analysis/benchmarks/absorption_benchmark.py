@@ -35,9 +35,9 @@ MIN_SAMPLES = 20  # fewest samples of each part in which a parent has an active 
 
 def run_absorption(subject: Subject) -> BenchmarkResult:
     """Count absorption and splitting in `subject` and its controls: of first letters, or of parents
-    among synthetic concepts. The score is the mean F1 of own features, because an SAE without own
-    features absorbs nothing."""
-    controls = open_controls(subject, None, limit=None)  # all, if there are any
+    among synthetic concepts. The score is the mean F1 of own features, not a rate of absorption: an
+    SAE that has no features for the concepts cannot absorb them, and would seem best."""
+    controls = open_controls(subject, None, limit=None)  # all that the sweep has
     is_text = subject.config.data_source.fits_text  # else data=synthetic
     samples = read_first_letters(subject) if is_text else sample_parents(subject)
     saes, results = {"this SAE": subject.sae} | controls, {}
@@ -54,9 +54,10 @@ def run_absorption(subject: Subject) -> BenchmarkResult:
 def average_results(results: list[ConceptResult]) -> dict[str, float]:
     """Mean over concepts of the number of own features and of each field in SCORE_FIELDS, without
     NaNs; NaN if a field has no other value."""
-    values = {field: list_values(results, field) for field in SCORE_FIELDS.values()}
-    features = {"features": fmean(len(result.features) for result in results)}
-    return features | {field: fmean(v or [math.nan]) for field, v in values.items()}
+    means = {"features": fmean(len(result.features) for result in results)}
+    for field in SCORE_FIELDS.values():
+        means[field] = fmean(list_values(results, field) or [math.nan])
+    return means
 
 
 def sample_parents(subject: Subject) -> ConceptSamples:
@@ -68,8 +69,8 @@ def sample_parents(subject: Subject) -> ConceptSamples:
     world, active = held_out.world, held_out.strengths > 0
     fifth = torch.arange(SAMPLES) % 5  # 60 % fit, 20 % choose, 20 % test, as for first letters
     parts = SampleParts(fifth < 3, fifth == 3, fifth == 4)
-    # parent[i] is i if concept i has no parent
-    children = (world.parent != torch.arange(len(world.parent))).nonzero().squeeze(1)
+    is_child = world.parent != torch.arange(len(world.parent))  # parent[i] = i: has no parent
+    children = is_child.nonzero().squeeze(1)
     active_children = torch.zeros_like(active, dtype=torch.int32)  # number [samples, concepts]
     active_children.index_add_(1, world.parent[children], active[:, children].int())
     has_child = active_children > 0

@@ -41,9 +41,9 @@ def make_absorption_sections(
         for name, field in SCORE_FIELDS.items()
         if not all(math.isnan(mean[field]) for mean in means.values())
     }
-    without = sum(not result.features for result in results[first])
-    without_note = (
-        f"{without} of the {samples.noun}s, which silent, absorbed and fraction leave out"
+    unowned = sum(not result.features for result in results[first])  # without own features
+    unowned_note = (
+        f"{unowned} of the {samples.noun}s, which silent, absorbed and fraction leave out"
     )
     control_note = (
         "No controls of this SAE are known: train it in a sweep with sweep.controls=true."
@@ -59,7 +59,7 @@ def make_absorption_sections(
                 "the others fit probes and choose features",
                 "fraction": "share of the concept that other features write, in full or in part",
                 "after ±": f"standard error over {samples.noun}s",
-                "without own features": without_note if without else "",
+                "without own features": unowned_note if unowned else "",
                 "note": "" if controls else control_note,
             },
             table=ResultTable(
@@ -90,20 +90,18 @@ def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[st
             f"writes it instead (absorption; {mean['fraction']:.1%} with partial absorption)."
         )
     if not math.isnan(mean["silent_with_child"]):
+        without = f", and on {mean['silent_without']:.0%} of those without"
+        if math.isnan(mean["silent_without"]):
+            without = "; there are none without"
         lead += (
             f" The feature closest to the {noun}'s direction is silent on "
-            f"{mean['silent_with_child']:.0%} of the samples with a child"
-        )
-        lead += (
-            "; there are none without."
-            if math.isnan(mean["silent_without"])
-            else f", and on {mean['silent_without']:.0%} of those without."
+            f"{mean['silent_with_child']:.0%} of the samples with a child{without}."
         )
     if not controls:
         return lead
     best = max(controls, key=lambda name: means[name]["f1"])
     absorbed = [means[name]["absorbed"] for name in controls]
-    absorbed = [share for share in absorbed if not math.isnan(share)]
+    absorbed = [share for share in absorbed if not math.isnan(share)]  # NaN: no own features
     if not absorbed:
         return f"{lead} In controls no {noun} has a feature of its own."
     lead += (

@@ -49,7 +49,7 @@ def score_job(job: Job, name: str) -> float:
     if saved_score is not None:
         console.print(make_visible(f"{job.folder} already has its score in suite={name}"))
         return saved_score
-    result, subject = task.score(())
+    result, subject = task.score(given_settings=())
     task.write_results(subject, result.numbers, result.sections)
     return result.score
 

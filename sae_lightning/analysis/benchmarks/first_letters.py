@@ -31,9 +31,9 @@ from sae_lightning.terminal import phase
 MAX_READ_WORDS = 16_384
 WORDS_IN_PROMPT = 32
 EXAMPLES = 4  # words at the start of a prompt that are not read
-FIT_SHARE, CHOOSE_SHARE = 0.6, 0.2  # parts of the prompts; the others are the test part
-MIN_WORDS = 10  # that begin with a letter, in each part; letters with fewer are left out
-MIN_F1 = 0.6  # of a letter's probe; letters whose probe has less are left out (SAEBench)
+FIT_SHARE, CHOOSE_SHARE = 0.6, 0.2  # shares of the prompts; the rest are the test part
+MIN_WORDS = 10  # a letter is left out if fewer words in one of the parts begin with it
+MIN_F1 = 0.6  # a letter is left out if the F1 of its probe is lower (SAEBench)
 L2_PENALTY = 1e-3  # 1e-4 and 3e-3 change the mean F1 of SmolLM2's probes by 0.01
 
 
@@ -70,11 +70,11 @@ def read_first_letters(subject: Subject) -> ConceptSamples:
     if subject.context is not None:
         size = min(size, (subject.context - 1) // line_tokens)  # 1: BOS
     word_lists = [words[i : i + size] for i in range(0, len(words), size)]  # one for each prompt
-    samples = [word for listed in word_lists for word in listed[EXAMPLES:]]
-    # [samples] share of the prompts that come before the sample's
-    share = torch.tensor(
-        [i / len(word_lists) for i, listed in enumerate(word_lists) for _ in listed[EXAMPLES:]]
-    )
+    samples, shares = [], []  # share: of the prompts that come before the sample's prompt
+    for i, listed in enumerate(word_lists):
+        samples += listed[EXAMPLES:]
+        shares += [i / len(word_lists)] * len(listed[EXAMPLES:])
+    share = torch.tensor(shares)
     fit = share < FIT_SHARE
     choose = ~fit & (share < FIT_SHARE + CHOOSE_SHARE)
     parts = SampleParts(fit, choose, ~fit & ~choose)
@@ -91,12 +91,12 @@ def _capture(subject: Subject, prompts: list[tuple[list[int], list[int]]]) -> tu
     """Activations [words that are read, d] at the SAE's source and target, float32 on the CPU, from
     the token ids of each prompt and the positions of its words."""
     sites, longest = distinct_sites([subject.sites]), max(len(tokens) for tokens, _ in prompts)
-    # half of a usual batch: 32 lines of 8 tokens are twice a sequence of 128 tokens
+    # half of a usual batch: a prompt of 32 lines is about twice as long as a usual sequence
     batch, activations = max(1, subject.config.llm.batch // 2), {site: [] for site in sites}
     with phase("reading words", total=len(prompts)) as advance:
         for first in range(0, len(prompts), batch):
             part = prompts[first : first + batch]
-            # padded with BOS, which no word reads, as it comes after all of them
+            # padded at the end with BOS, which cannot change activations before it
             padded = torch.tensor([ids + ids[:1] * (longest - len(ids)) for ids, _ in part])
             places = torch.tensor(  # in the flattened batch
                 [

@@ -5,7 +5,7 @@
                                    └-> controls -> their features
 
 The protocol is that of Kantamneni et al. 2025 (2502.16681) as in their package sae-probes, except
-that no text is used twice. A probe on all neurons is called the dense probe.
+that a set has each text only once. A probe on all neurons is called the dense probe.
 """
 
 import numpy as np
@@ -52,7 +52,7 @@ def run_probing(
 
 def load_controls(subject: Subject) -> dict[str, SAE]:
     """`control: <name>` -> SAE, for each control that a sweep trained beside `subject`."""
-    controls = open_controls(subject, None, limit=None)  # all, if there are any
+    controls = open_controls(subject, None, limit=None)  # all that the sweep has
     return {f"control: {name.replace('_', ' ')}": sae for name, sae in controls.items()}
 
 
@@ -75,7 +75,8 @@ def score_sets(
                 projections = project_on_random_directions(
                     neurons, encoded[FEATURES].shape[1], labels, split.train, max(SIZES)
                 )
-                for kind, matrix in (encoded | {NEURONS: neurons, RANDOM: projections}).items():
+                units = encoded | {NEURONS: neurons, RANDOM: projections}
+                for kind, matrix in units.items():
                     sparse = score_sparse(matrix, labels, split, SIZES)
                     for k, auroc in zip(SIZES, sparse, strict=True):
                         aurocs[kind][k][i, seed] = auroc

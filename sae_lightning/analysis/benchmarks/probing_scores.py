@@ -57,4 +57,5 @@ class ProbingScores(NamedTuple):
 def _average(values: ndarray) -> tuple[float, float]:
     """Mean and standard error of values [n]; the error of one value is NaN."""
     values = values.tolist()
-    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return fmean(values), error

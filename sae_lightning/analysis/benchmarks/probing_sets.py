@@ -1,8 +1,7 @@
 """Labelled sets of texts for `suite=probing`: those of the package sae-probes (Kantamneni et al.
 2025, 2502.16681, table 4), or the user's files in the same format.
 
-Only the package's data files are read. The package is never imported, because it imports other
-tools.
+The package is never imported, because it imports other tools; only its data files are read.
 """
 
 from collections.abc import Iterable
@@ -19,13 +18,13 @@ from pyarrow import ArrowInvalid, csv
 from sae_lightning.errors import UserError
 
 PACKAGE = "sae_probes"
-# One set of each kind, whose texts have at most 120 characters on average.
+# Sets of different kinds, with texts of at most 120 characters on average.
 USUAL_SETS = (
     *("5_hist_fig_ismale", "21_headline_istrump", "36_sciq_tf", "66_living-room"),
     *("87_glue_cola", "92_glue_sst2", "96_spam_is", "105_click_bait", "106_hate_hate"),
     *("114_nyc_borough_Manhattan", "126_art_type_book", "149_twt_emotion_happiness"),
 )
-MIN_PER_CLASS = 20  # different texts
+MIN_PER_CLASS = 20  # least number of different texts
 
 
 class LabelledSet(NamedTuple):
@@ -106,8 +105,9 @@ def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet:
     class_of: dict[str, Any] = {}  # text -> its class; None if it has several
     for prompt, target in zip(prompts, targets, strict=True):
         if prompt is not None and target is not None:
-            is_same = class_of.setdefault(str(prompt), target) == target
-            class_of[str(prompt)] = target if is_same else None
+            text = str(prompt)
+            is_new_or_same = text not in class_of or class_of[text] == target
+            class_of[text] = target if is_new_or_same else None
     classes = sorted({target for target in class_of.values() if target is not None}, key=str)
     if len(classes) != 2:
         raise UserError(f"sets={name}: {len(classes)} classes; probes are fitted on sets of two")
@@ -118,11 +118,12 @@ def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet:
         raise UserError(
             f"sets={name}: {count} different texts of a class; {MIN_PER_CLASS} are needed"
         )
-    chosen = [rng.permutation(len(class_texts))[:count] for class_texts in members]
-    pairs = zip(*([members[c][i] for i in chosen[c]] for c in (0, 1)), strict=True)
+    chosen = []  # [2][count] texts of class 0, texts of class 1
+    for class_texts in members:
+        chosen.append([class_texts[i] for i in rng.permutation(len(class_texts))[:count]])
     return LabelledSet(
         name,
-        [text for pair in pairs for text in pair],
+        [text for pair in zip(*chosen, strict=True) for text in pair],
         np.tile([0, 1], count),
         (str(classes[0]), str(classes[1])),
     )

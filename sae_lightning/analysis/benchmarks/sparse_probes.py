@@ -19,9 +19,9 @@ from torch import Tensor
 from sae_lightning.analysis.probing.linear import allow_early_stopping, measure_aurocs
 from sae_lightning.sae import SAE
 
-INVERSE_PENALTIES = np.logspace(-5, 5, 10)  # sklearn's C, one of which is chosen
-TRAINING_SHARE, MAX_TRAINING = 2 / 3, 1024  # share of a set's texts, and most texts
-VALIDATION_SHARE, MAX_VALIDATION = 0.2, 100  # the same, of the training part
+INVERSE_PENALTIES = np.logspace(-5, 5, 10)  # values of sklearn's C to choose from
+TRAINING_SHARE, MAX_TRAINING = 2 / 3, 1024  # training texts: share of a set, and limit
+VALIDATION_SHARE, MAX_VALIDATION = 0.2, 100  # validation texts: share of the training texts, limit
 TEXTS_AT_ONCE, DIRECTIONS_AT_ONCE = 256, 4096  # bound memory
 
 
@@ -109,6 +109,7 @@ def reduce_to_row_space(x: ndarray | csr_array, train: ndarray) -> ndarray:
         return x
     products = x @ x[train].T
     products = products.toarray() if isinstance(products, csr_array) else products
+    # if x[train] = U @ S @ V.T, the coordinates x @ V are products @ U / S; S^2: eigenvalues
     squares, basis = np.linalg.eigh(products[train].astype(np.float64))
     # bounded against rounding errors and, where all of x is 0, against a division by 0
     lengths = np.sqrt(np.maximum(squares, squares.max() * 1e-10) + 1e-30)

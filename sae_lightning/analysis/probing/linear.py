@@ -109,8 +109,7 @@ def measure_aurocs(x: ndarray, class_indices: ndarray, classes: int) -> ndarray:
     # in parts, because rankdata takes many times the memory of its input
     parts = [x[:, first : first + UNITS_AT_ONCE] for first in range(0, x.shape[1], UNITS_AT_ONCE)]
     rank_sums = np.concatenate([is_member @ rankdata(part, axis=0) for part in parts], axis=1)
-    # Mann-Whitney U: minus the ranks of members among themselves
-    wins = rank_sums - members * (members + 1) / 2
+    wins = rank_sums - members * (members + 1) / 2  # Mann-Whitney U
     with np.errstate(invalid="ignore"):
         return wins / (members * (len(class_indices) - members))
 

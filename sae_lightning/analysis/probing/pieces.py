@@ -59,10 +59,10 @@ def cut_plays(
     plays = read_plays()
     texts = {play: text for play, (_, text) in plays.items()}
     texts = find_rivals(plays) if label == "speaker" else texts
-    if label == "genre":  # each play is in one fold
-        classes = [genre for genre, _ in plays.values()]  # of each text
+    if label == "genre":  # each text is in one fold
+        classes = [genre for genre, _ in plays.values()]
         folds = deal_folds(classes, seed)
-    else:  # each text is a class, divided into folds
+    else:  # each text is a class, and divided into folds
         classes, folds = list(texts), None
     token_arrays = tokenise_documents(tokenizer, list(texts.values()), packing.separator)
     pieces = []
@@ -116,9 +116,8 @@ def extract_speeches(text: str) -> dict[str, str]:
 
 
 def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """Pick the two main speakers of RIVAL_PLAYS plays -> {`SPEAKER (play)`: all that the speaker
-    says}. Chosen are the plays in which the second of the two says most. plays: name -> (genre,
-    text)."""
+    """Pick the two main speakers of the RIVAL_PLAYS plays in which the second of them says most
+    -> {`SPEAKER (play)`: all that the speaker says}. plays: name -> (genre, text)."""
     pairs, second_lengths = {}, {}
     for play, (_, text) in plays.items():
         by_length = sorted(extract_speeches(text).items(), key=lambda item: -len(item[1]))

@@ -6,14 +6,7 @@ from torch import Tensor
 
 from sae_lightning.analysis.collect import EncodedBatch
 from sae_lightning.analysis.survey.strengths import StrengthReader
-from sae_lightning.report.catalogue import (
-    AFTER,
-    BEFORE,
-    EDGES,
-    WINDOW,
-    Examples,
-    Statistics,
-)
+from sae_lightning.report.catalogue import AFTER, BEFORE, EDGES, WINDOW, Examples, Statistics
 
 STRENGTH_BINS = len(EDGES) - 1
 FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -59,13 +52,8 @@ class FiringStatistics:
 
     def result(self) -> Statistics:
         mean = (self.sum / self.firing_counts.clamp(min=1)).float()
-        return Statistics(
-            self.tokens,
-            self.firing_counts,
-            mean,
-            self.maximum,
-            self.histogram.view(-1, STRENGTH_BINS),
-        )
+        histogram = self.histogram.view(-1, STRENGTH_BINS)
+        return Statistics(self.tokens, self.firing_counts, mean, self.maximum, histogram)
 
 
 class StrongestExamples:

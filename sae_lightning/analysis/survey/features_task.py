@@ -64,8 +64,7 @@ class FeaturesTask(Task):
         controls: Iterable[tuple[SAE, Iterable[Reducer]]] = (),
     ) -> Survey:
         """Survey the text, measure the features' effects on the logits, and write both catalogues
-        as parquet files. `reducers` take part in the same pass; `controls`: other SAEs with their
-        reducers."""
+        as parquet files. `reducers` and `controls` (SAEs with reducers) take part in the pass."""
         config, text = subject.config, subject.corpus
         result = survey(
             subject,

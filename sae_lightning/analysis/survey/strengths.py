@@ -1,5 +1,4 @@
-"""Reads the strengths of units from a batch: of the SAE's features, or of the neurons of its source
-site."""
+"""Reads strengths from a batch: of the SAE's features, or of the neurons of its source site."""
 
 from collections.abc import Callable
 from enum import Enum

@@ -32,9 +32,7 @@ from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
-# Limit on the nonzero strengths of the neurons' sample. Neurons fire on most tokens, so even with
-# fewer sequences than in the sample of features there are enough examples.
-NEURON_ENTRIES = 1 << 23
+NEURON_ENTRIES = 1 << 23  # limit for neurons: fewer sequences, as neurons fire on most tokens
 TOP_PER_DRAWN = 6  # strongest examples / random examples of each interval
 
 

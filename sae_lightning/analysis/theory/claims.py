@@ -38,8 +38,8 @@ class TheoryResult(NamedTuple):
     """The numbers of `theory.json`, and what the page shows in figures and tables."""
 
     numbers: dict[str, Any]
-    """Claim -> its numbers; also the numbers of tokens, features and fired features. If fewer than
-    two fired, agreement, biases and overlap are missing; for a transcoder, agreement and dense."""
+    """Claim -> its numbers; also the numbers of tokens, features and fired features. `agreement`,
+    `biases` and `overlap` need two fired features, `agreement` and `dense` an autoencoder."""
     l0_counts: Tensor
     """[features + 1] int64: number of tokens with 0, 1, 2, ... active features"""
     detectors: list[ConceptDetectors]
@@ -94,8 +94,9 @@ class TheoryReducer:
         l0 = torch.bincount(token, minlength=len(strengths))
         self.l0_counts += torch.bincount(l0.cpu(), minlength=len(self.l0_counts))
         # most features are silent: summing a few rows takes a tenth of a dense product's time
-        places = token * self.sae.config.features + active.to(token.device)[column]
-        pattern = SparsityPattern(places, len(x), self.sae.config.features)
+        features = self.sae.config.features
+        places = token * features + active.to(token.device)[column]  # flat, in [n, features]
+        pattern = SparsityPattern(places, len(x), features)
         decoded = self.sae.reconstruct(x, SparseMatrix(strengths[token, column], pattern))
         self.squared_error += (y - decoded).square().sum(dim=1).cpu().double().sum().item()
 
@@ -104,7 +105,7 @@ def measure_claims(subject: Subject, reducer: TheoryReducer) -> TheoryResult:
     """Test every claim, on the statistics that the reducer has collected."""
     with phase("testing the theory"):
         counts, tokens = reducer.feature_counts.result(), reducer.source.tokens
-        all_tokens = counts.tokens.shape[1] - 1  # the last concept
+        all_tokens = len(CONCEPTS)  # index of the counts over all tokens
         # without bin 0, which counts the tokens on which a feature is silent
         firings = sum(counts.read(half, all_tokens)[:, 1:].sum(dim=1) for half in (0, 1))
         density = firings.double() / tokens
@@ -124,7 +125,7 @@ def measure_claims(subject: Subject, reducer: TheoryReducer) -> TheoryResult:
         result = TheoryResult(numbers, reducer.l0_counts, detectors)
         if numbers["fired"] < 2:  # no pair to compare
             return result
-        covariance_root = variances.sqrt()[:, None] * directions
+        covariance_root = variances.sqrt()[:, None] * directions  # R with R.T @ R = covariance
         return _measure_weights(subject, reducer, density > 0, covariance_root, result)
 
 
@@ -137,14 +138,15 @@ def measure_activity(l0_counts: Tensor, density: Tensor) -> dict[str, float]:
     l0 = torch.arange(len(l0_counts)).double()
     share = l0_counts.double() / l0_counts.sum()
     cumulative_share = l0_counts.double().cumsum(0) / l0_counts.sum()
-    # The quantile q is the smallest L0 that a share q of the tokens does not exceed, and for 0 the
-    # smallest that occurs. 1e-9 allows for rounding errors.
-    quantiles = 0, 0.05, 0.25, 0.5, 0.75, 0.95, 1
+    quantiles = {}
+    for q in (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1):
+        # the smallest L0 that at least a share q of the tokens does not exceed; 1e-9 for rounding
+        quantiles[f"{q:.0%}"] = int((cumulative_share <= max(q - 1e-9, 0)).sum())
     return {
         "mean": density.sum().item(),
         "deviation": (share @ (l0 - share @ l0).square()).sqrt().item(),
         "deviation_if_independent": (density * (1 - density)).sum().sqrt().item(),
-    } | {f"{q:.0%}": int((cumulative_share <= max(q - 1e-9, 0)).sum()) for q in quantiles}
+    } | quantiles
 
 
 def _measure_weights(
@@ -155,10 +157,8 @@ def _measure_weights(
     result: TheoryResult,
 ) -> TheoryResult:
     """Add to `result` the biases, agreement and overlap of the features that fired. (The others may
-    still be as initialised, with encoder = decoder transposed.)
-
-    has_fired: [features] bool; covariance_root: see `compare_directions`.
-    """
+    still be as initialised, with encoder = decoder transposed.) has_fired: [features] bool;
+    covariance_root: [d, d]."""
     weights = {name: value.cpu() for name, value in subject.sae.weights().items()}
     encoder, decoder = weights["W_enc"].T[has_fired], weights["W_dec"][has_fired]
     margin = _measure_margins(weights, reducer.source)[has_fired]
@@ -187,15 +187,16 @@ def _measure_weights(
 
 def _measure_margins(weights: dict[str, Tensor], source: Moments) -> Tensor:
     """How far each feature [features] is above its threshold at the mean activation, in standard
-    deviations of its pre-activation: (mean . W_enc[:, i] + b_enc[i] - threshold) / deviation.
+    deviations of its pre-activation: (mean @ W_enc[:, i] + b_enc[i] - threshold) / deviation.
 
-    b_enc alone says little: on raw activations it also has to cancel mean . W_enc[:, i].
+    b_enc alone says little: on raw activations it also has to cancel mean @ W_enc[:, i].
     """
     W_enc, b_enc = weights["W_enc"], weights["b_enc"].double()
     threshold = weights.get("threshold", torch.zeros(()))  # an architecture without one fires at 0
-    mean, covariance, means, variances = source.mean, source.covariance, [], []
-    for part in map(Tensor.double, W_enc.split(FEATURES_AT_ONCE, dim=1)):
-        means.append(mean @ part)
+    covariance, means, variances = source.covariance, [], []  # of x @ W_enc
+    for part in W_enc.split(FEATURES_AT_ONCE, dim=1):
+        part = part.double()
+        means.append(source.mean @ part)
         variances.append((part * (covariance @ part)).sum(dim=0))
     deviation = torch.cat(variances).clamp(min=0).sqrt()  # rounding can make a variance negative
     return (torch.cat(means) + b_enc - threshold) / deviation

@@ -1,9 +1,9 @@
 """The best dense autoencoders, with at most as many features as dimensions.
 
-x_hat = f W_dec + b_dec lies in an affine subspace of F dimensions, so that no autoencoder with F
-features, whatever its encoder, beats the first F principal directions (Eckart and Young 1936). ReLU
-attains that bound: biases so large that every feature is always positive make it linear. With
-F = d the error is 0. The curve therefore follows from the covariance; networks are run to check it.
+x_hat = f @ W_dec + b_dec lies in an affine subspace of F dimensions. So no autoencoder with F
+features, whatever its encoder, beats the first F principal directions (Eckart and Young 1936). A
+ReLU autoencoder reaches this bound: if its biases keep every feature positive, it is linear. With
+F = d the error is 0. So the bound follows from the covariance; networks are run to check it.
 
 Shapes: d = width of the site, F = features of a dense autoencoder, n = tokens.
 """
@@ -30,19 +30,17 @@ def compare_dense(variances: Tensor, sample: Tensor, l0: float, mse: float) -> d
     below = min(int(l0), d - 1)
     low, high = curve[below : below + 2].tolist()
     at_l0 = low + min(l0 - below, 1.0) * (high - low)
-    worth = int((curve < explained_variance).sum())  # the first F that explains as much, or more
-    if 0 < worth <= d:  # interpolate between it and the F before
-        low, high = curve[worth - 1 : worth + 1].tolist()
-        worth = worth - 1 + (explained_variance - low) / (high - low)
+    worth = first = int((curve < explained_variance).sum())  # first F that explains as much or more
+    if 0 < first <= d:
+        low, high = curve[first - 1 : first + 1].tolist()
+        worth = first - 1 + (explained_variance - low) / (high - low)
+    sizes = sorted({max(1, d // 2), max(1, d - 1), d})  # with a small d, some are equal
     return {
         "l0": l0,
         "explained": explained_variance,
         "at_l0": at_l0,  # explained variance of as many dense features as the SAE's L0
         "worth": float(min(worth, d)),  # dense features that explain as much as the SAE
-        "checks": [  # each size once, also if d is small
-            _run_dense(sample, size)
-            for size in dict.fromkeys(max(1, n) for n in (d // 2, d - 1, d))
-        ],
+        "checks": [_run_dense(sample, size) for size in sizes],
         "curve": [round(value, 6) for value in curve.tolist()],  # with 0 ... d features
     }
 

@@ -1,7 +1,7 @@
 """How well single units detect concepts, from counts that do not grow with the text.
 
     counts[half, concept, unit, bin]   number of the concept's tokens on which the unit's strength
-                                       is in the bin; the last concept: all tokens
+                                       is in the bin; all tokens are counted as a last concept
     half 0: sequences of even index    -> choose the unit and the threshold with the best F1
     half 1: sequences of odd index     -> score them
 
@@ -71,11 +71,11 @@ class StrengthCounts(NamedTuple):
     """Whether units can also detect by low values, as neurons can."""
 
     def read(self, half: int, concept: int) -> Tensor:
-        """Counts [units, bins] int32 on the tokens of one concept in one half; bin 0 also counts
-        the tokens that are in no stored cell, on which features are silent."""
+        """Counts [units, bins] int32 on the tokens of one concept in one half. Tokens on which a
+        feature is silent are in no cell; they are added to bin 0."""
         units, bins = len(self.thresholds), self.thresholds.shape[1] + 1
-        block = half * self.tokens.shape[1] + concept  # index of counts[half, concept]
         size = units * bins
+        block = half * self.tokens.shape[1] + concept  # flat index of counts[half, concept]
         first, end = torch.searchsorted(self.cells, torch.tensor([block, block + 1]) * size)
         counts = torch.zeros(size, dtype=torch.int32)
         counts[self.cells[first:end] - block * size] = self.numbers[first:end]
@@ -92,10 +92,11 @@ class StrengthCounts(NamedTuple):
         below the threshold and ranks by falling strength. Precision is 0 where nothing is detected.
         Recall and AUROC are NaN for a concept of no tokens, AUROC also for a concept of all tokens.
         """
-        all_tokens = self.tokens.shape[1] - 1
-        counts = (self.read(half, c)[units] for c in (concept, all_tokens))
-        for parts in zip(*(c.split(SCORED_AT_ONCE) for c in counts), strict=True):
-            yield _score_thresholds(*parts, self.signed)
+        all_tokens = self.tokens.shape[1] - 1  # index of the last concept
+        concept_parts = self.read(half, concept)[units].split(SCORED_AT_ONCE)
+        all_parts = self.read(half, all_tokens)[units].split(SCORED_AT_ONCE)
+        for concept_counts, all_counts in zip(concept_parts, all_parts, strict=True):
+            yield _score_thresholds(concept_counts, all_counts, self.signed)
 
 
 def _score_thresholds(concept_counts: Tensor, all_counts: Tensor, signed: bool) -> list[Tensor]:
@@ -163,10 +164,10 @@ class FeatureCounts:
 
     def result(self) -> StrengthCounts:
         self._count()
-        counted = self.cells.cpu(), self.numbers.cpu(), self.tokens.cpu()
+        cells, numbers, tokens = self.cells.cpu(), self.numbers.cpu(), self.tokens.cpu()
         # bin 1 begins at 0, because `add` puts strengths below all edges into it
         thresholds = torch.cat([torch.zeros(1), EDGES[1:]]).expand(self.features, -1)
-        return StrengthCounts(*counted, thresholds, signed=False)
+        return StrengthCounts(cells, numbers, tokens, thresholds, signed=False)
 
 
 class NeuronCounts:
@@ -194,13 +195,13 @@ class NeuronCounts:
     def result(self) -> StrengthCounts:
         counts = self.counts.cpu()
         cells = counts.flatten().nonzero().squeeze(1)
-        tokens = counts[:, :, 0].sum(dim=-1)  # each neuron counts every token
+        tokens = counts[:, :, 0].sum(dim=-1)  # from neuron 0: every token is in one of its bins
         return StrengthCounts(cells, counts.flatten()[cells], tokens, self.edges.cpu(), signed=True)
 
 
 def _pair_with_concepts(is_member: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair each token with each concept that it belongs to, and with the last, that of all tokens
-    -> index of the token [pairs], flat index of the block counts[half, concept] [pairs]."""
+    """Pair each token with each concept that it belongs to, and with the last concept, all tokens
+    -> index of the token [pairs], flat index of counts[half, concept] [pairs]."""
     is_member = torch.cat([is_member, torch.ones_like(is_member[:, :1])], dim=1)
     token, concept = is_member.nonzero(as_tuple=True)
     return token, half[token] * is_member.shape[1] + concept
@@ -217,24 +218,26 @@ def find_detector(counts: StrengthCounts, concept: int, units: Tensor | None = N
     units: indices of the units to choose from, all by default. In both halves, some tokens must
     belong to the concept and others not."""
     units = torch.arange(len(counts.thresholds)) if units is None else units
-    parts = [
-        (*f1.max(dim=-1), auroc) for f1, _, _, auroc in counts.score_thresholds(0, concept, units)
-    ]
+    parts = []
+    for f1, _, _, auroc in counts.score_thresholds(0, concept, units):
+        best_f1, best_threshold = f1.max(dim=-1)
+        parts.append((best_f1, best_threshold, auroc))
     # best F1 of each unit, index of its threshold, and AUROC; all [sides, units]
-    chosen_f1, best_thresholds, aurocs = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
-    side, column = (int(i) for i in torch.unravel_index(chosen_f1.argmax(), chosen_f1.shape))
-    i = int(best_thresholds[side, column])
-    auroc_side, auroc_column = (int(i) for i in torch.unravel_index(aurocs.argmax(), aurocs.shape))
-    best = units[[column, auroc_column]]  # by F1, and by AUROC
+    f1s, thresholds, aurocs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    side, column = divmod(int(f1s.argmax()), len(units))
+    threshold = int(thresholds[side, column])
+    auroc_side, auroc_column = divmod(int(aurocs.argmax()), len(units))
+    # scored on half 1: the best unit by F1 (index 0) and the best by AUROC (index 1)
+    best = units[[column, auroc_column]]
     ((f1, precision, recall, auroc),) = counts.score_thresholds(1, concept, best)
     return Detector(
         unit=int(best[0]),
         below=side == 1,
-        threshold=counts.thresholds[best[0], i].item(),
-        chosen_f1=chosen_f1[side, column].item(),
-        f1=f1[side, 0, i].item(),
-        precision=precision[side, 0, i].item(),
-        recall=recall[side, 0, i].item(),
+        threshold=counts.thresholds[best[0], threshold].item(),
+        chosen_f1=f1s[side, column].item(),
+        f1=f1[side, 0, threshold].item(),
+        precision=precision[side, 0, threshold].item(),
+        recall=recall[side, 0, threshold].item(),
         auroc_unit=int(best[1]),
         auroc=auroc[auroc_side, 1].item(),
     )

@@ -85,7 +85,7 @@ def tag_batch(batch: EncodedBatch, vocabulary: Sequence[str]) -> tuple[Tensor, T
 
 
 def find_frequent_concepts(counts: StrengthCounts) -> dict[str, int]:
-    """Concepts that are frequent enough in both halves -> their index, in order."""
+    """Concepts that are frequent enough in both halves -> index in CONCEPTS."""
     tokens = counts.tokens
     return {name: i for i, name in enumerate(CONCEPTS) if tokens[:, i].min() >= MIN_OCCURRENCES}
 
@@ -108,8 +108,8 @@ def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[C
 
 
 def compare_units(detectors: list[ConceptDetectors]) -> dict[str, Any]:
-    """Mean scores over concepts of the best feature, neuron and feature of the random subset (0
-    without concepts); and all scores of each concept."""
+    """Mean scores over concepts (0 without concepts) of the best feature, the best neuron and the
+    best feature in the random subset; also all scores of each concept."""
     each = [best.to_dict() for best in detectors]
     means = {
         f"{kind}_{score}": sum(best[kind][score] for best in each) / max(1, len(each))

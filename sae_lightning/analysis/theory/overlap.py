@@ -48,7 +48,7 @@ def compare_directions(decoder: Tensor, covariance_root: Tensor) -> dict[str, Co
     """Cosines between decoder rows [features, d] (key `decoder`), between as many random directions
     (`random`), and between random directions with the covariance of the activations (`like_data`).
 
-    covariance_root: [d, d] matrix R with R^T R = covariance.
+    covariance_root: [d, d] matrix R with R.T @ R = covariance.
     """
     generator = Generator().manual_seed(0)
     chosen = torch.randperm(len(decoder), generator=generator)[:COMPARED_ROWS]
@@ -66,7 +66,7 @@ def count_cosines(directions: Tensor, chosen: Tensor) -> Cosines:
     counts, nearest = torch.zeros(COSINE_BINS, dtype=torch.int64), []
     for part in chosen.split(ROWS_AT_ONCE):
         table = (directions[part] @ directions.T).clamp_(-1, 1)
-        # a direction with itself: -2 is in no bin, and never the largest
+        # a direction is not compared with itself: -2 is in no bin, and never the largest
         table[torch.arange(len(part)), part] = -2
         counts += table.histc(COSINE_BINS, -1, 1).long()
         nearest.append(table.amax(dim=1))

@@ -96,6 +96,7 @@ def tag_tokens(token_texts: list[str]) -> Tensor:
     is_member = torch.zeros(len(token_texts), len(CONCEPTS), dtype=torch.bool)
     for column, pattern in enumerate(CONCEPTS.values()):
         for match in pattern.finditer(text):
-            first, last = bisect_right(ends, match.start()), bisect_right(ends, match.end() - 1)
+            # the tokens of the first and of the last character
+            first, last = (bisect_right(ends, i) for i in (match.start(), match.end() - 1))
             is_member[first : last + 1, column] = True
     return is_member
