@@ -55,9 +55,10 @@ def plot_histogram(values: Tensor, x: str, y: str = "features", bins: int = 60) 
     not the values, which keeps the page small."""
     values = values[values.isfinite()].double().cpu()
     low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 1.0)
-    middle, size = (low + high) / 2, max(abs(low), abs(high))
-    if high - low <= SAME_VALUE * size:  # one wide bar: narrow ones are invisible
-        low, high, bins = middle - (size or 1) / 2, middle + (size or 1) / 2, SINGLE_VALUE_BINS
+    largest = max(abs(low), abs(high))
+    if high - low <= SAME_VALUE * largest:  # one wide bar in the middle: narrow ones are invisible
+        middle, half = (low + high) / 2, (largest or 1) / 2
+        low, high, bins = middle - half, middle + half, SINGLE_VALUE_BINS
     width = (high - low) / bins
     middles = low + (np.arange(bins) + 0.5) * width
     counts = values.histc(bins, low, high).int().numpy()

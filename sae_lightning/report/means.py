@@ -41,7 +41,7 @@ class MeansTable:
         self.keys = [key for key in table.keys if key not in hidden]
         """Names of the settings in which rows differ, apart from the kind."""
         if self.has_controls:
-            groups = dict(sorted(groups.items(), key=lambda item: _make_group_key(item[0])))
+            groups = dict(sorted(groups.items(), key=lambda item: _make_sort_key(item[0])))
         self.table, self.columns = table, table.columns
         self.members = [*groups.values()]
         """Indices of each row's runs in `table.runs`."""
@@ -153,17 +153,17 @@ def _group_repetitions(table: SweepTable) -> dict[tuple, list[int]]:
     for i, run in enumerate(table.runs):
         # without settings, a run cannot be compared
         experiment = identify_experiment(run.settings) if run.settings else str(run.folder)
-        group = tuple(table.frame.loc[i, keys]), read_kind(run), experiment
+        compared = tuple(table.frame.loc[i, keys]), read_kind(run), experiment
         # a search may try the same settings and seeds again: `trial` counts, each has a row
-        trial = trials[group, read_seeds(run)]
-        trials[group, read_seeds(run)] += 1
-        groups.setdefault((*group, trial), []).append(i)
+        trial = trials[compared, read_seeds(run)]
+        trials[compared, read_seeds(run)] += 1
+        groups.setdefault((*compared, trial), []).append(i)
     return groups
 
 
-def _make_group_key(group: tuple) -> tuple:
+def _make_sort_key(key: tuple) -> tuple:
     """Sort key of (swept values, kind, experiment, trial) that puts controls last."""
-    swept, kind, *_ = group
+    swept, kind, *_ = key
     return [make_natural_key(value) for value in swept], kind != TRAINED, kind
 
 

@@ -146,7 +146,7 @@ def _make_links(folder: Path, means: MeansTable, row: int) -> dict[str, str]:
         names = [name for name in SEED_SETTINGS if name in runs[0].settings]
         columns = [[str(run.settings[name]) for run in runs] for name in names]
         varied = [column for column in columns if len({*column}) > 1]
-        seeds = zip(*varied, strict=True)  # of each run
-        return {f"seed {', '.join(s)}": f"{link}/" for s, link in zip(seeds, links, strict=True)}
+        labels = [f"seed {', '.join(seeds)}" for seeds in zip(*varied, strict=True)]
+        return {label: f"{link}/" for label, link in zip(labels, links, strict=True)}
     files = [name for name in LINKED_FILES if (runs[0].folder / name).exists()]
     return {"open": f"{links[0]}/"} | {Path(name).stem: f"{links[0]}/{name}" for name in files}
