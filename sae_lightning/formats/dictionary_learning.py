@@ -61,15 +61,14 @@ def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
 def make_dictionary_learning_settings(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
     """Make the settings of config.json, and tensors for k, the threshold and group sizes. UserError
     if the features of an SAE with k have different thresholds: the format stores one."""
-    config, tensors = sae.config, {}
+    config, tensors, site = sae.config, {}, origin.sites and origin.sites.source
     trainer = {
         "dict_class": key,
         "activation_dim": len(sae.W_enc),
         "dict_size": config.features,
         "lm_name": origin.metadata.get("model_name"),
-        "layer": origin.sites and origin.sites.source.layer,
-        "submodule_name": origin.sites
-        and f"{SUBMODULES[origin.sites.source.kind]}_layer_{origin.sites.source.layer}",
+        "layer": site and site.layer,
+        "submodule_name": site and f"{SUBMODULES[site.kind]}_layer_{site.layer}",
     }
     if hasattr(config, "k"):
         trainer["k"] = config.k

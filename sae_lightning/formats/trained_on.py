@@ -60,16 +60,16 @@ def find_origin(metadata: dict[str, Any], address: str, layer: LayerConfig | Non
     """Make the Origin of the SAE at `address` from those of its metadata that have the right type;
     `layer`, if given, replaces the sites in the metadata."""
     checked = {k: metadata[k] for k, t in WRITTEN_TYPES.items() if type(metadata.get(k)) is t}
-    sites, problem, layer_is_given = None, "", layer is not None
+    sites, problem = None, ""
     try:
         if not layer and (warning := describe_missing_gain(checked, address)):
             raise UserError(f"{warning}; give layer=transcoder layer.index=... to write that site")
-        layer = layer or read_layer(checked, address)
-        source = Site(layer.index, layer.source)
-        sites = SitePair(source, Site(layer.index, layer.target or layer.source))
+        chosen = layer or read_layer(checked, address)
+        source = Site(chosen.index, chosen.source)
+        sites = SitePair(source, Site(chosen.index, chosen.target or chosen.source))
         for key in ("hook_name", "hook_name_out"):
             checked.pop(key, None)
-            if layer_is_given:  # hf_hook_name names the module at the site that is replaced
+            if layer:  # hf_hook_name names the module at the site that is replaced
                 checked.pop(f"hf_{key}", None)
         checked |= sites.hook_names
     except UserError as error:

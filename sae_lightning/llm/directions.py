@@ -163,13 +163,14 @@ def measure_response(
     total = torch.zeros(())
     for context in tokens.to(find_computing_device(model), torch.long):
         cache = _fill_cache(model, context[None, :-1])
-        input_ids = (context if cache is None else context[-1:]).expand(DIRECTIONS_PER_PASS, -1)
+        ids = context if cache is None else context[-1:]  # the cache holds the others
         outputs = []
         for part in additions.split(DIRECTIONS_PER_PASS):
             # copied, because a forward pass writes to its cache
             past = {} if cache is None else {"past_key_values": copy.deepcopy(cache)}
             with replace_activations(model, target, target, _make_edit(part)):
-                output = run_body(model, input_ids, use_cache=bool(past), **past)
+                batch = ids.expand(DIRECTIONS_PER_PASS, -1)
+                output = run_body(model, batch, use_cache=bool(past), **past)
             outputs.append(output.last_hidden_state[: len(part), -1].float())
             advance(len(part))
         hidden = torch.cat(outputs).to(device)

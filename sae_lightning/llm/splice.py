@@ -161,7 +161,7 @@ def _measure_means(
         chunk_sums.append(_sum_chunks(model, ids, kept, source, target, edits, with_kl))
         advance(sum(len(ids) for ids, _ in round_batches))
     by_rank = ranks.gather_values(chunk_sums)
-    sums = [0.0] * (1 + (1 + with_kl) * len(edits))  # as in `_sum_chunks`
+    sums = [0.0] * (1 + (1 + with_kl) * len(edits))  # clean, then CEs and KLs of the edits
     for i in range(len(batches)):  # in the order of a run on one rank, for the same rounding
         for chunk in by_rank[i % ranks.size][i // ranks.size]:
             sums = [total + x for total, x in zip(sums, chunk, strict=True)]
