@@ -56,7 +56,8 @@ class OnePassLauncher(Launcher):
             jobs = [job for group in groups for job in group]
             results = dict(zip([job.folder for job in jobs], train_and_score(jobs), strict=True))
         finally:
-            self._remove_unused([config for config, _ in composed])
+            for config, _ in composed:
+                remove_unused_folder(Path(config.hydra.runtime.output_dir))
         # a search expects one value for each job that it asked for
         is_search = not self.config.hydra.sweeper._target_.endswith(".BasicSweeper")
         job_returns = []
@@ -69,11 +70,6 @@ class OnePassLauncher(Launcher):
                 self.context.callbacks.on_job_end(config=config, job_return=job_return)
                 job_returns.append(job_return)
         return job_returns
-
-    def _remove_unused(self, configs: list[DictConfig]) -> None:
-        """Remove the folders that Hydra made and that hold no run."""
-        for config in configs:
-            remove_unused_folder(Path(config.hydra.runtime.output_dir))
 
     def _compose(self, index: int, overrides: list[str]) -> tuple[DictConfig, JobReturn]:
         """Compose a job as Hydra does; its return value is the list of our jobs."""
@@ -96,6 +92,6 @@ class OnePassLauncher(Launcher):
             hydra_context=HydraContext(self.context.config_loader, Callbacks()),
         )
         if job_return.status is JobStatus.FAILED:
-            self._remove_unused([config])
+            remove_unused_folder(Path(config.hydra.runtime.output_dir))
             raise job_return._return_value  # `return_value` would also print a line
         return config, job_return

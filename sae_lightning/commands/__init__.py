@@ -1,7 +1,4 @@
-"""The entry points: `train.py` and `sae-train`, `analyze.py` and `sae-analyze`, `train` in Python.
-
-The slow imports are inside the functions, after Ctrl-C has been set to exit without a traceback.
-"""
+"""The entry points: `train.py` or `sae-train`, `analyze.py` or `sae-analyze`."""
 
 import signal
 

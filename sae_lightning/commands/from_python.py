@@ -68,6 +68,7 @@ def train_sweep(*arguments: str, config_dir: str | os.PathLike | None = None) ->
     UserError: as in `train`, or because some SAEs failed; the others are in their folders.
     """
     results = _run_hydra(arguments, config_dir, sweep=True)
+    # each run once: several jobs may have added it
     folders = dict.fromkeys(Path(result.working_dir).absolute() for result in results)
     return [Run(folder) for folder in folders]
 
@@ -78,20 +79,20 @@ def _run_hydra(
     """Run Hydra with the arguments of a command line; returns the result of each job."""
     with _raise_printed_errors(arguments):
         _refuse_unsupported(arguments)
-        # load_plugins looks for presets in this folder
+        # load_plugins reads the folder of presets from this flag
         flags = [] if config_dir is None else ["--config-dir", os.fspath(config_dir)]
-        settings = [a for a in load_plugins([*flags, *arguments]) if a not in flags]
+        settings = load_plugins([*flags, *arguments])[len(flags) :]
         if not sweep:
             overrides = [*rewrite_arguments(settings), "hydra.mode=RUN"]
             with _start_hydra(config_dir) as hydra:
-                result = hydra.run("config", _train_composed, overrides, False)
-            if result.return_value:
-                raise result.return_value
+                result = hydra.run("config", _train_job, overrides, with_log_configuration=False)
+            if error := result.return_value:
+                raise error
             return [result]
-        flag, *overrides = rewrite_arguments(["-m", *settings])
-        overrides.append("hydra.mode=MULTIRUN")  # instead of the flag -m
+        # the mode replaces the flag -m, which comes first
+        overrides = [*rewrite_arguments(["-m", *settings])[1:], "hydra.mode=MULTIRUN"]
         with _start_hydra(config_dir) as hydra:
-            batches = hydra.multirun("config", _train_composed, overrides, False)
+            batches = hydra.multirun("config", _train_job, overrides, with_log_configuration=False)
             return [result for batch in batches for result in batch]
 
 
@@ -134,7 +135,7 @@ def _start_hydra(config_dir: str | os.PathLike | None) -> Iterator[Hydra]:
         restore_gh_from_backup(backup)
 
 
-def _train_composed(cfg: DictConfig) -> Exception | None:
+def _train_job(cfg: DictConfig) -> Exception | None:
     """Train a job; returns an error instead of raising it, because Hydra would print it."""
     try:
         job = make_composed_job(cfg)

@@ -43,11 +43,11 @@ PATH_SETTINGS = (
     "hydra.run.dir",
     "hydra.sweep.dir",
 )
-# Without -m, a comma in these is part of the path; in others, -m was probably forgotten.
+# Without -m, a comma is part of the path in these; in other paths, -m was probably forgotten.
 SINGLE_PATHS = ("resume", "run", "control", "file")
 # Hydra's syntax: quotes, interpolations, escapes.
 HYDRA_SYNTAX = re.compile(r"""^['"]|\$\{|\\[()\[\]{}:=, ]""")
-# One value of a comma-separated list, quoted or not.
+# One value of a comma-separated list; group 1 if it is quoted, else group 2.
 SWEEP_VALUE = re.compile(
     r"""(?:^|,)\s*(?:('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|([^,]*?))\s*(?=,|\Z)"""
 )
@@ -86,7 +86,7 @@ def check_arguments(arguments: list[str]) -> list[str]:
             raise UserError(f"{override}: ??? stands for a value that is not given; give one")
         if match := re.match(r"hydra\.sweeper\.(params|search_space)\b", name):
             program = name_program("train.py")
-            # omegaconf cannot set a key below null
+            # both are null by default, and omegaconf cannot set a key below null
             raise UserError(
                 f"{override}: {match[0]} is for presets; write a sweep as {program} -m "
                 f"setting=1,2, a search as {program} -m hydra/sweeper=optuna "
@@ -108,10 +108,10 @@ def refuse_sweep(arguments: list[str]) -> None:
 def quote_texts(arguments: list[str]) -> list[str]:
     """The arguments with the values of text settings (prompts, names, paths) quoted for Hydra.
 
-    The value is text even if it is `1e3` or has quotes. Only `${...}` keeps its meaning for Hydra,
-    and `null` if the setting may be null. A path may also be quoted for Hydra or begin with `~`,
-    which shells do not expand after `=`. In a sweep, commas separate values, a value that contains
-    one must be quoted, and functions such as choice(a,b) are left to Hydra.
+    A number such as `1e3` becomes text, and quotes become part of the text. Only `${...}` keeps its
+    meaning for Hydra, and `null` if the setting may be null. In a path, quotes are left to Hydra,
+    and a leading `~` is expanded, which shells do not do after `=`. In a sweep, commas separate
+    values, and quoted values and functions such as choice(a,b) are left to Hydra.
     """
     multirun, text_settings = is_multirun(arguments), find_text_settings()
     return [_quote_text(argument, multirun, text_settings) for argument in arguments]
@@ -150,7 +150,9 @@ def list_tasks() -> dict[str, type]:
 def join_sweep_values(texts: Iterable[str]) -> str:
     """Texts as comma-separated values of a sweep, all quoted if any contains a comma."""
     texts = [*texts]
-    return ",".join(map(_quote, texts) if "," in "".join(texts) else texts)
+    if any("," in text for text in texts):
+        texts = [_quote(text) for text in texts]
+    return ",".join(texts)
 
 
 def sweep_settings_of_swept_groups(arguments: list[str]) -> list[str]:
@@ -238,7 +240,7 @@ def _quote_text(argument: str, multirun: bool, text_settings: dict[str, bool]) -
     is_path = setting in PATH_SETTINGS
     if not equals or not (is_path or setting in text_settings):
         return argument
-    # True for the paths that no schema has: hydra.run.dir, llm.load.offload_folder
+    # paths that no schema has may be null, such as llm.load.offload_folder
     may_be_null = text_settings.get(setting, True)
     # Python decodes bytes that are not UTF-8 to these code points
     if not is_path and any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -254,8 +256,9 @@ def _quote_text(argument: str, multirun: bool, text_settings: dict[str, bool]) -
             return text
         return quote_if_needed(os.path.expanduser(text) if is_path else text)
 
-    # each pair is (quoted text, "") or ("", text without quotes)
-    pairs = SWEEP_VALUE.findall(value) if multirun else [("", value)]
+    if not multirun:
+        return f"{name}={quote(value)}"
+    pairs = SWEEP_VALUE.findall(value)  # one of the two groups is empty
     return f"{name}=" + ",".join(quoted or quote(text) for quoted, text in pairs)
 
 

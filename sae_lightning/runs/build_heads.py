@@ -36,7 +36,8 @@ def build_heads(planned: PlannedPass, modules: dict[Site, str]) -> list[Head]:
 
 
 def _find_resumed_at(planned: PlannedPass, job: Job) -> int | None:
-    """Tokens at which the job goes on: 0 if a multirun begins it, None for a new plain run."""
+    """Tokens that the job has trained on; None for a new plain run. (`passes.py` marks every job of
+    a multirun as resumed, so a new one has 0.)"""
     return planned.steps_done * job.config.trainer.batch if job.resumed else None
 
 
@@ -67,7 +68,7 @@ def make_head(job: Job, sites: SitePair, llm: LLMShape, ranks: Ranks = ALONE) ->
 
 def open_other_loggers(planned: PlannedPass, heads: Iterable[Head]) -> None:
     """Open the loggers beside TensorBoard, each for the run of one head."""
-    notes: set[str] = set()  # shared by all heads, see `open_loggers`
+    notes: set[str] = set()  # shared by all heads, so that each note is printed once
     for index, head in zip(planned.own_share, heads, strict=True):
         job = planned.jobs[index]
         if not head.writes:

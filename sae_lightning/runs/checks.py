@@ -29,8 +29,8 @@ from sae_lightning.training.settings import (
 
 
 def resolve_auto(job: Job) -> Job:
-    """`job` with `auto` (of threads: null) replaced by this machine's dtype, attention, precision
-    and threads, so that resuming on another machine does not silently change the run."""
+    """`job` with dtype, attention and precision in place of `auto`, and a number of threads in
+    place of null, so that resuming on another machine does not silently change the run."""
     trainer = job.config.trainer
     precision = trainer.precision
     if precision is Precision.auto:
@@ -39,9 +39,7 @@ def resolve_auto(job: Job) -> Job:
         job.config,
         llm=job.config.data_source.resolve_llm(),
         trainer=replace(
-            trainer,
-            precision=precision,
-            threads=trainer.threads or count_threads(job.config),
+            trainer, precision=precision, threads=trainer.threads or count_threads(job.config)
         ),
     )
     return replace(job, config=config)
@@ -89,7 +87,7 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
     config.data_source.check_before_loading(llm, jobs[0].resumed)
     sites = [config.data_source.find_sites(job.config.layer, llm) for job in jobs]
     config.data_source.check_data(distinct_sites(sites), config.trainer.batch)
-    checked_streams: set = set()  # stream files: all runs on a pass may share one file
+    checked_streams: set = set()  # jobs may share a stream file, which is checked once
     steps_done = [
         _read_steps_done(job, pair, llm, checked_streams) if job.resumed else 0
         for job, pair in zip(jobs, sites, strict=True)
@@ -139,7 +137,7 @@ def _check_shared(job: Job, first: Job) -> None:
 
 
 def _check_loss_tokens(job: Job) -> None:
-    """UserError if `eval.loss_tokens` is typed without an LLM. (A preset may set it.)"""
+    """UserError if `eval.loss_tokens` is typed without an LLM. (In a preset it is ignored.)"""
     for override in job.overrides:
         is_loss_tokens = override.lstrip("+").startswith("eval.loss_tokens=")
         if is_loss_tokens and not job.config.data_source.has_llm:
@@ -167,7 +165,8 @@ def _check_kl(job: Job) -> None:
 def _check_seeds(job: Job) -> None:
     """UserError if a seed is typed and `data.seed` equals `model.seed`: the SAE's first weights
     would be the synthetic concepts."""
-    seed, is_typed = job.config.model.seed, any("seed=" in override for override in job.overrides)
+    seed = job.config.model.seed
+    is_typed = any("seed=" in override for override in job.overrides)
     if getattr(job.config.data, "seed", None) == seed and is_typed and not job.resumed:
         raise UserError(
             f"data.seed={seed}: an SAE with model.seed={seed} would start at the very "
@@ -180,7 +179,7 @@ def _count_checkpoint_bytes(job: Job, sites: SitePair, llm: LLMShape) -> int:
     and the SAEs of `trainer.keep_every`. While a file is replaced, it is on disk twice."""
     weight_bytes = 4 * count_parameters(job.config.model, *map(llm.width_at, sites))
     needed = 2 * (3 * weight_bytes + weight_bytes) + job.config.trainer.kept_saes * weight_bytes
-    if job.config.model.start:  # decoder rows in half precision, in the checkpoint
+    if job.config.model.start:  # the checkpoint also has decoder rows in half precision
         needed += 2 * 2 * job.config.model.features * llm.width_at(sites.target)
     saes = [*job.folder.glob("sae/*"), *job.folder.glob("sae-*/*")]
     existing_files = [locate_checkpoint(job.folder), *saes]

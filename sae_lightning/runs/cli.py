@@ -176,9 +176,10 @@ def explain_error(error: BaseException, overrides: list[str]) -> str | None:
         if missing:
             return f"{missing[1]} is not set: give {missing[1]}=..."
     for cause in causes:
-        key = isinstance(cause, InterpolationResolutionError | GrammarParseError) and cause.full_key
-        if key and key != "_dummy_":  # Hydra's placeholder while it chooses presets
-            return f"{key}: {str(cause).splitlines()[0]}"
+        if isinstance(cause, InterpolationResolutionError | GrammarParseError):
+            key = cause.full_key
+            if key and key != "_dummy_":  # Hydra's placeholder while it chooses presets
+                return f"{key}: {str(cause).splitlines()[0]}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _describe_hydra_error(str(error))
     return describe_search_error(error)
@@ -225,7 +226,8 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
     parent, _, key = name.rpartition(".")
     schema = error.object_type
     tasks = list_tasks()
-    if schema in tasks.values() and "data=synthetic" in overrides:  # it sets model.features
+    if schema in tasks.values() and "data=synthetic" in overrides:
+        # the preset sets model.features, which is unknown here
         return (
             "data=synthetic has no meaning here: the run folder says what it was trained on; leave "
             "it out"
@@ -241,8 +243,8 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
     if owners:
         group = {"data": "data", "": "task"}.get(parent, "model")  # a loss comes with its model
         hint = f", or add data={owners[0]}" if group == "data" and len(owners) == 1 else ""
-        choices = ", ".join(f"{group}={owner}" for owner in owners[:-1])
-        choices += f"{' and ' * (len(owners) > 1)}{group}={owners[-1]}"
+        *others, last = [f"{group}={owner}" for owner in owners]
+        choices = f"{', '.join(others)} and {last}" if others else last
         return f"{name} has no meaning for this {group}, only for {choices}: leave it out{hint}"
     matches = (o for o in overrides if re.match(rf"[+~]*{re.escape(name)}[.=]", o))
     if line := translate_setting(next(matches, name)):
@@ -262,7 +264,7 @@ def _describe_bad_value(error: OmegaConfBaseException, overrides: list[str]) -> 
     override = next((o for o in overrides if o.lstrip("+").startswith(f"{name}=")), name)
     if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
         reason = "give a whole number in digits, such as 1000000 or 1_000_000"
-    if "Set[str]" in reason:  # from Hydra's classes for sweeps
+    if "Set[str]" in reason:  # a field of Hydra's class for sweeps, which omegaconf refuses
         return "choice(...), range(...) and the like cannot be nested or put in a list"
     if re.match(r"Cannot (merge DictConfig with|assign \w+ to Dict)", reason):
         reason = f"give names with their values, as {name}={{name:value}}"

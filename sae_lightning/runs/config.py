@@ -29,12 +29,7 @@ from sae_lightning.stream import SOURCES, make_source
 from sae_lightning.stream.source import DataConfig, DataSource
 from sae_lightning.training.logger_settings import LoggerConfig
 from sae_lightning.training.schedules import find_tuning_start
-from sae_lightning.training.settings import (
-    CallbacksConfig,
-    EvalConfig,
-    OptimConfig,
-    TrainerConfig,
-)
+from sae_lightning.training.settings import CallbacksConfig, EvalConfig, OptimConfig, TrainerConfig
 
 # The main preset of each kind of data -> the kind.
 DATA_PRESETS = {
@@ -52,7 +47,7 @@ RESUME_OVERRIDES = (
     *(f"sweep.{name}=" for name in ("objective", "l0", "max_heads")),
     *(f"trainer.{name}=" for name in (*DEVICE_SETTINGS, "threads", "keep_every")),
 )
-# Prefixes of the settings in which a resumed run may differ from its checkpoint.
+# Prefixes of the settings that are not compared with those in the checkpoint.
 FREE_ON_RESUME = (*ONLY_ROUNDING, "eval")
 
 
@@ -186,7 +181,7 @@ class Config:
 
     @property
     def tuned_from(self) -> int | None:
-        """The update, counted from 0, from which `loss.kl` is used; None without it."""
+        """The first update, counted from 0, that uses `loss.kl`; None without it."""
         if not self.loss.kl:
             return None
         return find_tuning_start(self.trainer.steps, self.loss.kl_from)

@@ -53,13 +53,10 @@ def print_results(job: Job, metrics: dict) -> None:
     speed, dead = metrics["speed"], metrics["training"]["train/dead"]
     noun = job.config.data_source.noun
     held_out = scorecard.format_lines(metrics["held_out"], noun)
-    training = {
-        "dead features": f"{dead:.1%}",
-        "peak memory": f"{speed['peak_memory_gb']:.1f} GB",
-    }
+    training = {"dead features": f"{dead:.1%}", "peak memory": f"{speed['peak_memory_gb']:.1f} GB"}
     if "before_kl" in metrics:
         held_out["with loss.kl"] = _format_kl_effect(metrics["before_kl"], metrics["held_out"])
-    if "fates" in metrics:
+    if "fates" in metrics:  # number of features that stayed, died, ...
         held_out["since the warm start"] = ", ".join(
             f"{n:,} {name}" for name, n in metrics["fates"].items()
         )

@@ -3,8 +3,7 @@
     python train.py trainer.devices=4      this process is rank 0 and starts ranks 1 to 3
     torchrun, srun, submitit               start all ranks; each reads its rank from the environment
 
-The process that reads the command line is rank 0, so that folders, locks, signals and errors are as
-on one device. It sends each pass to the others, which train their share and print nothing.
+Rank 0 reads the command line and sends each pass to the others, which train and print nothing.
 """
 
 import atexit
@@ -42,12 +41,12 @@ def count_ranks(config: Config) -> int:
     """Number of ranks that train a pass. UserError if the settings do not fit the machine, or the
     ranks that a launcher has started."""
     trainer, llm = config.trainer, config.llm
-    count = None if trainer.devices == "auto" else trainer.devices
+    devices = None if trainer.devices == "auto" else trainer.devices  # of each machine
     # llm.device names one GPU, such as cuda:1, or llm.load spreads the LLM over several
     llm_is_placed = ":" in llm.device or is_spread(llm.load)
     gpus = torch.cuda.device_count() if _uses_gpus(config) else 0
     if launched := find_launched_rank():
-        if (count or launched.size // trainer.nodes) * trainer.nodes != launched.size:
+        if (devices or launched.size // trainer.nodes) * trainer.nodes != launched.size:
             raise UserError(
                 f"trainer.devices={trainer.devices}, trainer.nodes={trainer.nodes}: "
                 f"{launched.size} processes were started; leave both out, or start as many"
@@ -58,9 +57,10 @@ def count_ranks(config: Config) -> int:
             f"trainer.nodes={trainer.nodes}: the processes of several machines are started by "
             "torchrun, srun or submitit (docs/clusters.md)"
         )
-    elif count is None:
-        # trainer.devices=auto: every GPU, or else the CPU
+    elif devices is None:  # every GPU, or else the CPU
         return 1 if llm_is_placed or trainer.accelerator is Accelerator.cpu else max(1, gpus)
+    else:
+        count = devices
     local_ranks = count_local_ranks(config, count)
     one_gpu_each = launched and gpus == 1  # a launcher may make one GPU visible to each rank
     if 0 < gpus < local_ranks and not one_gpu_each:
@@ -84,12 +84,13 @@ def _uses_gpus(config: Config) -> bool:
 
 
 def count_local_ranks(config: Config, ranks: int | None = None) -> int:
-    """Number of ranks on this machine. `ranks`: their number in all; None: as `config` says."""
+    """Number of ranks on this machine. `ranks`: number on all machines; None: `count_ranks`."""
     return find_local_size() or (ranks or count_ranks(config)) // config.trainer.nodes
 
 
 def count_threads(config: Config) -> int:
-    """CPU threads of each rank: torch's default divided by the ranks, or a number that was set."""
+    """CPU threads of each rank: torch's number divided by the ranks. If a launcher or
+    OMP_NUM_THREADS has set torch's number, it is for one rank already."""
     if find_launched_rank() or "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
     return max(1, torch.get_num_threads() // count_ranks(config))
@@ -188,10 +189,10 @@ def run_on_ranks(planned: PlannedPass) -> HeldOutResults:
 
 
 def release_followers() -> None:
-    """End the other ranks that a launcher has started if they still wait for a first pass, because
-    there was nothing to train or an error came first. For a rank 0 that a launcher has started."""
+    """On a rank 0 that a launcher has started: end the other ranks if no pass was sent to them,
+    because nothing was left to train or an error came first."""
     if not followers.connected:
-        followers.connected = True
+        followers.connected = True  # try once only
         with suppress(RankLost, RuntimeError):
             ranks.connect(*find_launched_rank(), patience=END_SECONDS * 6)
             followers.end()

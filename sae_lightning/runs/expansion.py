@@ -52,9 +52,9 @@ def describe_expansion(groups: Sequence[Sequence[Job]]) -> str:
     runs = {run.folder: run for group in groups for run in group}
     if len(runs) == len(job_folders):
         return ""
-    count = sum(run.config.model.control is not None for run in runs.values())
-    saes = f"{len(runs) - count} SAEs with all seeds"
-    return f"{len(job_folders)} jobs become {len(runs)} runs: {saes}, {count} controls"
+    controls = sum(run.config.model.control is not None for run in runs.values())
+    saes = f"{len(runs) - controls} SAEs with all seeds"
+    return f"{len(job_folders)} jobs become {len(runs)} runs: {saes}, {controls} controls"
 
 
 def average_objective(
@@ -67,7 +67,8 @@ def average_objective(
     """
     config = group[0].config
     seed_runs = [run for run in group if run.config.model.control is config.model.control]
-    seed_metrics = [results[folder] for folder in dict.fromkeys(run.folder for run in seed_runs)]
+    seed_folders = dict.fromkeys(run.folder for run in seed_runs)  # PCA is one run for all seeds
+    seed_metrics = [results[folder] for folder in seed_folders]
     if None in seed_metrics:
         return None
     objectives = [compute_objective(metrics, config.sweep) for metrics in seed_metrics]

@@ -10,12 +10,13 @@ from sae_lightning.sae.controls import Control
 
 
 def find_controls(folder: Path) -> dict[Control, Path]:
-    """For the SAE of the run in `folder`, control -> run folder: a finished run of each control
-    among the runs beside it (those of its sweep), preferably one with the same seeds."""
+    """Control -> folder of a finished run of this control, among the runs beside `folder` (those of
+    its sweep). Of several, a run with the same seeds as the SAE in `folder` is chosen."""
     # trusted, because only configs are read: no code that comes with an LLM can run
     config = read_job(folder, trusted=True).config
-    settings, folders = config.to_flat_dict(), {}
+    settings = config.to_flat_dict()
     experiment = identify_experiment(settings)
+    folders: dict[Control, Path] = {}
     for file in sorted(folder.absolute().parent.glob(f"*/{CONFIG_FILE}")):
         try:
             other = read_job(file.parent, trusted=True).config

@@ -38,7 +38,7 @@ DENSITY_FILE = "density.safetensors"  # the share of held-out tokens on which ea
 
 def read_metrics(folder: Path) -> dict | None:
     """The content of `metrics.json`; None if the run did not finish or the file is damaged."""
-    with suppress(UserError):  # resuming the run from its last checkpoint writes the file again
+    with suppress(UserError):  # damaged: resuming the run writes the file again
         return _read_metrics(folder)
     return None
 
@@ -148,8 +148,9 @@ def _read_metrics(folder: Path) -> dict | None:
     if content is None:
         return None
     try:
-        for name in {"held_out", "training"} | ({"start", "fates", "before_kl"} & content.keys()):
-            content[name] = {key: _read_number(x) for key, x in content.get(name, {}).items()}
+        for name in ("held_out", "training", "start", "fates", "before_kl"):
+            if name in content or name in ("held_out", "training"):  # the others are optional
+                content[name] = {key: _read_number(x) for key, x in content.get(name, {}).items()}
         valid = isinstance(content.get("tokens"), int | None)
         valid = valid and {"l0", "explained_variance"} <= content["held_out"].keys()
     except (AttributeError, TypeError, ValueError, OverflowError):
@@ -200,8 +201,9 @@ def claim_folders(folders: list[Path]) -> Iterator[None]:
         for folder in folders:
             try:
                 with convert_write_errors(folder / LOCK_FILE):
-                    if not locks.enter_context(hold_lock(folder / LOCK_FILE)):
-                        unlocked.append(folder)
+                    is_locked = locks.enter_context(hold_lock(folder / LOCK_FILE))
+                if not is_locked:  # the file system has no locks
+                    unlocked.append(folder)
             except BlockingIOError:
                 raise UserError(
                     f"{folder}: another process is training there; wait for it, or choose another "
@@ -210,7 +212,8 @@ def claim_folders(folders: list[Path]) -> Iterator[None]:
             saes = [folder / "sae", *folder.glob("sae-*")]
             subfolders = [*saes, locate_checkpoint(folder).parent]
             # the user's folder, of a sweep or a plain run, may be a link, but no folder inside it
-            for path in [folder, *subfolders] if folder.parent in folders else subfolders:
+            is_in_sweep = folder.parent in folders
+            for path in [folder, *subfolders] if is_in_sweep else subfolders:
                 refuse_link(path)
             for path in (folder, *subfolders):
                 remove_leftovers(path)

@@ -9,10 +9,10 @@ MIB = 1 << 20
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep the memory of freed tensors for the next ones (see `give_back_freed_memory`).
+    """Make glibc keep the memory of freed tensors for the next ones.
 
     By default glibc returns large blocks to the system at once, and the system zeroes every page
-    that the next tensor gets. This takes an eighth of the LLM's time and a third of an SAE's.
+    that the next tensor gets. Zeroing takes an eighth of the LLM's time and a third of an SAE's.
     """
     # glibc before 2.35 accepts at most 32 MiB
     if _set_option(M_MMAP_THRESHOLD, 1024 * MIB) or _set_option(M_MMAP_THRESHOLD, 32 * MIB):
@@ -24,7 +24,7 @@ def give_back_freed_memory() -> None:
 
     Kept memory is fragmented: later tensors, which have other sizes, would need much more.
     """
-    # glibc raises its thresholds up to these by itself, unless they are set
+    # the largest values that glibc chooses by itself, which it stops doing once they are set
     if _set_option(M_MMAP_THRESHOLD, 32 * MIB):
         _set_option(M_TRIM_THRESHOLD, 64 * MIB)
     if trim := _find_in_glibc("malloc_trim"):

@@ -25,15 +25,17 @@ def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
     # `job.swept` is empty in resumed jobs and lacks added seeds and controls: compare the jobs, too
     varying_names = find_swept(overrides)
     swept = []
-    for job, values in zip(jobs, overrides, strict=True):
-        names = [*dict.fromkeys([*(name for name in job.swept if name in values), *varying_names])]
-        # if a job of a sweep is resumed alone, its folder is named after the swept settings
-        in_folder_name = [part.partition("=")[0] for part in job.folder.name.split(",")]
-        swept.append(names or [name for name in values if name in in_folder_name] or [*values])
+    for job, typed in zip(jobs, overrides, strict=True):
+        names = [name for name in job.swept if name in typed]
+        names = [*dict.fromkeys(names + varying_names)]  # each name once
+        if not names:  # a job of a sweep is resumed alone: the folder's name has the swept settings
+            in_folder_name = [part.partition("=")[0] for part in job.folder.name.split(",")]
+            names = [name for name in typed if name in in_folder_name]
+        swept.append(names or [*typed])
     settings = [_select_settings(*row) for row in zip(jobs, overrides, swept, strict=True)]
     columns: dict = {}
     for values in settings:
-        columns = values | columns
+        columns = values | columns  # in this order, presets that only later jobs have come first
     return [
         HParams(values, columns, names, _list_headline_metrics(job))
         for job, values, names in zip(jobs, settings, swept, strict=True)
@@ -56,4 +58,4 @@ def _list_headline_metrics(job: Job) -> list[str]:
     """The metrics that the tab shows: those of every run, and the main one of the kind of data."""
     source = job.config.data_source
     metrics, _ = source.list_metrics(job.config.eval.loss_tokens)
-    return [*HEADLINE, *(f"held_out/{name}" for name in {source.headline} & metrics)]
+    return [*HEADLINE, f"held_out/{source.headline}"] if source.headline in metrics else [*HEADLINE]

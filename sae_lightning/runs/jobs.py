@@ -153,13 +153,13 @@ def make_jobs(cfg: DictConfig, folder: Path, overrides: list[str], sweep_folder:
         _refuse_other_overrides(overrides)
         jobs = read_sweep(Path(cfg.resume), trusted=cfg.llm.trust_remote_code)
         return [_change_job(replace(job, resumed=True), cfg, overrides) for job in jobs]
-    return [make_job(cfg, folder, overrides, multirun=True)]
+    return [make_job(cfg, folder, overrides, multirun=True)]  # one run, not its whole sweep
 
 
 def _change_job(job: Job, cfg: DictConfig, overrides: list[str]) -> Job:
     """A resumed job with the settings of the composed config that were typed with `resume`."""
-    for full_name in (o.partition("=")[0] for o in overrides if o.startswith(RESUME_OVERRIDES)):
-        group, _, name = full_name.partition(".")
+    for override in [o for o in overrides if o.startswith(RESUME_OVERRIDES)]:
+        group, name = override.partition("=")[0].split(".")
         value = getattr(to_dataclass(cfg[group]), name)
         changed = replace(getattr(job.config, group), **{name: value})
         job.config = replace(job.config, **{group: changed})  # checks the setting

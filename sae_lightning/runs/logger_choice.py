@@ -45,8 +45,9 @@ def change_loggers(
     loggers = saved
     for kind in ("wandb", "csv", "mlflow"):
         options = [name.split(".")[2] for name in names if name.startswith(f"logger.{kind}.")]
-        options += ["use"] * ("logger" in names)
-        values = {option: getattr(getattr(composed, kind), option) for option in options}
+        options += ["use"] if "logger" in names else []
+        composed_logger = getattr(composed, kind)
+        values = {option: getattr(composed_logger, option) for option in options}
         loggers = replace(loggers, **{kind: replace(getattr(loggers, kind), **values)})
     for name, value in list_destinations(loggers).items():
         if name not in names:

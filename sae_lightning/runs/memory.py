@@ -24,7 +24,7 @@ from sae_lightning.training.settings import Accelerator
 # in SmolLM2 with eager attention, at a context of 128, without gradients of weights.
 KEPT_WIDTHS = 30
 PROCESS_BYTES = 800_000_000  # Python with torch, transformers and lightning
-EVALUATION_SHARE = 5 / 8  # memory of a token in evaluation, at most, as a share of training's
+EVALUATION_SHARE = 5 / 8  # in evaluation, a token takes at most this share of its training memory
 
 
 class PassMemory(NamedTuple):
@@ -33,12 +33,10 @@ class PassMemory(NamedTuple):
     shared_parts: dict[tuple[str, ...], int]
     """Memory that SAEs share, by the settings that it grows with: the shuffle pool, the LLM's
     weights and, because SAEs compute one after another, the activations of one SAE."""
-
     head_bytes: list[int]
     """Of each SAE: weights, gradients, Adam's state, and copies of decoder rows."""
-
     hidden_bytes: int
-    """The same for every SAE: the LLM's last hidden states in evaluation, with the SAE in place."""
+    """Of each SAE (equal for all): the LLM's last hidden states in evaluation with it in place."""
 
     def count_bytes(
         self, indices: Sequence[int], split: Collection[int] = (), ranks: int = 1
@@ -115,14 +113,14 @@ def estimate_memory(
         llm_sites, llm, config.eval.tokens, config.eval.loss_tokens
     )
     row_bytes = sum(map(llm.width_at, llm_sites)) * element_bytes
-    # tokens whose strengths are in memory at a time, in training or in evaluation
+    # tokens whose strengths are in memory at a time; those of evaluation as training tokens
     tokens = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
     activation_bytes = [
         tokens * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
         for c in configs
     ]
     export_bytes = (16 * n for n in parameter_counts)  # float64 weights, original and folded
-    # of the SAE with the largest sum
+    # of the SAE whose activations and export together take most
     activations, export = max(zip(activation_bytes, export_bytes, strict=True), key=sum)
     warm_counts = [n for n, c in zip(parameter_counts, configs, strict=True) if c.model.start]
     shared_parts = {
@@ -131,7 +129,7 @@ def estimate_memory(
         ("eval.tokens",): config.eval.tokens * row_bytes,
         ("llm.name",): data.shared * element_bytes,
         ("model.features", "trainer.batch"): activations,
-        # with copies while the SAE of a warm start is opened
+        # a warm start's SAE takes 12 bytes a parameter while it is opened
         ("model.features",): export + 12 * max(warm_counts, default=0),
     }
     blocks_above = [  # blocks that the gradient of loss.kl passes through
@@ -139,7 +137,7 @@ def estimate_memory(
     ]
     if blocks_above:
         kept_elements = data.rows * max(blocks_above) * KEPT_WIDTHS * llm.width
-        logit_elements = 8 * LOGIT_ROWS * llm.vocabulary  # as many as in evaluation
+        logit_elements = 8 * LOGIT_ROWS * llm.vocabulary  # about 8 arrays, as in evaluation
         shared_parts[("loss.kl", "llm.batch")] = (kept_elements + logit_elements) * element_bytes
     head_bytes = [_count_head_bytes(c, pair, llm) for c, pair in zip(configs, sites, strict=True)]
     return PassMemory(shared_parts, head_bytes, data.per_sae * element_bytes)
@@ -171,7 +169,7 @@ def check_memory(
             f"{PROCESS_BYTES / 1e9:.1f} GB: free some, or try all the same with sweep.max_heads=1"
         )
     for index, (config, pair) in enumerate(zip(configs, sites, strict=True)):
-        # alone, the SAE needs no more
+        # this includes what other SAEs share, so the SAE alone needs no more
         if needed.count_bytes([index], [index], ranks) <= free:
             continue
         alone = estimate_memory([config], [pair], llm, ranks)

@@ -58,8 +58,8 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
     try:
         passes = plan_passes(todo)
     except UserError as error:
-        # without a sweep folder, Hydra runs the jobs of a multirun one by one, and goes on after
-        # this error: record it for the sweep's report
+        # without a sweep folder, Hydra starts the jobs of a multirun one by one: it goes on after
+        # this error, which the sweep's report must show
         if jobs[0].multirun and not jobs[0].sweep_folder:
             folders.record_refusal(todo[0], str(error))
         raise
@@ -73,8 +73,8 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
             if len(passes) > 1:
                 console.print(f"\npass {number} of {len(passes)}")
             if planned.jobs[0].multirun:
-                # so that a full disk stops the cache and not the sweep, and that the metrics of
-                # jobs that finish before their pass fails are read
+                # a resumed job goes on without a cache if the disk is full, and its metrics are
+                # read if it finishes before its pass fails
                 planned = planned._replace(jobs=[replace(j, resumed=True) for j in planned.jobs])
             for job, metrics in zip(planned.jobs, _train_pass(planned), strict=True):
                 results[job.folder] = metrics
@@ -161,23 +161,24 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
     """Split jobs with the same stream and steps done into passes of about equal size, each with at
     most `sweep.max_heads` SAEs or, by default, as many as fit into free memory. An SAE and the
     controls that follow its L0 share a pass and a rank if they fit on one."""
-    jobs, sites, _, shapes, _ = (list(column) for column in zip(*group, strict=True))
-    configs = [job.config for job in jobs]
+    jobs, sites = [checked.job for checked in group], [checked.sites for checked in group]
+    configs, llm = [job.config for job in jobs], group[0].llm
     splitting, leader_groups = configs[0].trainer.split, group_by_leader(jobs)
     ranks, free = count_ranks(configs[0]), _read_free_memory_per_rank(configs[0])
-    needed = memory.estimate_memory(configs, sites, shapes[0], ranks)
+    needed = memory.estimate_memory(configs, sites, llm, ranks)
     max_heads = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
     if max_heads is None:
-        parts = 1 if splitting is Splitting.none else ranks  # number of parts of an SAE
-        memory.check_memory(needed, configs, sites, shapes[0], free, parts)
+        parts = 1 if splitting is Splitting.none else ranks  # ranks that an SAE may be split over
+        memory.check_memory(needed, configs, sites, llm, free, parts)
         largest_bytes = max(needed.head_bytes) / (ranks if splitting is Splitting.all else 1)
         left = 0.9 * free - needed.shared_bytes  # a tenth in reserve: these are estimates
-        per_rank = max(1, int(left // (largest_bytes + needed.hidden_bytes)))
+        per_rank = max(1, int(left // (largest_bytes + needed.hidden_bytes)))  # SAEs on a rank
         rank_groups = cut_groups(leader_groups, per_rank)
         max_heads = per_rank  # with split=all, each rank has a part of every SAE
-        if splitting is not Splitting.all:
+        if splitting is not Splitting.all:  # whole groups on each rank
             largest_group = max(map(len, rank_groups))
-            max_heads = ranks * (per_rank // largest_group) * largest_group
+            groups_per_rank = per_rank // largest_group
+            max_heads = ranks * groups_per_rank * largest_group
     else:
         rank_groups = cut_groups(leader_groups, max_heads)
     if len(rank_groups) > len(leader_groups):
@@ -192,11 +193,10 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
 def _plan_pass(
     group: list[CheckedJob], rank_groups: list[list[int]], needed: memory.PassMemory, free: float
 ) -> PlannedPass:
-    """Plan a pass of some jobs of `group`. `rank_groups`: their indices in `group`, a list for all
-    that share a rank; `needed`: the memory of all jobs of `group`."""
+    """Plan a pass of some jobs of `group`. `rank_groups` has their indices in `group`, one list for
+    jobs that share a rank; `needed`: the memory of all jobs of `group`."""
     indices = [*chain(*rank_groups)]
-    checked_jobs = [group[index] for index in indices]
-    jobs, sites, done, shapes, _ = (list(column) for column in zip(*checked_jobs, strict=True))
+    jobs, sites = [group[index].job for index in indices], [group[index].sites for index in indices]
     config, ranks = jobs[0].config, count_ranks(jobs[0].config)
     needed = needed._replace(head_bytes=[needed.head_bytes[index] for index in indices])
     split = frozenset(
@@ -209,7 +209,7 @@ def _plan_pass(
     pass_groups = [[index_in_pass[index] for index in rank_group] for rank_group in rank_groups]
     shares = assign_jobs(needed.head_bytes, split, ranks, pass_groups)
     largest = max(needed.count_bytes(share, split, ranks) for share in shares)
-    return PlannedPass(jobs, sites, done[0], shapes[0], largest, shares, split)
+    return PlannedPass(jobs, sites, group[0].steps_done, group[0].llm, largest, shares, split)
 
 
 def _read_free_memory_per_rank(config: Config) -> float:

@@ -41,11 +41,11 @@ HeldOutResults = list[dict[str, float] | None]
 
 def find_leaders(jobs: Sequence[Job]) -> list[int | None]:
     """For each control that follows the L0 of an SAE, the index of its leader: the trained SAE of
-    the same experiment and seed. None if that is not among `jobs`, and for all other jobs."""
+    the same experiment and seed. None for other jobs, and if the leader is not among `jobs`."""
     keys = [(identify_experiment(job.config.to_flat_dict()), job.config.model.seed) for job in jobs]
     is_control = [job.config.model.control is not None for job in jobs]
     sae_indices = {key: index for index, key in enumerate(keys) if not is_control[index]}
-    return [
+    return [  # a control with `model.k` or `loss.target_l0` has no leader
         sae_indices.get(key) if control and job.config.loss.fixes_coefficient else None
         for job, key, control in zip(jobs, keys, is_control, strict=True)
     ]
@@ -71,7 +71,8 @@ def cut_groups(groups: Iterable[list[int]], most: int) -> list[list[int]]:
 def cut_evenly(groups: Sequence[list[int]], most: int) -> list[list[list[int]]]:
     """Cut a sequence of groups into as few parts as possible, of about equal size, with at most
     `most` jobs each. The groups stay whole, so none may have more than `most` jobs."""
-    total, ends = sum(map(len, groups)), [0, *accumulate(map(len, groups))]
+    total = sum(map(len, groups))
+    ends = [0, *accumulate(map(len, groups))]  # number of jobs in the first n groups
     for count in range(ceil(total / most), total):
         limits = [total * n // count for n in range(count + 1)]
         cuts = [bisect(ends, limit) - 1 for limit in limits]  # whole groups up to each limit

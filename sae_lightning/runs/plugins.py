@@ -58,7 +58,7 @@ def import_plugins(names: Iterable[str], tasks: dict[str, type] | None = None) -
 
 
 def _read_names(argument: str) -> list[str]:
-    """The modules in plugins=[a,b] or plugins=a, and its .py files as absolute paths."""
+    """The names in plugins=[a,b] or plugins=a: modules, and .py files as absolute paths."""
     value = argument.partition("=")[2].strip().removeprefix("[").removesuffix("]")
     names = [name.strip(" '\"") for name in value.split(",") if name.strip()]
     expand = os.path.expanduser

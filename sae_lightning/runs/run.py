@@ -89,12 +89,12 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
     opened = config.data_source.open_data(needs)
     parts = _build_parts(planned, opened)
     print_plan(planned, opened.about)
-    heads, outcome = parts.module.heads, "failed"
+    heads, unscored_outcome = parts.module.heads, "failed"
     try:
         open_other_loggers(planned, heads)
         return _fit(planned, parts)
     except (KeyboardInterrupt, SystemExit):
-        outcome = "stopped"
+        unscored_outcome = "stopped"
         raise
     finally:
         outcomes = []
@@ -102,9 +102,9 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
             with suppress(WriteError):  # an earlier write error has been reported
                 head.log.close()
             is_scored = (head.folder / METRICS_FILE).is_file()
-            scored_outcome = "success" if is_scored else outcome
-            head_outcome = "failed" if head.failure else scored_outcome
-            outcomes += [(logger, head_outcome) for logger in head.log.others]
+            outcome = "success" if is_scored else unscored_outcome
+            outcome = "failed" if head.failure else outcome
+            outcomes += [(logger, outcome) for logger in head.log.others]
         finish_loggers(outcomes)
 
 
@@ -216,12 +216,12 @@ def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
         write_json(head.folder / METRICS_FILE, metrics)
         results[index] = head.held_out_metrics
     transcoders = [head for head in module.training_heads if head.source != head.target]
-    for note in {describe_limits(head.sae) for head in transcoders} - {None}:
+    for note in {describe_limits(head.sae) for head in transcoders} - {None}:  # in SAELens
         console.print(note)
     if len(jobs) > 1:  # the report of the sweep has their results
         if "tokens_per_second" in module.speed:
             console.print(format_speed(jobs[0], module.speed))
-    elif results:
+    elif results:  # of the only job, the last one of the loop
         print_results(jobs[0], metrics)
     all_results = {k: v for part in world().gather_values(results) for k, v in part.items()}
     return [all_results.get(index) for index in range(len(jobs))]

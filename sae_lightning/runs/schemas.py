@@ -36,7 +36,7 @@ def register_schemas(
             store.store(group=f"schema/{group}", name=name, node=schema)
             store.repo.get(group, {}).pop(f"{name}.yaml", None)  # registered by an earlier call
             has_preset = any((folder / group / f"{name}.yaml").is_file() for folder in folders)
-            # the presets of our own kinds of data have other names
+            # our own kinds of data have presets under other names
             if not has_preset and (group != "data" or name not in DATA_PRESETS.values()):
                 values = {"model": {"name": name, "seed": "${seed}"}, "data": {"kind": name}}
                 node = OmegaConf.merge(schema, values.get(group, {}))
@@ -49,7 +49,7 @@ def register_schemas(
     OmegaConf.register_new_resolver("run_folder", pick_run_folder, replace=True)
     OmegaConf.register_new_resolver("sweep_folder", pick_sweep_folder, replace=True)
     OmegaConf.register_new_resolver("loss_of", pick_loss_preset, replace=True)
-    OmegaConf.register_new_resolver("job_folder", name_run_folder, replace=True)
+    OmegaConf.register_new_resolver("job_folder", name_job_folder, replace=True)
     OmegaConf.register_new_resolver("presets", list_presets, replace=True)
     OmegaConf.register_new_resolver("program", format_program, replace=True)
 
@@ -73,7 +73,7 @@ def pick_loss_preset(model: str) -> str:
     return name if name in ARCHITECTURES else "relu"  # Config reports an unknown name
 
 
-def name_run_folder(swept: str, number: int) -> str:
+def name_job_folder(swept: str, number: int) -> str:
     """`hydra.sweep.subdir`, the name of a job's run folder in the folder of its sweep: `swept`, its
     settings as setting=value,..., or its number if nothing is swept."""
     name = swept.replace("/", "_").encode()

@@ -67,7 +67,7 @@ def compute_objective(metrics: dict[str, float], sweep: SweepConfig) -> float:
     default = "ce_recovered" if "ce_recovered" in metrics else "explained_variance"
     name = sweep.objective or default
     value = metrics[name.removeprefix("-")]
-    if name.endswith("ce_recovered"):
+    if name.endswith("ce_recovered"):  # above 1, an SAE is not more faithful
         value = float(cap_recovered(value, metrics["ce_zero"], metrics["ce_clean"]))
     if math.isnan(value):
         return -math.inf
@@ -83,8 +83,9 @@ def describe_search_error(error: BaseException) -> str | None:
     code, which the sweeper calls."""
     if str(error) == "No trials are completed yet.":
         return "no trial of the search succeeded, see above"
-    modules = ["", *(f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__))]
-    if any(name.startswith("optuna.") for name in modules) or "optuna_sweeper" in modules[-1]:
+    modules = [f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__)]
+    is_from_sweeper = bool(modules) and "optuna_sweeper" in modules[-1]  # raised there
+    if is_from_sweeper or any(name.startswith("optuna.") for name in modules):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return (
             f"hydra/sweeper=optuna: {reason}; see its settings, such as hydra.sweeper.storage=..."

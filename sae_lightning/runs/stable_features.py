@@ -32,12 +32,12 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
     each pair of SAEs.
     """
     table = SweepTable([*runs])
-    finished = [  # folders; the runs of a group differ only in seeds
+    groups = [  # folders of finished runs; those of a group differ only in seeds
         [table.runs[i].folder for i in group if table.is_finished[i]]
         for group in MeansTable(table).members
     ]
-    hashes = {path: _hash_files(path) for group in finished if len(group) > 1 for path in group}
-    groups = [[path for path in group if hashes.get(path)] for group in finished]
+    hashes = {path: _hash_files(path) for group in groups if len(group) > 1 for path in group}
+    groups = [[path for path in group if hashes.get(path)] for group in groups]  # with all files
     seeds = {run.folder: run.settings.get("data.seed") for run in runs}
     pairs = [(a, b) for group in groups for a, b in combinations(group, 2) if seeds[a] == seeds[b]]
     cached = _read_shares(folder / STABLE_FILE) if pairs else {}

@@ -16,12 +16,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.formats.fetch import is_hub_address
 from sae_lightning.formats.load_sae import load_sae
 from sae_lightning.formats.saelens import OWN_KEY
-from sae_lightning.formats.trained_on import (
-    check_metadata,
-    choose_llm,
-    find_llm_name,
-    read_layer,
-)
+from sae_lightning.formats.trained_on import check_metadata, choose_llm, find_llm_name, read_layer
 from sae_lightning.llm.load import NO_LLM
 from sae_lightning.llm.packaged import LLMShape
 from sae_lightning.llm.sites import LayerConfig, SitePair
@@ -152,10 +147,11 @@ def _choose_layer(
         if "layer.index" in typed_names:
             return layer
         raise
-    if start_layer.target == start_layer.source:  # an autoencoder, which `layer` writes as null
+    if start_layer.target == start_layer.source:  # an autoencoder: `layer.target` is null
         start_layer.target = None
+    # a preset of `layer` sets source and target
     names = [name for name in ("source", "target") if {"layer", f"layer.{name}"} & {*typed_names}]
-    names += ["index"] * ("layer.index" in typed_names)
+    names += ["index"] if "layer.index" in typed_names else []
     for name in names:
         typed_value, value = getattr(layer, name), getattr(start_layer, name)
         if name == "target":  # null is the source
@@ -180,7 +176,7 @@ def _choose_model(start: Start, model: DictConfig, typed_names: Collection[str])
             f"model.features={features}: model.start={start.address} has "
             f"{start.config.features:,} features; give as many or more, or leave it out"
         )
-    if "groups" in values:  # new features join the last group
+    if "groups" in values:  # shares of all groups but the last, which new features join
         values["groups"] = [size / features for size in start.config.sizes()[:-1]]
     if values.get("skip", model.skip) != start.config.skip:
         article = "a" if start.config.skip else "no"
@@ -221,6 +217,6 @@ def check_start(config: Config, sites: SitePair, shape: LLMShape) -> str | None:
     if PurePath(config.llm.name).name in {PurePath(name).name for name in names}:
         return None
     return (
-        f"model.start={start.address} was trained on {min(names - {''})}, and goes on with "
+        f"model.start={start.address} was trained on {min(filter(None, names))}, and goes on with "
         f"{config.llm.name}"
     )

@@ -104,7 +104,7 @@ class Sweep(Callback):
         self.config_files = sorted(folder.glob(f"*/{CONFIG_FILE}"))  # one for each run so far
         with suppress(OSError, ValueError):
             self.record = read_regular_file(self.record_file)
-            self._restore_record()  # as a new file: Hydra would write through a hard link
+            self._restore_record()  # makes a new file: Hydra would write through a hard link
         atexit.register(self._restore_record)
 
     def _restore_record(self) -> None:
@@ -140,7 +140,7 @@ class Sweep(Callback):
             )
 
     def on_job_start(self, config: DictConfig, **_) -> None:
-        """Restore multirun.yaml of a resumed sweep, so that it survives a kill from here on."""
+        """Restore multirun.yaml of a resumed sweep, which Hydra has overwritten by now."""
         if self.resuming:
             self._restore_record()
 

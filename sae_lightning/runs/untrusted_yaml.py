@@ -52,9 +52,10 @@ def name_module(name: str) -> str:
 
 
 def parse_scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, text) of each key and value in the YAML `text` of `file`; items of a list
-    have the list's name. UserError for anchors, aliases, tags and merge keys."""
-    # per level: the current key of a mapping (None until it is read), or False for a list
+    """Yield (dotted name, text) of each key and value in the YAML `text` of `file`. An item has the
+    name of its list, a key the name of its group. UserError for anchors, aliases, tags and merge
+    keys."""
+    # for each open mapping its current key (None until it is read), for each open list False
     keys: list[str | bool | None] = []
     for event in yaml.parse(text, Loader=yaml.SafeLoader):  # the parser that OmegaConf uses
         name = ".".join(key for key in keys if key)
@@ -71,18 +72,23 @@ def parse_scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
                     file, name, f"more than {MAX_YAML_DEPTH} nested groups or lists"
                 )
             keys.append(None if isinstance(event, yaml.MappingStartEvent) else False)
-        elif isinstance(event, yaml.ScalarEvent) and is_key:
-            keys[-1] = event.value
-            if event.value == "<<":
+        elif isinstance(event, yaml.ScalarEvent):
+            if is_key and event.value == "<<":
                 raise _make_refusal(file, name, "a merge key (<<)")
             yield name, event.value
-        elif isinstance(event, yaml.ScalarEvent | yaml.CollectionEndEvent):
-            if isinstance(event, yaml.ScalarEvent):
-                yield name, event.value
+            if is_key:
+                keys[-1] = event.value
             else:
-                keys.pop()
-            if keys and keys[-1] is not False:
-                keys[-1] = None  # the value of the key is complete
+                _end_value(keys)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            keys.pop()
+            _end_value(keys)
+
+
+def _end_value(keys: list[str | bool | None]) -> None:
+    """After a value: if it was in a mapping, a key follows."""
+    if keys and keys[-1] is not False:
+        keys[-1] = None
 
 
 def _make_refusal(file: Path, name: str, syntax: str) -> UserError:

@@ -25,7 +25,7 @@ from sae_lightning.runs.jobs import (
     read_job,
     read_overrides,
 )
-from sae_lightning.runs.schemas import name_run_folder
+from sae_lightning.runs.schemas import name_job_folder
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.sae.relu import ReLULoss
 from sae_lightning.stream import SOURCES
@@ -479,10 +479,10 @@ def test_a_precision_may_be_named_as_lightning_names_it(typed, taken):
 
 
 def test_a_job_of_a_sweep_is_named_after_what_is_swept():
-    assert name_run_folder("loss.l1=0.001", 3) == "loss.l1=0.001"
-    assert name_run_folder("data.path=/a/b", 3) == "data.path=_a_b"
-    assert name_run_folder("", 3) == "3"
-    long = name_run_folder("\u00e9" * 300, 3)
+    assert name_job_folder("loss.l1=0.001", 3) == "loss.l1=0.001"
+    assert name_job_folder("data.path=/a/b", 3) == "data.path=_a_b"
+    assert name_job_folder("", 3) == "3"
+    long = name_job_folder("\u00e9" * 300, 3)
     assert len(long.encode()) <= 200 and long.endswith("_3")
 
 
