@@ -150,12 +150,12 @@ def _write_lead(numbers: dict[str, Any]) -> str:
     increase = numbers.get("ce_spliced", math.nan) - numbers.get("ce_clean", math.nan)
     if not math.isfinite(increase):  # not measured, or the LLM overflows
         return f"{lead}."
-    share = f"{numbers['ce_recovered']:.1%} of what zero ablation costs is recovered"
+    recovery = f"{numbers['ce_recovered']:.1%} of what zero ablation costs is recovered"
     if numbers["ce_zero"] <= numbers["ce_clean"]:
-        share = "zero ablation costs nothing"
+        recovery = "zero ablation costs nothing"
     return (
         f"{lead}; with the SAE in place the LLM's cross-entropy is {abs(increase):.3f} nats "
-        f"{'higher' if increase >= 0 else 'lower'} ({share}).{_describe_error(numbers)}"
+        f"{'higher' if increase >= 0 else 'lower'} ({recovery}).{_describe_error(numbers)}"
     )
 
 

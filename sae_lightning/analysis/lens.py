@@ -77,7 +77,7 @@ class LensTask(Task):
 
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
-        named = self.feature and subject.check_features(self.feature)
+        named = subject.check_features(self.feature) if self.feature else None
         text = None if self.direct else subject.corpus.train
         result = lens(subject, self.top, text, named or (), self.contexts)
         section = make_lens_section(result, read_vocabulary(subject.llm), named)

@@ -80,7 +80,7 @@ class OverviewTask(FeaturesTask):
             "features": survey.to_dict(),
             "evaluate": evaluation.to_dict(),
             "theory": theory.numbers,
-            "probe": probes and probes.to_dict(),
+            "probe": probes.to_dict() if probes else None,
         }
         sections = [s._replace(part=part) for part, group in parts.items() for s in group]
         catalogues = [survey.features, survey.neurons]

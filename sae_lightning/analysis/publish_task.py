@@ -125,7 +125,8 @@ def collect_files(folder: Path) -> dict[str, bytes | Path]:
             "format=saelens first, and publish that folder"
         )
     texts = {f"sae/{CFG}": json.dumps(hide_folders(cfg), indent=2)}
-    paths = {*filter(is_path, (str(folder.absolute()), str(Path.home())))} | find_paths(cfg)
+    folders = [str(folder.absolute()), str(Path.home())]
+    paths = {*filter(is_path, folders)} | find_paths(cfg)
     if (folder / CONFIG_FILE).is_file():
         config = read_settings(folder / CONFIG_FILE)
         paths |= find_paths(config)

@@ -142,7 +142,7 @@ def parse_integers(name: str, value: Any) -> list[int] | None:
         raise UserError(
             f"{name}={as_typed(value)}: give whole numbers from 0, such as {name}=[3,7]"
         )
-    return values and [int(x) for x in values]
+    return None if values is None else [int(x) for x in values]
 
 
 def parse_numbers(name: str, value: Any) -> list[float] | None:

@@ -69,7 +69,7 @@ class ExplainTask(Task):
 
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
-        named = self.feature and subject.check_features(self.feature)
+        named = subject.check_features(self.feature) if self.feature else None
         first = named[0] if named else None  # the page suggests commands for it
         model = open_model(self.endpoint, self.explainer, self.key_env, self.concurrency)
         answers = Answers(model) if model else None
