@@ -16,8 +16,8 @@ from sae_lightning.terminal import console, make_visible
 
 def train_and_score(jobs: Sequence[Job]) -> list[dict[str, float] | None]:
     """Train the jobs as `train_jobs` does. If the objective of a job's search is the score of a
-    benchmark, add that score to the job's metrics, unless the job has none or is a control that the
-    sweep added.
+    benchmark, add that score to the job's metrics, unless the job has no metrics or is a control
+    that the sweep added.
 
     UserError, before training: the benchmark cannot be run here."""
     # a minus in front means that the search minimises the score

@@ -74,7 +74,7 @@ class Benchmark(NamedTuple):
     settings: tuple[str, ...] = ()
     """Names of the settings of `BenchmarkTask` that only this benchmark has."""
     check: Callable[[], object] = lambda: None
-    """UserError if the benchmark cannot be run with default settings; called before training."""
+    """UserError if it cannot be run with default settings; called before a search trains."""
 
 
 # Value of the setting `suite` -> the benchmark.

@@ -68,7 +68,7 @@ def read_first_letters(subject: Subject) -> ConceptSamples:
     line_tokens = 1 + max(map(len, answers.values()))
     size = WORDS_IN_PROMPT
     if subject.context is not None:
-        size = min(size, (subject.context - 1) // line_tokens)  # 1: BOS
+        size = min(size, (subject.context - 1) // line_tokens)  # without BOS
     word_lists = [words[i : i + size] for i in range(0, len(words), size)]  # one for each prompt
     samples, shares = [], []  # share: of the prompts that come before the sample's prompt
     for i, listed in enumerate(word_lists):

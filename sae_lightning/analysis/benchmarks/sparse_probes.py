@@ -37,7 +37,7 @@ class TextSplit(NamedTuple):
 def split_texts(texts: int, seed: int) -> TextSplit:
     """Split a `LabelledSet` of `texts` texts at random; each part has equally many texts of both
     classes."""
-    pairs = np.random.default_rng(seed).permutation(texts // 2)  # texts 2 i and 2 i + 1 are pair i
+    pairs = np.random.default_rng(seed).permutation(texts // 2)  # pair i: texts 2 * i, 2 * i + 1
     order = (2 * pairs[:, None] + [0, 1]).ravel()
     training_texts = 2 * (min(int(TRAINING_SHARE * texts), MAX_TRAINING) // 2)  # whole pairs
     return TextSplit(order[:training_texts], order[training_texts:])

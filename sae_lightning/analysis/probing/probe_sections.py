@@ -29,7 +29,7 @@ def make_probe_sections(probes: Probes) -> list[Section]:
 
 def _make_comparison_section(probes: Probes) -> Section:
     sizes = list(dict.fromkeys(score.k for score in probes.scores))
-    smallest, dense = sizes[0], probes.find_score(NEURONS, None)
+    smallest, all_neurons = sizes[0], probes.find_score(NEURONS, None)
     features, neurons = (probes.find_score(kind, smallest) for kind in (FEATURES, NEURONS))
     return Section(
         title=f"Probes for {probes.label}",
@@ -39,13 +39,13 @@ def _make_comparison_section(probes: Probes) -> Section:
             f"{describe_winner(features, neurons)}. (As many random directions as features: "
             f"{probes.find_score(RANDOM, smallest).auroc:.2f}; chance: 0.50.) All features "
             f"together reach {probes.find_score(FEATURES, None).auroc:.2f}, the dense activation "
-            f"(all neurons) {dense.auroc:.2f}."
+            f"(all neurons) {all_neurons.auroc:.2f}."
         ),
         numbers={
             "pieces of text": f"{sum(probes.pieces):,} of up to {probes.context} tokens",
             "classes": f"{len(probes.classes)}",
             "most frequent class": f"accuracy {probes.majority:.3f}",
-            "folds": f"{len(dense.fold_scores)}",
+            "folds": f"{len(all_neurons.fold_scores)}",
             "note": " ".join(probes.notes),
         },
         table=ResultTable(

@@ -93,13 +93,13 @@ def _count_halves(sample: Sample, vocabulary: int, shift: int) -> list[_Counts]:
 
 def _choose_sets(counts: _Counts) -> _Sets:
     """Choose the token set of each feature whose membership correlates best with its firing."""
-    feature, token = counts.firings.nonzero()
     is_frequent = counts.firings.data >= MIN_FIRINGS_PER_TOKEN
-    feature, token, firings = (x[is_frequent] for x in (feature, token, counts.firings.data))
+    firings = counts.firings.data[is_frequent]
+    feature, token = (indices[is_frequent] for indices in counts.firings.nonzero())
     occurrences = counts.occurrences[token]
     order = np.lexsort((-firings / (occurrences + 1), feature))
-    candidates = feature, token, firings, occurrences
-    feature, token, firings, occurrences = (x[order] for x in candidates)
+    feature, token = feature[order], token[order]
+    firings, occurrences = firings[order], occurrences[order]
     rank = rank_in_runs(feature)
     start = np.arange(len(feature)) - rank  # index of the first candidate of the same feature
     # cumulative sums that restart at each feature: minus the sum before its first candidate

@@ -23,7 +23,7 @@ MAX_QUANTILE_VALUES = 1 << 23  # torch.quantile refuses very large inputs
 # Quantiles that separate the bins of neurons: finer at both ends, where rare concepts are. They go
 # from the median, 1/2, to 2^-11 and to 1 - 2^-11, four to an octave.
 _TAIL = 0.5 * 2.0 ** -torch.arange(0, 10.25, 0.25)
-QUANTILE_LEVELS = torch.cat([_TAIL.flip(0), 1 - _TAIL[1:]])  # 1: the median only once
+QUANTILE_LEVELS = torch.cat([_TAIL.flip(0), 1 - _TAIL[1:]])  # with the median only once
 
 
 class Detector(NamedTuple):
