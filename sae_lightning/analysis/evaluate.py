@@ -160,8 +160,7 @@ def _write_lead(numbers: dict[str, Any]) -> str:
 
 
 def _describe_error(numbers: dict[str, Any]) -> str:
-    """Say how much of the cost of mean ablation the features and their error each recover; empty if
-    mean ablation costs nothing."""
+    """Say how much of mean ablation's cost features and error each recover; empty without cost."""
     if not numbers["ce_mean"] > numbers["ce_clean"]:  # also if one is NaN
         return ""
     return (
