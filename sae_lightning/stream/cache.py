@@ -129,7 +129,7 @@ class CachedRows(RowStream):
             return
         if shard is not None:
             console.print(f"{shard.path} is damaged: the LLM computes it again")
-            self._may_write()  # may list the shards again
+            self._may_write()  # first, as it may list the shards again
             self.shards = [other for other in self.shards if other.path != shard.path]
         self._stop = next((s.first for s in self.shards if s.first > self._position), None)
         if self.live.llm_batches != self._position:
@@ -158,7 +158,7 @@ class CachedRows(RowStream):
             self.live.load_state_dict(state | {"llm_batches": state["read"]})
         except TextChanged:
             if self.resumed:
-                raise
+                raise  # its message is for a resumed run
             self._refuse_text()
         while (llm_batch := self.live.llm_batches) < self._position:
             self.live.read_sequences()

@@ -32,7 +32,7 @@ class ConceptWorld(NamedTuple):
     group: Tensor
     """[concepts], index of a concept's group, whose concepts tend to fire together"""
     correlation: float
-    """Correlation of the latent normals of two concepts in a group; 0 if one is a child."""
+    """r in `_draw_active`: correlation of two concepts' normals in a group; 0 if one is a child."""
 
     def sample(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Sample activations [n, dim] and the strengths [n, concepts] of their concepts: log-normal

@@ -81,7 +81,8 @@ class HeldOut(HeldOutData):
         """Capture the activations, and measure the baselines at the `targets` of every rank."""
         self._read()
         if len(self._loss_indices):
-            for target in sorted(set().union(*world().gather_values(set(targets)))):
+            targets_by_rank = world().gather_values(set(targets))
+            for target in sorted(set().union(*targets_by_rank)):
                 self.measure_baseline(target)
 
     def _read(self) -> None:

@@ -49,8 +49,7 @@ def open_rows(
     With several ranks, which run the LLM in turn, this one gets the rows at `own_sites` (None: at
     all). On a GPU `ahead` rows are prefetched while SAEs train, but not with a cache, whose writes
     wait for the LLM anyway. If the disk is too full for the cache, a new run fails at the first
-    `next`, and a `resumed` one adds nothing to the cache.
-    """
+    `next`, and a `resumed` one adds nothing to the cache."""
     settings = {
         "batch": config.batch,
         "max_norm": data.max_norm,
@@ -82,8 +81,7 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
     """Collect everything that determines the rows: settings, the loaded LLM, and the text.
 
     Device and library versions are included, because rounding depends on them, and the sites,
-    because a shard holds the rows at all sites.
-    """
+    because a shard holds the rows at all sites."""
     model, tokenizer = rows.llm.model, rows.llm.tokenizer
     settings = {
         name: value

@@ -96,7 +96,7 @@ class HeldOutStream(Protocol):
 
 def read_ids(tokens: Tensor) -> Tensor:
     """Undo the complements of tokens that are not trained on."""
-    return torch.maximum(tokens, ~tokens)
+    return torch.maximum(tokens, ~tokens)  # ~id = -1 - id is negative
 
 
 class TokenStream(Protocol):

@@ -99,7 +99,8 @@ def _convert(
     values = columns[0].flatten()
     if (lengths != width).any() or values.null_count:
         wrong = np.flatnonzero(lengths != width)
-        row = int(wrong[0]) if len(wrong) else values.is_null().index(True).as_py() // width
+        first_null = values.is_null().index(True).as_py()  # -1: none
+        row = int(wrong[0]) if len(wrong) else first_null // width
         raise UserError(
             f"data.path: {file}: row {first_row + row} (from 0) of {name} is not a list of {width} "
             "numbers, as the first one is; leave it out"

@@ -95,7 +95,7 @@ class SavedRows(RowStream):
     def next(self, remaining: int) -> Rows:
         """Read the next rows, at most to the end of an epoch; each row counts as a sequence."""
         past_epochs, position = divmod(self._served, self.rows_per_epoch)
-        if past_epochs == self.epoch:
+        if past_epochs == self.epoch:  # all rows of this epoch are served
             next_epoch = self.epoch + 1
             report_epoch(f"the activations ran out after {self.rows_per_epoch:,} rows", next_epoch)
             self._begin_epoch(next_epoch)

@@ -222,7 +222,7 @@ def _join_weights(weights: dict[str, Tensor], split: FeatureSplit) -> dict[str, 
     """The weights that `measure_recovery` reads, gathered from all ranks. They fit on one rank, as
     there are few concepts and so few features."""
     dims = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}  # which dimension is the features'
-    # a weight without dimensions is the same for all features
+    # `join` gathers along dimension 0; a weight without dimensions is the same for all features
     return {
         name: split.join(x.movedim(dims[name], 0)).movedim(0, dims[name]) if x.ndim else x
         for name, x in weights.items()

@@ -151,7 +151,8 @@ class TextSource(DataSource):
 
     def open_data(self, needs: Needs) -> OpenedData:
         sites, tokens, loss_tokens, ahead, resumed, own_sites = needs
-        llm, text = opened = self.open_llm(self._count_blocks(sites, loss_tokens))
+        opened = self.open_llm(self._count_blocks(sites, loss_tokens))
+        llm, text = opened
         rows = open_rows(
             self.llm, self.data, self.seed, llm, text.train, sites, resumed, ahead, own_sites
         )

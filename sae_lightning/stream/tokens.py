@@ -37,8 +37,7 @@ class HeldOutTokens(HeldOutStream):
 
         Indexed text: windows spread evenly over all of it, so that every document has its share.
         Streamed text: its first windows. No window is padded: a short last one is left out or, if
-        it is the only one, returned as a shorter sequence.
-        """
+        it is the only one, returned as a shorter sequence."""
         if hasattr(self.data, "__len__"):
             separator = self.packing.separator
             flat = tokenise_indexed(
