@@ -70,8 +70,8 @@ def _copy(
 
 
 def _read_documents(files: list[str], folder: Path) -> Iterator[pa.Array]:
-    """Yield groups of files as arrays with a document for each file; an array is a view of a
-    temporary file in `folder` that joins the group."""
+    """Yield arrays of documents, a document for each file. Short files are joined in groups: each
+    array is a view of a temporary file in `folder`, which holds its group."""
     remaining = iter(files)
     while True:
         with tempfile.TemporaryFile(dir=folder) as joined:
