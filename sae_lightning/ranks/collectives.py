@@ -93,8 +93,8 @@ class Ranks:
         return total.tolist()
 
     def sum(self, x: Tensor) -> Tensor:
-        """All-reduce: sum of `x` over the ranks, in float32 or wider. All ranks compute the same
-        loss from it, so each rank's term gets the gradient of the sum, unchanged."""
+        """All-reduce: sum of `x` over the ranks, in float32 or wider. The gradient of `x` is that
+        of the sum, because all ranks compute the same loss from it."""
         return x if self.size == 1 else _Sum.apply(x, self)
 
     def stack(self, x: Tensor) -> Tensor:
@@ -118,9 +118,10 @@ class Ranks:
         ranks; m <= k and x >= 0."""
         if self.size == 1:
             return x
-        all_ranks = self.stack(pad(x.detach(), (0, k - x.shape[-1]))).movedim(0, -2).flatten(-2)
-        chosen = all_ranks.topk(k, sorted=False).indices
-        kept = torch.zeros_like(all_ranks, dtype=torch.bool).scatter_(-1, chosen, True)
+        by_rank = self.stack(pad(x.detach(), (0, k - x.shape[-1])))  # [size, ..., k]
+        candidates = by_rank.movedim(0, -2).flatten(-2)  # [..., size * k]
+        chosen = candidates.topk(k, sorted=False).indices
+        kept = torch.zeros_like(candidates, dtype=torch.bool).scatter_(-1, chosen, True)
         start = self.rank * k  # of this rank's candidates
         return x.masked_fill(~kept[..., start : start + x.shape[-1]], 0)
 
@@ -129,15 +130,15 @@ class Ranks:
         `rows` [n]: the row of each entry, in ascending order."""
         if self.size == 1:
             return x
-        places = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+        row_starts = torch.searchsorted(rows, rows)  # [n]: first entry of the same row
+        places = torch.arange(len(rows), device=rows.device) - row_starts
         table = x.new_zeros(count, k).index_put_((rows, places), x)
         return self.keep_largest(table, k)[rows, places]
 
     def find_smallest(self, x: Tensor) -> Tensor | None:
         """Smallest value [] that `keep_largest` has kept on any rank; None if it has kept none.
-        x [n]: what it returned on this rank, 0 for a dropped value (with one rank none is dropped).
-        """
-        if self.size == 1:
+        x [n]: its result on this rank, 0 for a value that it dropped."""
+        if self.size == 1:  # `keep_largest` has dropped none
             return x.min() if len(x) else None
         smallest = self.stack(pad(x[x > 0], (0, 1), value=torch.inf).min()).min()
         return smallest if smallest < torch.inf else None
@@ -178,7 +179,7 @@ class Ranks:
             while (
                 monotonic() < deadline
                 and reasons.keys() < others
-                and {*reasons.values()} <= {WAITING}
+                and all(reason == WAITING for reason in reasons.values())
             ):
                 sleep(0.1)
                 for rank in others - reasons.keys():

@@ -41,10 +41,11 @@ class FeatureSplit:
         """All-gather the x [own features, ...] of all ranks, as one [features, ...]."""
         if self.ranks.size == 1:
             return x
-        longest = -(-self.features // self.ranks.size)  # rows on the rank with the most features
+        longest = math.ceil(self.features / self.ranks.size)  # rows on the rank with most features
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: len(x)] = x
-        return self.ranks.stack(padded).transpose(0, 1).flatten(0, 1)[: self.features]
+        by_row = self.ranks.stack(padded).transpose(0, 1)  # [i, rank]: feature i * size + rank
+        return by_row.flatten(0, 1)[: self.features]
 
     def norm(self, x: Tensor) -> Tensor:
         """Norm [] over all features, from each rank's norm [] over its own."""

@@ -5,7 +5,7 @@
                                               heads, with a hard link in each folder
 
 Any head can be resumed alone; heads at the same step can be resumed together, on any number of
-ranks. The stream file holds the sites of the heads that its rank trains. Both files are zip
+ranks. The stream file of a rank has the rows at the sites of its heads. Both files are zip
 archives with a CRC-32 of each entry; the key `stream` of last.ckpt is a checksum of the stream
 file's CRCs.
 """
@@ -102,8 +102,8 @@ def assemble_whole(head: Head, weights: dict[str, Tensor]) -> Iterator[dict[str,
 
 
 def _gather(head: Head, folder: Path, x: Tensor, dim: int, name: str) -> Tensor | None:
-    """`FeatureSplit.gather_on_rank_zero` of a tensor of a head, with the file `name` in `folder`;
-    None on all ranks of a split head but the first."""
+    """Gather a head's tensor that is split along `dim`: the whole on rank 0, as an mmap of the file
+    `name` in `folder`, and None on other ranks. If the head is not split, `x` is the whole."""
     return head.sae.split.gather_on_rank_zero(x, dim, folder / name)
 
 
@@ -115,7 +115,7 @@ def _load_part(head: Head, options: dict[str, Any]) -> dict[str, Any]:
 
     def slice_own(x: Tensor, dim: int, _: str) -> Tensor:
         by_feature = head.sae.split.slice(x, dim).movedim(dim, 0).contiguous()
-        return by_feature.movedim(0, dim)  # in the memory order of a checkpoint
+        return by_feature.movedim(0, dim)  # W_enc stays column-major, as in checkpoints
 
     return _convert_split_tensors(part, head, slice_own)
 

@@ -86,7 +86,7 @@ class Head(nn.Module):
         self.failure: str | None = None  # why the head is frozen; None while it trains
         self.writes = True  # whether this rank writes its files
         self.leader: int | None = None  # index of the head whose L0 a control follows
-        # share of [batch, features] that sparse products needed at the last update; at first 1
+        # share of [batch, features] that sparse products compute, at the last update; at first 1
         self.active_density = 1.0
         self._register_state(seed)
 
@@ -164,9 +164,8 @@ class Head(nn.Module):
         return loss
 
     def tune(self, llm: nn.Module, runs: Sequence[CleanRun]) -> Tensor:
-        """The term of the loss [] that `loss.kl` = kl adds, where mse / KL gets no gradient:
-
-        kl / (1 + kl) x mse / KL x KL
+        """The term of the loss [] that `loss.kl` = kl adds: kl / (1 + kl) * (mse' / KL') * KL, with
+        mse' and KL' without gradients.
 
         Call it after `forward`. `runs` of the LLM are without an SAE, on the text of this update.
         The SAE runs as in evaluation: in float32, a BatchTopK SAE with its threshold."""

@@ -92,7 +92,7 @@ def _report_damage(path: Path, problem: str) -> Iterator[None]:
 
 def _expect_progress(checkpoint: dict[str, Any], step: int, steps: int) -> None:
     """Check the progress that Lightning reads: the updates done, and its loops' counters."""
-    done, seen = ("ready", "completed"), ("ready", "started", "processed")
+    done, seen = ("ready", "completed"), ("ready", "started", "processed")  # Lightning's counters
     optimizer = {"step": _list_counters(*done), "zero_grad": _list_counters(*done, "started")}
     loops = {
         "state_dict": {"combined_loader": []},

@@ -70,8 +70,8 @@ def _read_rows(path: Path, last: int) -> list[dict[str, Any]]:
 
 
 def open_loggers(config: LoggerConfig, run: LoggedRun, notes: set[str]) -> list[ExtraLogger]:
-    """Open the loggers of a head's run. `notes`: a set that the heads of a pass share, empty at
-    first (see `RemoteLogger`)."""
+    """Open the loggers of a head's run. `notes`: what has failed or been printed, a set that the
+    heads of a pass share; empty at first."""
     rank_zero_only.rank = 0  # Lightning's loggers would be silent on other ranks
     loggers: list[ExtraLogger] = [CSVCurves(run)] if config.csv.use else []
     if config.wandb.use:

@@ -80,7 +80,7 @@ class HParams(NamedTuple):
     settings: dict
     """Settings of the run, by name."""
     columns: dict
-    """Settings of all runs of the command, each with its value in one of the runs."""
+    """Settings of any run of the command, each with an example value."""
     swept: Collection[str] = ()
     """Names of the settings that are shown first."""
     headline: Sequence[str] = HEADLINE
@@ -189,11 +189,11 @@ class SilentLog(HeadLog):
 def _make_summaries(hparams: HParams) -> list[Summary]:
     """Summaries that fill the HParams tab. TensorBoard takes the columns from a single run, which
     may be any, so each run lists the columns of all."""
-    experiment, *_ = summarize_hparams(hparams.columns, dict.fromkeys(hparams.headline, 0.0))
-    data = experiment.value[0].metadata.plugin_data
+    columns, *_ = summarize_hparams(hparams.columns, dict.fromkeys(hparams.headline, 0.0))
+    data = columns.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(data.content)
     for info in content.experiment.hparam_infos:
         info.differs = info.name in hparams.swept  # the tab shows only five columns at first: these
     data.content = content.SerializeToString()
-    _, *session = summarize_hparams(hparams.settings, {})
-    return [experiment, *session]
+    _, *values = summarize_hparams(hparams.settings, {})
+    return [columns, *values]

@@ -98,12 +98,12 @@ class SAEModule(L.LightningModule):
         """Freeze a head whose loss or gradient is not finite and write the reason to its folder;
         the others train on. UserError if it is the only one of the pass."""
         culprit, remedy = _find_culprit(head, self.last_batch)
-        progress, checkpoint = "nothing was saved yet", locate_checkpoint(head.folder)
+        saved, checkpoint = "nothing was saved yet", locate_checkpoint(head.folder)
         if checkpoint.exists():
-            progress = f"the last good checkpoint is {checkpoint}"
+            saved = f"the last good checkpoint is {checkpoint}"
         head.failure = (
             f"stopped at step {self.global_step} ({self.tokens_seen:,} tokens): {culprit} is not "
-            f"finite; {progress}. Start again with {remedy}"
+            f"finite; {saved}. Start again with {remedy}"
         )
         head.sae.zero_grad()  # from now on Adam skips its parameters, which have no gradient
         if head.writes:
@@ -119,15 +119,15 @@ class SAEModule(L.LightningModule):
             optim = head.optim
             factor = optim.bias_lr or head.sae.W_enc.shape[0] ** 0.5
             parameters = dict(head.sae.named_parameters())
-            rates = {"lr": optim.lr, "bias_lr": optim.lr * factor}
-            for (setting, rate), names in zip(rates.items(), head.group_parameters(), strict=True):
+            curves = {"lr": optim.lr, "bias_lr": optim.lr * factor}  # curve -> peak rate
+            for (curve, lr), names in zip(curves.items(), head.group_parameters(), strict=True):
                 groups.append(
                     {
                         "params": [parameters[name] for name in names],
-                        "lr": rate,
-                        "peak_lr": rate,
+                        "lr": lr,
+                        "peak_lr": lr,
                         "head": index,
-                        "rate": setting,
+                        "rate": curve,  # name of its curve
                         "betas": (optim.beta1, optim.beta2),
                         "eps": optim.eps,
                     }
@@ -145,7 +145,7 @@ def _find_culprit(head: Head, batch: dict[Site, Tensor]) -> tuple[str, str]:
     if broken:
         return f"the loss term {' and '.join(broken)}", remedy
     for name, coefficient in head.effective_coefficients.items():
-        is_large = not coefficient * terms[name] < 1e6 * terms["mse"]  # also NaN (0 x infinity)
+        is_large = not coefficient * terms[name] < 1e6 * terms["mse"]  # also NaN (0 * infinity)
         if is_large and hasattr(head.loss, name):  # a setting, not a constant
             remedy = f"a lower loss.{name} (now {getattr(head.loss, name):g})"
     return "the gradient" if head.last_step.loss.isfinite() else "the loss term sum", remedy

@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the number of updates so far and of the run's `total`."""
+"""Schedules: pure functions. `step` counts updates, of which the run has `total`."""
 
 import math
 
@@ -38,7 +38,7 @@ def compute_feedback(error: float, last_error: float, step: int, total: int) -> 
     """Factor by which a sparsity coefficient is multiplied after update `step` of `total`, given
     `measure_l0_error` at this update and at the last one.
 
-    exp(30 step^2 / total^3 x error + (error - last_error)): a proportional-integral controller in
+    exp(30 * step^2 / total^3 * error + (error - last_error)): a proportional-integral controller in
     logarithms, since L0 falls roughly as a power of the coefficient. In the middle of the run, a
     constant error of 1 (L0 off by a factor e) changes the coefficient by a factor e within about an
     eighth of the run, slowly enough for L0 to follow. Earlier, the first term is smaller, because

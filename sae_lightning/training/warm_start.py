@@ -21,7 +21,7 @@ from sae_lightning.stream.states import ANY_COUNT, expect
 from sae_lightning.training.head import Head
 from sae_lightning.training.settings import locate_checkpoint
 
-STAYED_COSINE = 0.9  # see `count_fates`
+STAYED_COSINE = 0.9  # above it, a feature with decoder rows of this cosine then and now stayed
 # Settings in which a run must agree with the one it starts from for Adam's moments to fit.
 ADAM_SETTINGS = (
     "llm.name",
@@ -78,7 +78,7 @@ def _take_weights(head: Head, start_sae: SAE, keep_norms: bool) -> None:
     in_mean, in_scale, out_mean, out_scale = (
         getattr(head, name).cpu().double() for name in NORMALISATION
     )
-    # folding in the inverse of the normalisation converts weights for raw activations
+    # `fold` converts to raw activations; with the inverse of the normalisation, it converts back
     weights = start_sae.fold(
         -in_mean / in_scale, 1 / in_scale, -out_mean / out_scale, 1 / out_scale
     )
@@ -96,15 +96,15 @@ def _take_weights(head: Head, start_sae: SAE, keep_norms: bool) -> None:
 
 
 def _find_factors(head: Head, start_sae: SAE, W_dec: Tensor) -> Tensor:
-    """Find the factors [features] by which the features of `start_sae` become stronger and their
-    decoder rows W_dec [features, d_out], given in the head's units, shorter.
+    """Find the factors [features] by which the strengths of `start_sae` are multiplied and its
+    decoder rows W_dec [features, d_out], in the head's units, are divided.
 
     With fixed norms, each row gets the norm `decoder_norm`. Otherwise, the rows of our own SAEs
     keep their norms. A row of another tool's SAE is divided by its norm or, if the head's features
     compete, by the mean norm of the rows, so that the order of strengths stays.
     """
     config, norms = head.sae.config, W_dec.norm(dim=1)
-    is_nonzero = norms > SMALLEST_NORM  # a row of zeros counts as one of the mean norm
+    is_nonzero = norms > SMALLEST_NORM  # rows of zeros get the mean norm's factor
     mean = norms[is_nonzero].mean()
     if config.fixed_norm:
         return torch.where(is_nonzero, norms, mean) / config.decoder_norm

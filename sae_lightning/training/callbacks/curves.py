@@ -55,7 +55,7 @@ class Curves(L.Callback):
         # a batch of 1, because `log_every` counts updates, not tokens
         if not (is_due(step, 1, self.log_every) or step == module.steps):
             return
-        rates: dict[int, dict[str, float]] = {}
+        rates: dict[int, dict[str, float]] = {}  # of each head, by tag
         for group in trainer.optimizers[0].param_groups:
             rates.setdefault(group["head"], {})[f"optim/{group['rate']}"] = group["lr"]
         data = {"data/distinct_sequences": stream.distinct_sequences, "data/epoch": stream.epoch}

@@ -23,7 +23,7 @@ class KeepControl(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: SAEModule) -> None:
         """Give `pca` heads the principal directions of the activations from which their
         normalisation is estimated."""
-        # mean and directions, shared by heads of a site
+        # by site and number of tokens: mean and directions
         components: dict[tuple[Site, int], tuple[Tensor, Tensor]] = {}
         for head in module.heads:
             if head.sae.config.control is not Control.pca or trainer.global_step > 0:

@@ -40,7 +40,8 @@ def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int
     # this rank's features only, while `all_dead` covers those of all ranks
     alive, dead = ~head.dead, head.dead.nonzero().squeeze(1)
     # the i-th dead feature of all ranks takes token i
-    drawn = tokens.to(x.device)[split.slice(all_dead.cumsum(0) - 1)[dead]]
+    places = split.slice(all_dead.cumsum(0) - 1)[dead]
+    drawn = tokens.to(x.device)[places]
     decoder_norm = _average(sae.W_dec[alive].norm(dim=1), split.ranks)
     encoder_norm = _average(sae.W_enc[:, alive].norm(dim=0), split.ranks)
     columns, rows = normalize(x[drawn]) * 0.2 * encoder_norm, normalize(target[drawn])

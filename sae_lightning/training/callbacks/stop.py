@@ -39,7 +39,7 @@ class StopOnSignal(L.Callback):
             console.print("stopping after this update, then saving (Ctrl-C again: stop at once)")
 
         if threading.current_thread() is threading.main_thread():
-            # other ranks have ignored signals from their start, until Lightning set its handlers
+            # other ranks must ignore signals again: Lightning has just set its own handlers
             handler = stop if world().is_rank_zero else signal.SIG_IGN
             for signal_number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[signal_number] = signal.signal(signal_number, handler)

@@ -53,7 +53,8 @@ class Throughput(L.Callback):
         """End a pause, which lasted until the stream began to make this batch."""
         if self.pause_start:
             now, start = self._read_clock(trainer), self.pause_start
-            self.idle += now.seconds - start.seconds - (now.stream - start.stream)
+            making_batch = now.stream - start.stream
+            self.idle += now.seconds - start.seconds - making_batch
             self.pause_start = None
 
     def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
