@@ -214,7 +214,7 @@ def check_sweep(overrides: list[Override], sweeper: DictConfig) -> None:
 
 
 def count_values(override: Override) -> int:
-    """Number of values of an override; a range is not generated. UserError if it is endless."""
+    """Number of values of an override, without generating a range; UserError if it is endless."""
     if not override.is_sweep_override():
         return 1
     value = override.value()

@@ -32,7 +32,7 @@ def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
             in_folder_name = [part.partition("=")[0] for part in job.folder.name.split(",")]
             names = [name for name in typed if name in in_folder_name]
         swept.append(names or [*typed])
-    settings = [_select_settings(*row) for row in zip(jobs, overrides, swept, strict=True)]
+    settings = list(map(_select_settings, jobs, overrides, swept))
     columns: dict = {}
     for values in settings:
         columns = values | columns  # in this order, presets that only later jobs have come first

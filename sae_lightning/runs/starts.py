@@ -213,6 +213,7 @@ def check_start(config: Config, sites: SitePair, shape: LLMShape) -> str | None:
         )
     if not config.data_source.has_llm or not {"llm.name", "model_name"} & start.metadata.keys():
         return None
+    # the hub's name, and the name that the format recorded
     names = {find_llm_name(start.metadata, ""), start.metadata.get("model_name", "")}
     if PurePath(config.llm.name).name in {PurePath(name).name for name in names}:
         return None

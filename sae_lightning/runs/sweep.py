@@ -70,10 +70,10 @@ class Sweep(Callback):
         # typed overrides beat those that a preset has in hydra.sweeper.params
         overrides = list({o.key_or_group: o for o in parse(params) + typed_overrides}.values())
         _refuse_several_seeds(config, overrides)
-        constant = ",".join(f"'{o.key_or_group}'" for o in overrides if not _has_several_values(o))
+        constant = [f"'{o.key_or_group}'" for o in overrides if not _has_several_values(o)]
         with read_write(config):  # each job is composed with this config
             config.hydra.overrides.hydra.append(
-                f"hydra.job.config.override_dirname.exclude_keys=[{constant}]"
+                f"hydra.job.config.override_dirname.exclude_keys=[{','.join(constant)}]"
             )
         if config.resume and is_sweep(Path(config.resume)):
             self.resuming = True
@@ -86,10 +86,11 @@ class Sweep(Callback):
                 "write model.seed=0,1,2 and model.control=null,pca",
             )
         if not sweeper._target_.endswith(f".{BasicSweeper.__name__}"):
-            return  # a search, which chooses its jobs one after another
+            return  # a search, whose jobs are not known yet
         if launcher.endswith(".OnePassLauncher") and sweeper.max_batch_size is None:
             return  # this launcher checks all jobs itself, more thoroughly
-        for number, job_overrides in enumerate(BasicSweeper.split_arguments(overrides, None)[0]):
+        (grid,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        for number, job_overrides in enumerate(grid):
             with _exit_on_errors(job_overrides):
                 _check_job(loader.load_sweep_config(config, job_overrides), number, job_overrides)
 
