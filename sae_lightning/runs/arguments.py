@@ -234,7 +234,7 @@ def is_multirun(arguments: list[str]) -> bool:
 
 def _quote_text(argument: str, multirun: bool, text_settings: dict[str, bool]) -> str:
     """Quote one argument, as `quote_texts` says; UserError if a text is not UTF-8. `text_settings`:
-    see `find_text_settings`."""
+    setting -> whether it may be null."""
     name, equals, value = argument.partition("=")
     setting = name.lstrip("+")
     is_path = setting in PATH_SETTINGS

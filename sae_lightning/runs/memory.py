@@ -113,7 +113,7 @@ def estimate_memory(
         llm_sites, llm, config.eval.tokens, config.eval.loss_tokens
     )
     row_bytes = sum(map(llm.width_at, llm_sites)) * element_bytes
-    # tokens whose strengths are in memory at a time; those of evaluation as training tokens
+    # tokens whose strengths are in memory; one of evaluation counts as 5/8 of one in training
     tokens = max(config.trainer.batch, int(EVALUATION_SHARE * MAX_TOKENS_AT_ONCE))
     activation_bytes = [
         tokens * c.model.features * ARCHITECTURES[c.model.name].network.bytes_per_activation
@@ -169,7 +169,7 @@ def check_memory(
             f"{PROCESS_BYTES / 1e9:.1f} GB: free some, or try all the same with sweep.max_heads=1"
         )
     for index, (config, pair) in enumerate(zip(configs, sites, strict=True)):
-        # this includes what other SAEs share, so the SAE alone needs no more
+        # `needed` has the shared parts of all SAEs: alone, this one needs no more
         if needed.count_bytes([index], [index], ranks) <= free:
             continue
         alone = estimate_memory([config], [pair], llm, ranks)

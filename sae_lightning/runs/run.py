@@ -216,12 +216,12 @@ def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
         write_json(head.folder / METRICS_FILE, metrics)
         results[index] = head.held_out_metrics
     transcoders = [head for head in module.training_heads if head.source != head.target]
-    for note in {describe_limits(head.sae) for head in transcoders} - {None}:  # in SAELens
+    for note in {describe_limits(head.sae) for head in transcoders} - {None}:  # what SAELens misreads
         console.print(note)
     if len(jobs) > 1:  # the report of the sweep has their results
         if "tokens_per_second" in module.speed:
             console.print(format_speed(jobs[0], module.speed))
-    elif results:  # of the only job, the last one of the loop
+    elif results:  # the only job, whose metrics the loop has made
         print_results(jobs[0], metrics)
     all_results = {k: v for part in world().gather_values(results) for k, v in part.items()}
     return [all_results.get(index) for index in range(len(jobs))]
