@@ -186,8 +186,8 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
             "too many controls to train together with their SAEs: some keep their own sparsity "
             "coefficients instead of following the L0 of the SAE"
         )
-    passes = cut_evenly(rank_groups, max_heads)
-    return [_plan_pass(group, pass_groups, needed, free) for pass_groups in passes]
+    group_lists = cut_evenly(rank_groups, max_heads)  # one list for each pass
+    return [_plan_pass(group, groups_in_pass, needed, free) for groups_in_pass in group_lists]
 
 
 def _plan_pass(

@@ -216,7 +216,7 @@ def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
         write_json(head.folder / METRICS_FILE, metrics)
         results[index] = head.held_out_metrics
     transcoders = [head for head in module.training_heads if head.source != head.target]
-    for note in {describe_limits(head.sae) for head in transcoders} - {None}:  # what SAELens misreads
+    for note in {describe_limits(head.sae) for head in transcoders} - {None}:  # about SAELens
         console.print(note)
     if len(jobs) > 1:  # the report of the sweep has their results
         if "tokens_per_second" in module.speed:
