@@ -148,12 +148,11 @@ class Ranks:
     ) -> None:
         """Send outgoing[r] to each rank r and receive incoming[r] from it; None, or an empty
         tensor, where nothing is sent."""
-        operations = [
-            dist.P2POp(operation, x.view(torch.uint8), other, self.exchange_group)
-            for operation, tensors in ((dist.isend, outgoing), (dist.irecv, incoming))
-            for other, x in enumerate(tensors)
-            if x is not None and x.numel() and other != self.rank
-        ]
+        operations, group = [], self.exchange_group
+        for operation, tensors in ((dist.isend, outgoing), (dist.irecv, incoming)):
+            for other, x in enumerate(tensors):
+                if other != self.rank and x is not None and x.numel():
+                    operations.append(dist.P2POp(operation, x.view(torch.uint8), other, group))
         if operations:
             for request in self.call(dist.batch_isend_irecv, operations):
                 self.call(request.wait)

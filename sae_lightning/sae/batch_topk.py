@@ -61,12 +61,12 @@ class BatchTopK(SAE):
         pre = excess + bound[pattern.columns]
         # `encode_entries` also returns some entries whose exact values are <= 0
         positive = sparse.find_above(pre, 0.0)
-        strengths, largest = pre[positive].topk(min(k, len(positive)), sorted=False)
-        strengths = self.split.ranks.keep_largest(strengths, k)
+        strengths, places = pre[positive].topk(min(k, len(positive)), sorted=False)
+        entries = positive[places]
+        strengths = self.split.ranks.keep_largest(strengths, k)  # 0 where other ranks have larger
         self._update_threshold(strengths)
-        kept = largest[sparse.find_above(strengths, 0.0)]  # `keep_largest` sets the others to 0
-        entries = positive[kept].sort().values
-        return SparsityPattern(pattern.flat_indices[entries], *pattern.shape), pre[entries]
+        kept = entries[sparse.find_above(strengths, 0.0)].sort().values
+        return SparsityPattern(pattern.flat_indices[kept], *pattern.shape), pre[kept]
 
     def entry_bound(self) -> Tensor:
         """The bound [features] that `find_entries` tries first, before it keeps the largest."""

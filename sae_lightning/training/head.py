@@ -84,7 +84,7 @@ class Head(nn.Module):
         self.density: Tensor | None = None  # share of tokens on which each feature fires [features]
         self.density_counts: dict[str, int] = {}  # number of features by density
         self.failure: str | None = None  # why the head is frozen; None while it trains
-        self.writes = True  # whether this rank writes its files
+        self.writes = True  # whether this rank writes the head's files
         self.leader: int | None = None  # index of the head whose L0 a control follows
         # share of [batch, features] that sparse products compute, at the last update; at first 1
         self.active_density = 1.0

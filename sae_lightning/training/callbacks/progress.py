@@ -8,8 +8,8 @@ from sae_lightning.training.module import SAEModule
 
 
 class ProgressBar(L.Callback):
-    """Tokens, tokens/s, time left, L0, explained variance, share of dead features; for several
-    SAEs the smallest and the largest value.
+    """Shows tokens, tokens/s, time left, L0, explained variance and the share of dead features; for
+    several SAEs the smallest and the largest value.
 
     If the output is not a terminal, it prints a line after every tenth of the run instead.
     """

@@ -30,12 +30,12 @@ class Throughput(L.Callback):
     the same numbers for the time since this process started, for `metrics.json`.
 
     CPU           stream SAEs | others | stream SAEs | others | ...      counted: all but others
-    accelerator   stream SAEs others stream SAEs | evaluation | ...      counted: all but evaluation
+    accelerator   stream SAEs others stream SAEs | pause | ...           counted: all but pauses
 
-    "others" are the callbacks that follow, such as evaluation and checkpoints; the time in which
-    the pool is first filled is counted. An accelerator runs asynchronously, and synchronising at
+    "others" are the callbacks that follow, a "pause" is an evaluation or a checkpoint. The time in
+    which the pool is first filled is counted. An accelerator runs asynchronously. Synchronising at
     every update would slow training down, so it is synchronised only at log points and before
-    evaluations and checkpoints, and the shares are not measured (use a profiler).
+    pauses, and the shares are not measured (use a profiler).
     """
 
     def __init__(self, log_every: int, pause_every: Collection[int]):
