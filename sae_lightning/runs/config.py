@@ -84,7 +84,7 @@ class Config:
     plugins: list[str] = field(default_factory=list)
     """Modules or .py files with parts of your own, such as `[my_sae]` (docs/extending.md)."""
     resume: str | None = None
-    """Run folder to continue. Only settings of devices, loggers and the sweep may then change."""
+    """Run folder to continue. Only some of `trainer`, `logger` and `sweep` may then change."""
 
     def __post_init__(self):
         self._check_model()

@@ -35,8 +35,8 @@ def resolve_loggers(config: LoggerConfig, overrides: Sequence[str]) -> LoggerCon
 def change_loggers(
     saved: LoggerConfig, composed: LoggerConfig, overrides: Sequence[str], folder: Path
 ) -> LoggerConfig:
-    """The loggers of a resumed run: those that its folder has `saved`, with the settings that are
-    typed in `overrides`, whose values are in the `composed` config.
+    """The loggers of a resumed run: the `saved` ones of its `folder`, with the settings that
+    `overrides` names taken from the `composed` config.
 
     UserError if the folder says where curves are sent and the command line does not: the folder
     may be a stranger's.
