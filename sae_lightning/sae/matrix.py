@@ -1,6 +1,5 @@
 """Values [batch, features], dense or sparse, behind one interface, so that architectures and
-objectives need no second version for sparse products.
-"""
+objectives need no second version for sparse products."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable

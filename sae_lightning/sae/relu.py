@@ -1,6 +1,5 @@
 """The ReLU autoencoder (`model=relu`; its settings are `SAEConfig`), and the same network without a
-sparsity penalty (`model=dense`).
-"""
+sparsity penalty (`model=dense`)."""
 
 from dataclasses import dataclass
 from functools import partial

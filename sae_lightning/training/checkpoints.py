@@ -193,7 +193,8 @@ def _extract_head(checkpoint: dict[str, Any], index: int) -> dict[str, Any]:
     }
     (adam,) = checkpoint["optimizer_states"]
     groups = [group for group in adam["param_groups"] if group["head"] == index]
-    adam = _renumber(adam | {"param_groups": groups}, -groups[0]["params"][0], head_index=0)
+    first = groups[0]["params"][0]  # becomes parameter 0
+    adam = _renumber(adam | {"param_groups": groups}, -first, head_index=0)
     return checkpoint | {"state_dict": weights, "optimizer_states": [adam]}
 
 

@@ -165,10 +165,9 @@ class Head(nn.Module):
 
     def tune(self, llm: nn.Module, runs: Sequence[CleanRun]) -> Tensor:
         """The term of the loss [] that `loss.kl` = kl adds: kl / (1 + kl) * (mse' / KL') * KL, with
-        mse' and KL' without gradients.
-
-        Call it after `forward`. `runs` of the LLM are without an SAE, on the text of this update.
-        The SAE runs as in evaluation: in float32, a BatchTopK SAE with its threshold."""
+        mse' and KL' without gradients. Call it after `forward`. `runs` are those of the LLM without
+        an SAE, on the text of this update. The SAE runs as in evaluation: in float32, a BatchTopK
+        SAE with its threshold."""
         sites, ranks = (self.source, self.target), self.sae.split.ranks
         kl = measure_spliced_kl(llm, runs, *sites, lambda x: self.run_raw(x).reconstruction, ranks)
         result, weight = self.last_step, self.loss.kl
