@@ -15,8 +15,8 @@ from sae_lightning.stream.rows import compute_norms
 FEW_TOKENS_SHARE = 1e-3  # "a few tokens": at most this share of all tokens
 DOMINANT_SHARE = 0.1  # of the variance: a few tokens, or one dimension, with more are dominant
 # Share of the tokens -> share of the variance. The tokens of largest norm dominate if they hold
-# more of the variance than this, and than ten times their share of the tokens. The second entry is
-# for LLMs such as Llama 2, where the first full stop of each short sequence holds nearly all.
+# more than this share of the variance, and more than ten times their share of the tokens. Llama 2
+# needs the second entry: the first full stop of each short sequence holds nearly all the variance.
 VARIANCE_LIMITS = {FEW_TOKENS_SHARE: DOMINANT_SHARE, 0.05: 0.5}
 
 
@@ -56,10 +56,11 @@ def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
     median = norms.median().item()
     if not dominated[0] or not median > 0:
         return None
-    fewest = int((~dominated).nonzero()[0])  # number of tokens to remove, from fewest to most
-    most = fewest + math.ceil(FEW_TOKENS_SHARE * len(x))
-    drops = norms[:-1] / norms[1:]  # drops[j - 1]: from the last of j removed tokens to the next
-    count = fewest + int(drops[fewest - 1 : most].argmax())
+    fewest = int((~dominated).nonzero()[0])
+    most = min(fewest + math.ceil(FEW_TOKENS_SHARE * len(x)), len(x) - 1)
+    counts = torch.arange(fewest, most + 1)  # numbers of tokens that may be removed
+    drops = norms[counts - 1] / norms[counts]  # from the last removed token to the first kept one
+    count = int(counts[drops.argmax()])
     lowest, highest = norms[count].item() / median, norms[count - 1].item() / median
     # between these norms, the number nearest to the middle that has the fewest digits
     middle = math.sqrt(lowest * highest)
@@ -73,12 +74,12 @@ def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
 
 
 def _is_dominated(remaining: Tensor, k: int, limit: float) -> Tensor:
-    """For each number j of removed tokens, whether the next k hold more than `limit` of the rest's
-    variance, and more than ten times their share of the rest: bool [n]. `remaining` [n]: sums of
-    squares without the j tokens of largest norm."""
+    """Whether, without the j tokens of largest norm, the k largest remaining ones hold more than
+    `limit` of the remaining variance, and more than ten times their share of the remaining tokens:
+    bool [n], for j = 0 to n - 1. `remaining` [n]: sums of squares without the j tokens."""
     without_k = torch.cat([remaining[k:], torch.zeros(k, dtype=remaining.dtype)])
-    token_share = k / torch.arange(len(remaining), 0, -1, dtype=remaining.dtype)  # k / (n - j)
-    return remaining - without_k > remaining * (10 * token_share).clamp(min=limit)
+    tokens = torch.arange(len(remaining), 0, -1, dtype=remaining.dtype)  # n - j remain
+    return remaining - without_k > remaining * (10 * (k / tokens)).clamp(min=limit)
 
 
 class DominantDimension(NamedTuple):

@@ -45,8 +45,8 @@ def find_nearest_cosines(W_dec: Tensor, indices: Tensor) -> Tensor:
     """Find the largest cosine [n] of each row in `indices` [n] with any other row of W_dec
     [features, d_out]; -1 where there is no other row.
 
-    Rows in `indices` are sorted first. Each block of them is compared with itself and all later
-    blocks, so that each pair is computed once. It counts for both rows if both are in `indices`.
+    The rows in `indices` are put before all other rows. A block of these is compared with itself
+    and all later blocks, so each cosine is computed once, for both rows of a pair.
     """
     others = torch.ones(len(W_dec), dtype=torch.bool, device=W_dec.device)
     others[indices] = False

@@ -162,9 +162,9 @@ def count_by_density(density: Tensor) -> dict[str, int]:
     The lowest bin also counts smaller shares.
     """
     # rounded, or a share of exactly 0.001 would fall below 1e-3
-    exponents = density[density > 0].double().log10().round(decimals=6).floor()
+    exponents = density[density > 0].double().log10().round(decimals=6).floor().clamp(min=-6)
     counts = {"never": int((density == 0).sum())}
     for exponent in range(-6, 1):
-        inside = exponents <= exponent if exponent == -6 else exponents == exponent
-        counts["1" if exponent == 0 else f"1e{exponent:03d}"] = int(inside.sum())
+        name = f"1e{exponent:03d}" if exponent else "1"
+        counts[name] = int((exponents == exponent).sum())
     return counts

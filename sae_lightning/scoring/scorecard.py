@@ -76,9 +76,9 @@ def score_saes(
 
     `weights`, needed on synthetic concepts only: functions that return each SAE's weights for raw
     activations. `fidelity` adds the size and kind of the error, and the LLM's loss with the error
-    alone; as this takes a pass of the LLM for each SAE, training does without it. `splits`: how
-    each SAE's features are split over ranks, which then all call this; empty if none is split.
-    The SAEs compute in float32, like a saved SAE, whatever the precision of training.
+    alone; the loss takes one more forward pass for each SAE, so training leaves it out. `splits`:
+    how each SAE's features are split over ranks, which then all call this function; empty if none
+    is split. SAEs compute in float32, whatever the precision of training.
     """
     x, y = held_out.activations(source), held_out.activations(target)
     dominant = find_dominant_tokens(y)
@@ -90,17 +90,16 @@ def score_saes(
             _measure_reconstruction(sae, x, y, dominant, fidelity, tokens, split)
             for sae, split in zip(saes, splits, strict=True)
         ]
-        all_copies = [
+        qualities, all_sums, without_dominant = zip(*measured, strict=True)
+        copies = [
             measure_copies(decoder, quality.density, split)
-            for decoder, (quality, *_), split in zip(decoders, measured, splits, strict=True)
+            for decoder, quality, split in zip(decoders, qualities, splits, strict=True)
         ]
-        means = [sums.mean_reconstruction.float().to(y.device) for _, sums, _ in measured if sums]
-        all_scores = held_out.measure_saes(source, target, saes, weights, tokens, splits, means)
-    parts = zip(measured, all_copies, all_scores, strict=True)
-    return [
-        Scorecard(quality, copies, scores, sums and sums.result(), without_dominant)
-        for (quality, sums, without_dominant), copies, scores in parts
-    ]
+        means = [sums.mean_reconstruction.float().to(y.device) for sums in all_sums if sums]
+        scores = held_out.measure_saes(source, target, saes, weights, tokens, splits, means)
+    fidelities = [sums.result() if sums else None for sums in all_sums]
+    parts = zip(qualities, copies, scores, fidelities, without_dominant, strict=True)
+    return [Scorecard(*part) for part in parts]
 
 
 def _measure_reconstruction(

@@ -20,9 +20,9 @@ STABLE_COSINE = 0.7
 def count_matches(a: Tensor, b: Tensor) -> int:
     """Count the matched pairs of rows of `a` [features of a, d_out] and `b` [features of b, d_out].
 
-    In each round, rows that are each other's nearest are matched and removed, and so are rows whose
-    nearest free row is below the threshold. This finds the pairs that a greedy matching over the
-    sorted cosines of all pairs would find, without keeping all cosines.
+    In each round, rows that are each other's nearest are matched and removed. Rows whose nearest
+    free row is not above the threshold are removed, too. This finds the pairs that a greedy
+    matching over the sorted cosines of all pairs would find, without keeping all cosines.
     """
     a, b = normalize(a), normalize(b)
     matched = 0

@@ -46,7 +46,7 @@ class MatrixShard(NamedTuple):
     """Name of the tensor or column; None in an .npy file and in a parquet file of plain columns."""
     shape: tuple[int, ...]
     dtype: torch.dtype | str
-    """A str, the name in the file, unless it is a dtype of floats."""
+    """A str, the dtype's name in the file, if it is not a dtype of floats."""
     names: tuple[str, ...]
     """What `data.sites` may call it: `name`, and the names of the file and its folders."""
 
@@ -88,7 +88,7 @@ class SavedMatrix:
         self.site, self.shards, self._open_shard = site, shards, open_shard
         self.row_count, self.width = sum(shard.shape[0] for shard in shards), shards[0].shape[1]
         dtypes = {shard.dtype for shard in shards}
-        keeps_dtype = len(dtypes) == 1 and dtypes <= {*LLM_DTYPES}
+        keeps_dtype = len(dtypes) == 1 and shards[0].dtype in LLM_DTYPES
         self.dtype = shards[0].dtype if keeps_dtype else torch.float32  # for float64 or a mix
         self._ends = np.cumsum([shard.shape[0] for shard in shards])  # rows up to each shard's end
 
@@ -148,7 +148,7 @@ def _explain_errors(file: str) -> Iterator[None]:
     """Turn errors of the libraries that read `file` into a UserError."""
     try:
         yield
-    except UserError:  # a ValueError too
+    except UserError:  # a subclass of ValueError, which is caught below
         raise
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise UserError(
@@ -168,15 +168,15 @@ def find_matrices(path: Path, names: Mapping[str, str], where: str) -> dict[Site
 
     names: {site: name of a tensor, column, file or folder}; empty if these have names such as
     `resid.9`. If no name is that of a site, there must be one matrix: it is at `UNNAMED`. `where`
-    names the data in messages. UserError: no file; nothing of a given name; no matrix, or several
-    without a site; the shards of a site differ in width.
+    names the data in messages. UserError: there is no file, or no matrix; a name in `names` does
+    not occur; several matrices have no site; the shards of a site differ in width.
     """
     files = [file for file in list_files(path) if file.lower().endswith(SUFFIXES)]
     if not files:
         raise UserError(f"{where}: no file there that ends in {', '.join(SUFFIXES)}")
     shards = [shard for file in files for shard in _list_shards(file, path)]
     site_by_name = {name: parse_site(site) for site, name in names.items()}
-    find_site = site_by_name.get if names else parse_site
+    find_site = site_by_name.get if names else parse_site  # both return None for other names
     by_site: dict[Site, list[MatrixShard]] = {}
     for shard in shards:
         sites = [site for site in map(find_site, shard.names) if site]
@@ -227,10 +227,10 @@ def _check_shards(site: Site, shards: list[MatrixShard], where: str) -> list[Mat
 
 def _list_shards(file: str, path: Path) -> list[MatrixShard]:
     """List the tensors or columns of a file below `path`."""
-    # only folders below `base` are names; of a file or glob, `base` is the deepest existing parent
+    # `path` may be a file or a glob: then only folders below its deepest existing parent are names
     base = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
     relative = Path(os.path.relpath(file, base))
-    path_names = (relative.stem, *reversed(relative.parts[:-1]))
+    path_names = (relative.stem, *reversed(relative.parts[:-1]))  # the innermost folder first
     with _explain_errors(file):
         entries = _read_headers(file)
     return [

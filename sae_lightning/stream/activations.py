@@ -87,10 +87,10 @@ class ActivationsSource(NoLLMSource):
         return LLMShape(layers, max(widths.values()), context=None, vocabulary=0, widths=widths)
 
     def find_sites(self, layer: LayerConfig, shape: LLMShape) -> SitePair:
-        # any index passes this check: the files decide below which sites there are
+        # an LLM with just enough blocks: below, the files decide which sites there are
         pair = layer.resolve_sites(layer.index + 1)
         missing = [site for site in pair if site not in shape.widths]
-        if missing and [*shape.widths] == [UNNAMED]:
+        if missing and list(shape.widths) == [UNNAMED]:
             raise UserError(
                 f"layer.index={layer.index}: the matrix in data.path={self.data.path} is at "
                 f"{UNNAMED}; leave layer.index, layer.source and layer.target out"
@@ -136,15 +136,15 @@ class ActivationsSource(NoLLMSource):
     ) -> None:
         files = {str(site): str for site in sites}
         expect(state, {"rows": {"served": ANY_COUNT, "rows": ANY_COUNT, "files": files}}, "stream")
-        max_rows = self.data.pool + SERVED_ROWS
+        capacity = self.data.pool + SERVED_ROWS  # of the pool
         row_count = state["rows"]["served"]  # each row counts as a sequence
         widths = {site: shape.width_at(site) for site in sites}
-        expect_stream(state, widths, max_rows=max_rows, served=served, sequences=row_count)
+        expect_stream(state, widths, capacity=capacity, served=served, sequences=row_count)
 
     def _open(
         self, sites: Sequence[Site], own_sites: Sequence[Site]
     ) -> tuple[dict[Site, SavedMatrix], RowBlocks]:
-        """Open {site: matrix} at `own_sites`, and hold out the same rows at all `sites`."""
+        """Open this rank's matrices (`own_sites`), and hold out the same rows at all `sites`."""
         with world().go_first():  # `try_files` copies parquet files, once per machine
             by_site = self.read_headers()
             matrices = {site: by_site[site] for site in own_sites}

@@ -63,14 +63,14 @@ class BatchStream:
                 with record_function("pool"):
                     rows = self._pool.take(self.batch)
             self._sequence_ids = rows.sequence_ids
-            self._served += 1  # before the yield: a state saved there continues after this batch
+            self._served += 1  # before the yield: a state that is saved then counts this batch
             yield rows.activations
 
     def peek(self, n: int) -> dict[Site, Tensor]:
         """Copy activations {site: [<= n, d]} of rows spread evenly over the pool; removes none."""
         with self._time():
             self._fill()
-            if self.device.type != "cpu":  # else the caller's time would include the wait
+            if self.device.type != "cpu":  # `seconds` includes the wait for the device
                 torch.accelerator.synchronize(self.device)
             return self._pool.peek(n).activations
 
@@ -96,12 +96,13 @@ class BatchStream:
 
     def _fill(self) -> None:
         """Add rows until the pool is full or holds all that the run still needs."""
-        bar = nullcontext(lambda n: None)
+        progress = nullcontext(lambda row_count: None)  # shows nothing
         if not self._started:
             goal = min(self.pool_rows - len(self._pool), self._count_missing())
-            bar = phase("filling the shuffle pool", total=goal) if goal > 0 else bar
+            if goal > 0:
+                progress = phase("filling the shuffle pool", total=goal)
             self._started = True
-        with bar as advance:
+        with progress as advance:
             while len(self._pool) < self.pool_rows and self._count_missing() > 0:
                 rows = self.rows.next(self._count_missing())
                 with record_function("pool"):

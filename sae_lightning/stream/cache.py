@@ -56,9 +56,9 @@ class CachedRows(RowStream):
         resumed: bool,
         own_sites: Sequence[Site] | None = None,
     ) -> None:
-        """`folder` holds the shards for one `identity` (see `identify_rows`); `width`: d of the
-        activations; a `resumed` run goes on without writing where a new one would stop with an
-        error; `own_sites`: the sites at which rows are read (None: all)."""
+        """`folder` holds the shards for one `identity`: all that determines the rows; `width`: d of
+        the activations; `resumed`: go on without writing where a new run would stop with an error;
+        `own_sites`: the sites at which rows are read (None: all)."""
         self.live = live
         self.sites, self.device, self.max_rows = live.sites, live.device, live.max_rows
         self.folder, self.identity, self.resumed = folder, identity, resumed
@@ -107,7 +107,7 @@ class CachedRows(RowStream):
 
     def _compute(self, remaining: int) -> Rows:
         """Run the LLM on the next LLM batch, and buffer its rows if they are to be written."""
-        if self._stop is not None:  # `live` must not read ahead into rows that a shard has
+        if self._stop is not None:  # `live` need not compute more than the rows before a shard
             remaining = min(remaining, (self._stop - self._position) * self.max_rows)
         rows = self.live.next(remaining)
         self.epoch = self.live.epoch
@@ -129,7 +129,7 @@ class CachedRows(RowStream):
             return
         if shard is not None:
             console.print(f"{shard.path} is damaged: the LLM computes it again")
-            self._may_write()  # first, as it may list the shards again
+            self._may_write()  # before the next line: it may list all shards again
             self.shards = [other for other in self.shards if other.path != shard.path]
         self._stop = next((s.first for s in self.shards if s.first > self._position), None)
         if self.live.llm_batches != self._position:
@@ -153,8 +153,8 @@ class CachedRows(RowStream):
     def _seek(self) -> None:
         """Have `live` skip the text up to LLM batch `_position`; UserError if that text is not the
         one that the shards were made from."""
-        state = self._earlier_state
-        try:  # goes to LLM batch `read` only: the loop below skips the rest, and checks it
+        state = self._earlier_state  # its text is read up to LLM batch state["read"]
+        try:  # the loop below reads the text of the later LLM batches, and checks it
             self.live.load_state_dict(state | {"llm_batches": state["read"]})
         except TextChanged:
             if self.resumed:
@@ -176,10 +176,9 @@ class CachedRows(RowStream):
         """End the stretch here, and write the buffered rows."""
         if self._buffer:
             with self._stop_writing_on_error():
-                # a run resumed within the first shard needs the medians, which its state lacks
+                # a run resumed within the first shard needs the medians, unknown before it
                 state = self._earlier_state | {"medians": self.live.state_dict()["medians"]}
-                batches, epochs, crc32s = map(list, zip(*self._buffer, strict=True))
-                shard = write_shard(self.folder, state, batches, epochs, crc32s)
+                shard = write_shard(self.folder, state, self._buffer)
                 self.shards = sorted([*self.shards, shard], key=lambda shard: shard.first)
         if self._shard is not None:
             self._shard.close()
@@ -266,7 +265,7 @@ class CachedRows(RowStream):
         """Stop writing, but go on training, when the disk is full or fails."""
         try:
             yield
-        except (OSError, SafetensorError, UserError) as error:  # WriteError is a UserError
+        except (OSError, SafetensorError, UserError) as error:
             why = getattr(error, "strerror", None) or find_system_error(error) or error
             console.print(
                 f"the activation cache in {self.folder} is not written any further ({why}); "
@@ -276,7 +275,8 @@ class CachedRows(RowStream):
             self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """State that `LLMRows` also loads; writes the buffered rows first, to leave no gap."""
+        """State that `LLMRows` also loads. Buffered rows are written first: a resumed run continues
+        after them."""
         if self._buffer:
             self._end_stretch()
         state = self._earlier_state | {"llm_batches": self._position}

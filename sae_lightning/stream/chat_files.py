@@ -1,4 +1,4 @@
-"""Reads conversations from files, and copies them to one Arrow file, a line of JSON each."""
+"""Reads conversations from files, and copies them to one Arrow file as documents of JSON."""
 
 import json
 from collections.abc import Iterator
@@ -43,11 +43,8 @@ def _read_parquet(file: str, where: str) -> Iterator[tuple[int, Any]]:
     """Yield (number from 1, row) as `read_valid_json` does; `where` is not used."""
     import pyarrow.parquet as pq
 
-    number = 0
-    for batch in pq.ParquetFile(file).iter_batches(256):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    batches = pq.ParquetFile(file).iter_batches(256)
+    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 def _read_messages(row: Any, column: str | None, where: str) -> list[dict[str, Any]]:

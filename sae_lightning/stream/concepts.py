@@ -32,7 +32,7 @@ class ConceptWorld(NamedTuple):
     group: Tensor
     """[concepts], index of a concept's group, whose concepts tend to fire together"""
     correlation: float
-    """r in `_draw_active`: correlation of two concepts' normals in a group; 0 if one is a child."""
+    """r in `_draw_active`: how much the concepts of a group, except children, fire together."""
 
     def sample(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Sample activations [n, dim] and the strengths [n, concepts] of their concepts: log-normal
@@ -47,17 +47,17 @@ class ConceptWorld(NamedTuple):
         """Draw which concepts are active -> [n, concepts] bool.
 
         A one-factor Gaussian copula: concept i is active where sqrt(r) * g + sqrt(1 - r) * e_i is
-        below the quantile of its rate. Here r is `correlation`; g (one for each group) and e_i
-        are standard normal. So correlation changes no rate. Where its parent is active, a child
-        is active with probability rate / (its parent's rate); elsewhere it is not active.
+        below the quantile of its rate. Here r is `correlation`, but 0 for a child; g (one for each
+        group) and e_i are standard normal. So correlation changes no rate. Where its parent is
+        active, a child is active with probability rate / (its parent's rate), elsewhere never.
         """
         is_child = self.parent != torch.arange(len(self.rates))
         conditional = torch.where(is_child, self.rates / self.rates[self.parent], self.rates)
         latent = torch.randn(n, len(self.rates), generator=generator)
         if self.correlation > 0:
             common = torch.randn(n, int(self.group.max()) + 1, generator=generator)[:, self.group]
-            share = self.correlation * ~is_child  # r; 0 for a child
-            latent = share.sqrt() * common + (1 - share).sqrt() * latent
+            r = torch.where(is_child, 0.0, self.correlation)
+            latent = r.sqrt() * common + (1 - r).sqrt() * latent
         active = latent < torch.special.ndtri(conditional)
         return active & active[:, self.parent]
 
@@ -89,12 +89,12 @@ def make_concept_world(
 
 
 def make_zipf_rates(concepts: int, l0: float, exponent: float) -> Tensor:
-    """Compute firing probabilities min(MAX_RATE, c / rank^exponent) [concepts], with c such that
-    they add up to `l0`."""
-    law = torch.arange(1, concepts + 1, dtype=torch.float64) ** -exponent
+    """Compute firing probabilities min(MAX_RATE, c * n^-exponent) of the concepts n = 1, 2, ...
+    [concepts], with c such that they add up to `l0`."""
+    power = torch.arange(1, concepts + 1, dtype=torch.float64) ** -exponent
     # if the first m concepts are at MAX_RATE, the others share l0 - m * MAX_RATE = c[m] * tail[m]
-    index = torch.arange(concepts)
-    tail = law.flip(0).cumsum(0).flip(0)  # sum from each concept on
-    c = (l0 - MAX_RATE * index) / tail
-    m = int((c * law <= MAX_RATE).nonzero()[0])  # the smallest m that leaves the others below it
-    return torch.where(index < m, MAX_RATE, c[m] * law).float()
+    m = torch.arange(concepts)
+    tail = power.flip(0).cumsum(0).flip(0)  # sum over all concepts but the first m
+    c = (l0 - MAX_RATE * m) / tail
+    at_limit = int((c * power <= MAX_RATE).nonzero()[0])  # smallest m with no other above MAX_RATE
+    return torch.where(m < at_limit, MAX_RATE, c[at_limit] * power).float()

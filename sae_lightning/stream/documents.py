@@ -40,7 +40,7 @@ class SplitDocuments(NamedTuple):
     """Share of the tokens, in a mixture."""
 
     others: tuple["SplitDocuments", ...] = ()
-    """The other texts of a mixture."""
+    """The texts of a mixture, except this one, which is the first."""
 
 
 class Documents(NamedTuple):
@@ -48,7 +48,7 @@ class Documents(NamedTuple):
 
     data: "Dataset | IterableDataset"
     first_row: dict | None
-    """{column: value}; of local files, every value is None. None if there is no document."""
+    """{column: value}, or None if there is no document. Of local files every value is None."""
     where: str
     """The setting that names the data, with its value: the beginning of messages."""
 
@@ -61,8 +61,8 @@ def make_documents(texts: list[str]) -> "Dataset":
 
 
 def prepare_text_cache() -> Path:
-    """Create and return our folder for copies of text, in the cache of `datasets` (a saved data set
-    may be in a read-only folder), and remove what killed writers left there."""
+    """Create and return our folder for copies of data, in the cache of `datasets`, and remove what
+    killed writers left there."""
     from datasets.config import HF_DATASETS_CACHE
 
     folder = Path(HF_DATASETS_CACHE) / "sae_lightning"
@@ -86,7 +86,7 @@ def hold_out(data: "Dataset", share: float, whole: bool = False) -> SplitDocumen
     sums = np.concatenate([[0], np.cumsum(sizes[order])])  # bytes of the first n in `order`
     count = min(max(1, round(share * len(data))), len(data) - 1)  # leaves one to train on
     last = int(np.searchsorted(sums[1:], share * sums[-1]))  # the document that reaches the share
-    # near the share: a half to four times, and at least half of 1 - share is left to train on
+    # near the share: from half of it to four times it, and at most halfway from it to 1
     lowest, highest = share / 2, min(4 * share, (1 + share) / 2)
     sample_sizes = (count,) if whole else (count, last + 1, last)
     for n in sample_sizes:
@@ -109,8 +109,8 @@ def view_texts(column: "ChunkedArray") -> Iterator["Buffer"]:
     for array in column.chunks:
         _, offset_bytes, texts = array.buffers()
         dtype = np.int64 if pa.types.is_large_string(array.type) else np.int32
-        offsets = np.frombuffer(offset_bytes or b"", dtype)
-        offsets = offsets[array.offset :][: len(array) + 1].tolist()
+        first, last = array.offset, array.offset + len(array)  # `array` may be a slice
+        offsets = np.frombuffer(offset_bytes or b"", dtype)[first : last + 1].tolist()
         valid = array.is_valid().tolist()
         for start, end, is_text in zip(offsets, offsets[1:], valid, strict=False):
             yield texts[start:end] if is_text and end > start else pa.py_buffer(b"")
@@ -132,7 +132,7 @@ def _mark_characters(text: "Buffer") -> Iterator[np.ndarray]:
     """Yield, SCANNED_BYTES at a time, whether each byte of UTF-8 begins a character."""
     for start in range(0, len(text), SCANNED_BYTES):
         # the later bytes of a character are 10xxxxxx
-        yield np.frombuffer(text[start : start + SCANNED_BYTES], np.uint8) & 0xC0 != 0x80
+        yield (np.frombuffer(text[start : start + SCANNED_BYTES], np.uint8) & 0xC0) != 0x80
 
 
 def _find_byte(text: "Buffer", index: int) -> int:
@@ -150,8 +150,9 @@ def _find_last(character: bytes, text: "Buffer", first: int, last: int) -> int:
     """Find the byte after the last `character` between two bytes; 0 if there is none."""
     for end in range(last, first, -SCANNED_BYTES):
         start = max(first, end - SCANNED_BYTES)
-        if after := text[start:end].to_pybytes().rfind(character) + 1:
-            return start + after
+        index = text[start:end].to_pybytes().rfind(character)
+        if index >= 0:
+            return start + index + 1
     return 0
 
 
@@ -165,7 +166,7 @@ def _append_part(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -
     text_type = data.data.schema.field("text").type
     ends = np.array([0, len(part)], np.int64 if pa.types.is_large_string(text_type) else np.int32)
     text = pa.Array.from_buffers(text_type, 1, [None, pa.py_buffer(ends), part])
-    # with zero rows of `data` in it, the table counts as on disk if `data` does: tokens are cached
+    # with zero rows of `data`, datasets counts the table as on disk if `data` is: caches its tokens
     table = concat_tables([data.data.slice(0, 0), pa.table({"text": text})])
     key = hashlib.sha256(f"{data._fingerprint} {name} {len(part)}".encode()).hexdigest()[:16]
     return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=key)])

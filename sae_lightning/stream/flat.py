@@ -10,8 +10,8 @@ bytes of memory for each byte of text:
 
 Tokenizers that first split text into words (byte-level BPE, WordPiece, Unigram with a metaspace)
 give the same tokens with and without a cut at a space; those of GPT-2 and its successors also at a
-line break. Others (BPE across words) may give different tokens beside a cut, as may any tokenizer
-at the last two kinds of cut.
+line break. Others (BPE across words) may give different tokens beside any cut, and every tokenizer
+may at the last two kinds of cut.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ def _tokenise(
     piece of a document, unless the document has no tokens."""
     has_tokens, prepends_space = False, None  # None until a document is cut
     for pieces in _group_pieces(documents):
-        if prepends_space is None and not all(piece.is_first for piece in pieces):
+        if prepends_space is None and any(not piece.is_first for piece in pieces):
             prepends_space = _prepends_space(tokenizer)
         texts = [
             # the tokenizer prepends the space that is removed here
@@ -143,7 +143,7 @@ def tokenise_indexed(
     chat: ChatEncoder | None = None,
 ) -> pa.ChunkedArray:
     """Tokenise an indexed (map-style) data set -> [tokens] int32, in a file if the data set is on
-    disk. `name` is shown while it is tokenised; `chat` encodes conversations.
+    disk. `name` is what the progress bar calls the text; `chat` encodes conversations.
 
     The file's name is a hash of all that determines the tokens, so that the next run with the same
     data, tokenizer and separator opens that file. Slices are read through its mmap.

@@ -19,7 +19,7 @@ from sae_lightning.llm.splice import SpliceBaseline, SpliceScores, score_baselin
 from sae_lightning.llm.vocabulary import find_special_ids
 from sae_lightning.ranks import ALONE, FeatureSplit, world
 from sae_lightning.stream.exchange import apply_together, exchange_rows
-from sae_lightning.stream.packing import HeldOutStream, read_ids
+from sae_lightning.stream.packing import HeldOutSequences, read_ids
 from sae_lightning.stream.rows import compute_medians, mark_usual_rows
 from sae_lightning.stream.source import HeldOutData
 from sae_lightning.terminal import console, phase
@@ -39,7 +39,7 @@ class HeldOut(HeldOutData):
     def __init__(
         self,
         llm: LLM,
-        text: HeldOutStream,
+        text: HeldOutSequences,
         sites: list[Site],
         *,
         tokens: int,
@@ -95,7 +95,7 @@ class HeldOut(HeldOutData):
             if rows:  # a rank without sites has none
                 is_usual = mark_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
             is_usual = torch.stack(world().gather_values(is_usual)).all(dim=0)
-            self._keep = self._keep.masked_scatter(self._keep, is_usual)  # at the kept tokens
+            self._keep = self._keep.masked_scatter(self._keep, is_usual)  # `is_usual` where true
             rows = {site: x[is_usual.to(x.device)] for site, x in rows.items()}
         self._rows = rows
 
@@ -116,8 +116,9 @@ class HeldOut(HeldOutData):
                 if ranks.rank < len(round_batches):
                     tokens, _ = round_batches[ranks.rank]
                     captured = capture(model, tokens, self.sites, positions[ranks.rank])
-                for part in exchange_rows(captured, list(map(len, positions)), sites_by_rank, like):
-                    for site, x in part.items():
+                counts = [len(indices) for indices in positions]
+                for received in exchange_rows(captured, counts, sites_by_rank, like):
+                    for site, x in received.items():
                         rows[site].append(x)
                 advance(sum(len(tokens) for tokens, _ in round_batches))
         return {site: torch.cat(parts) for site, parts in rows.items()}
@@ -137,7 +138,7 @@ class HeldOut(HeldOutData):
                     self.llm.model, tokens, target, keep, mean, self.batch, advance, world()
                 )
             if not all(map(math.isfinite, baseline)):
-                _report_overflow(self.llm.model.dtype)
+                _report_infinite_loss(self.llm.model.dtype)
             self._baselines[target] = baseline
         return self._baselines[target]
 
@@ -190,7 +191,7 @@ class HeldOut(HeldOutData):
             )
 
 
-def _report_overflow(dtype: torch.dtype) -> None:
+def _report_infinite_loss(dtype: torch.dtype) -> None:
     """Print that the LLM's loss is not finite, why, and what to do."""
     why, remedy = "the LLM computes NaN or infinity", "set eval.loss_tokens=0, or check its weights"
     if dtype is torch.float16:

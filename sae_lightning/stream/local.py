@@ -132,8 +132,8 @@ class LocalSource(TextSource):
     def _check_files(self) -> None:
         """UserError: a text is missing, or a file belongs to two texts of a mixture."""
         text_of_file: dict[str, str] = {}
-        # the only text needs no name
-        for config, name in zip(self._list_texts(), self.data.weights or [""], strict=True):
+        names = list(self.data.weights) or [""]  # the only text needs no name
+        for config, name in zip(self._list_texts(), names, strict=True):
             for file in _find_text_files(config) or [config.path]:  # a saved data set is a folder
                 other = text_of_file.setdefault(os.path.realpath(file), name)
                 if other != name:  # one would train on what the other holds out
@@ -149,7 +149,7 @@ class LocalSource(TextSource):
 
 
 def _open_text(config: LocalConfig) -> SplitDocuments:
-    """Open a text (one of the mixture, if there is one), and hold out a part of it."""
+    """Open one text, and hold out a part of it."""
     documents = _load_or_explain(config)
     if config.chat:  # a conversation cannot be cut in two
         text = hold_out(documents.data, config.held_out, whole=True)
@@ -162,7 +162,7 @@ def _load_or_explain(config: LocalConfig) -> Documents:
     where = f"data.path={config.path}"
     try:
         data = load_documents(config)
-        # columns only, as a text may be long
+        # without values, as a text may be long
         row = dict.fromkeys(data.column_names) if len(data) else None
     except UserError:
         raise
@@ -195,8 +195,8 @@ def load_documents(config: LocalConfig) -> "Dataset":
 
 
 def _find_text_files(config: LocalConfig) -> list[str]:
-    """Find the files at `config.path`, or none if a saved data set is there. UserError if there is
-    neither."""
+    """Find the files at `config.path`; none if a saved data set is there and `chat` is not set.
+    UserError: there is no file that can be read."""
     path = Path(config.path).expanduser()
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     return [] if saved and not config.chat else find_files(path, f"data.path={config.path}")

@@ -97,7 +97,7 @@ def match_glob(pattern: Path) -> Iterator[str]:
         matches = glob.iglob(os.path.join(*names), root_dir=folder)
         yield from (str(folder / name) for name in matches)
         return
-    first = names.index("**")  # not left to glob, which follows circular links
+    first = names.index("**")  # `_walk` expands it, as `glob` follows circular links
     rest = names[first + 1 :] or ["*"]  # a final ** matches every file
     tops = match_glob(folder.joinpath(*names[:first])) if first else [folder]
     for top in tops:
@@ -127,7 +127,7 @@ def _read_suffix(file: str) -> str:
 
 def check_files(files: list[str], where: str) -> None:
     """Raise UserError for the first file that cannot be read, line that is not UTF-8, or row that
-    does not fit the others. The message names it; those of `datasets` do not."""
+    does not fit the earlier ones. Its message says where; messages of `datasets` do not."""
     for file in files:
         for _ in _read_lines(file, where):
             pass

@@ -36,7 +36,7 @@ def copy_text_files(files: list[str]) -> "Dataset":
 
 def copy_documents(files: list[str], documents: Iterator[str], reader_key: str) -> "Dataset":
     """Copy documents that are read from files; the copy is reused until a file's name, size or time
-    changes, or `reader_key`, which identifies the way in which files are read."""
+    changes. `reader_key` names the way of reading: each has a separate copy."""
 
     def make_arrays(_: Path) -> Iterator[pa.Array]:
         while group := list(islice(documents, WRITTEN_DOCUMENTS)):
@@ -53,8 +53,8 @@ def _copy(
     from datasets import Dataset
 
     stats = [(file, os.stat(file)) for file in files]
-    stats = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    identity = (stats, reader_key) if reader_key else stats
+    versions = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    identity = (versions, reader_key) if reader_key else versions
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
     cached = prepare_text_cache() / f"documents-{key}.arrow"
     if not cached.exists():
@@ -76,11 +76,13 @@ def _read_documents(files: list[str], folder: Path) -> Iterator[pa.Array]:
     while True:
         with tempfile.TemporaryFile(dir=folder) as joined:
             ends = [0]
-            while ends[-1] < WRITTEN_BYTES and (file := next(remaining, None)):
+            for file in remaining:
                 with open_file(file, "r", encoding="utf-8-sig") as content:
                     while piece := content.read(READ_CHARACTERS):
                         joined.write(piece.encode())
                 ends.append(joined.tell())
+                if ends[-1] >= WRITTEN_BYTES:
+                    break
             if len(ends) == 1:  # no file was left
                 return
             joined.flush()

@@ -3,8 +3,8 @@
     weights      books 0.75, code 0.25
     sequences    b1  b2  c1  b3  b4  b5  c2  b6  b7  ...    next: the text furthest behind its share
 
-So each text has its share of the tokens at every point of the stream, to within a few sequences.
-Each text has its own epochs: a small text with a large weight is repeated sooner.
+At every point of the stream, each text has had its share of the tokens, to within a few sequences.
+Each text has separate epochs: a small text with a large weight is repeated sooner.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.errors import UserError
-from sae_lightning.stream.packing import HeldOutStream, Sequences, TokenStream
+from sae_lightning.stream.packing import HeldOutSequences, Sequences, TokenStream
 
 
 class MixedTokens(TokenStream):
@@ -59,7 +59,7 @@ class MixedTokens(TokenStream):
             text.load_state_dict(text_state)
 
 
-class MixedHeldOut(HeldOutStream):
+class MixedHeldOut(HeldOutSequences):
     """The held-out parts of several texts, by the same weights."""
 
     def __init__(self, texts: Sequence[Any], weights: Sequence[float]) -> None:

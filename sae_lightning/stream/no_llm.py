@@ -16,7 +16,7 @@ class NoLLMSource(DataSource):
     has_llm = False
 
     def check_settings(self, layer: LayerConfig) -> None:
-        # llm.dtype may be auto, or the float32 that `resolve_llm` makes of it
+        # the default of llm.dtype is auto, which becomes float32 before training
         dtype = Dtype.auto if self.llm.dtype is Dtype.auto else Dtype.float32
         defaults = LLMConfig(name=NO_LLM, dtype=dtype, device=self.llm.device)
         self.refuse_settings("llm", self.llm, defaults)

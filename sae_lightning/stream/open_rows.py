@@ -27,6 +27,7 @@ from sae_lightning.stream.shared import SharedRows
 from sae_lightning.stream.source import RowStream, TextConfig
 
 NEW_SETTINGS = ("chat", "assistant_only", "weights")  # unknown to earlier versions
+UNHASHED_SETTINGS = ("pool", "cache", "cache_folder", "kind")  # rows do not depend on them
 CACHE_FORMAT = 2  # part of the key, so that caches of older formats are not used
 HASHED_NUMBERS = 1 << 14  # elements of a tensor that are hashed, at most
 SUMMED_NUMBERS = 1 << 24  # elements summed at a time: a 64-bit copy of all may not fit in memory
@@ -47,9 +48,9 @@ def open_rows(
     """Open the rows at `sites`: from the LLM, or from the cache if `data.cache` is set.
 
     With several ranks, which run the LLM in turn, this one gets the rows at `own_sites` (None: at
-    all). On a GPU `ahead` rows are prefetched while SAEs train, but not with a cache, whose writes
-    wait for the LLM anyway. If the disk is too full for the cache, a new run fails at the first
-    `next`, and a `resumed` one adds nothing to the cache."""
+    all). On a GPU, if there is no cache, `ahead` rows are prefetched while SAEs train. If the disk
+    is too full for the cache, a new run fails at the first `next`, and a `resumed` one adds nothing
+    to the cache."""
     settings = {
         "batch": config.batch,
         "max_norm": data.max_norm,
@@ -58,8 +59,9 @@ def open_rows(
     if world().size == 1:
         rows = LLMRows(llm, tokens, sites, **settings)
     else:
-        caches = data.cache and world().is_rank_zero  # the cache needs all sites
-        rows = SharedRows(llm, tokens, sites, own_sites=sites if caches else own_sites, **settings)
+        writes_cache = data.cache and world().is_rank_zero  # with the rows at all sites
+        needed = sites if own_sites is None or writes_cache else own_sites
+        rows = SharedRows(llm, tokens, sites, own_sites=needed, **settings)
     if not data.cache:
         return PrefetchedRows(rows, ahead) if ahead and rows.device.type == "cuda" else rows
     identity = identify_rows(config, data, seed, rows)
@@ -83,13 +85,12 @@ def identify_rows(config: LLMConfig, data: TextConfig, seed: int, rows: LLMRows)
     Device and library versions are included, because rounding depends on them, and the sites,
     because a shard holds the rows at all sites."""
     model, tokenizer = rows.llm.model, rows.llm.tokenizer
-    settings = {
-        name: value
-        for name, value in asdict(data).items()
-        if name != "pool"
-        and not name.startswith(("cache", "kind"))
-        and not (name in NEW_SETTINGS and not value)  # so that older caches keep their key
-    }
+    settings = asdict(data)
+    for name in UNHASHED_SETTINGS:
+        del settings[name]
+    for name in NEW_SETTINGS:  # left out if they are off, so that older caches keep their key
+        if not settings.get(name):
+            settings.pop(name, None)
     special_tokens = {"bos": config.bos, "separator": config.separator}
     return {
         "format": CACHE_FORMAT,

@@ -79,12 +79,12 @@ class Packing(NamedTuple):
         return (positions > 0) & (positions < stops[:, None])
 
     def pack_sequences(self, windows: list[np.ndarray], sequence_ids: Tensor) -> Sequences:
-        """Pack windows, whose tokens that are not trained on are complements, into `Sequences`."""
+        """Pack windows into `Sequences`. A token that is not trained on comes as its complement."""
         tokens = self.pack(windows)
         return Sequences(read_ids(tokens), self.mark_text(windows) & (tokens >= 0), sequence_ids)
 
 
-class HeldOutStream(Protocol):
+class HeldOutSequences(Protocol):
     """Held-out sequences, the same at every call."""
 
     packing: Packing
@@ -121,5 +121,5 @@ class TokenStream(Protocol):
 
 
 def report_epoch(reason: str, epoch: int) -> None:
-    """Print that `epoch` begins, and the `reason`: that the data ran out."""
+    """Print the `reason` (the data ran out), and that `epoch` begins."""
     console.print(f"{reason}; going round again in a new order (epoch {epoch})")

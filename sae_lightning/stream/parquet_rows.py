@@ -48,8 +48,8 @@ def find_columns(file: str) -> dict[str | None, tuple[list[int], str]]:
 
 
 def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
-    """Copy the matrix that `find_columns` calls `name` to the cache, or reuse the copy if the
-    file's path, size and time are the same; returns the path of the copy.
+    """Copy the matrix that `find_columns` calls `name` to the cache; returns the path of the copy,
+    which is reused until the file's path, size or time changes.
 
     UserError: a row is missing, or has another length than the first one.
     """
@@ -64,6 +64,7 @@ def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
         return copied
     content = pq.ParquetFile(file)
     floats = [field.name for field in content.schema_arrow if str(field.type) in ARROW_FLOATS]
+    columns = floats if name is None else [name]
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, width)}
     with (
         phase(f"copying {Path(file).name}", total=rows) as advance,
@@ -72,7 +73,7 @@ def copy_column(file: str, name: str | None, rows: int, width: int) -> Path:
     ):
         np.lib.format.write_array_header_1_0(copy, header)
         first_row = 0
-        for batch in content.iter_batches(READ_ROWS, columns=floats if name is None else [name]):
+        for batch in content.iter_batches(READ_ROWS, columns=columns):
             array = _convert(batch, name, width, file, first_row)
             copy.write(np.ascontiguousarray(array, dtype).tobytes())
             first_row += len(batch)
@@ -97,10 +98,10 @@ def _convert(
     # a missing list gets the length -1, which never equals `width`
     lengths = pc.fill_null(pc.list_value_length(columns[0]), -1).to_numpy()
     values = columns[0].flatten()
-    if (lengths != width).any() or values.null_count:
-        wrong = np.flatnonzero(lengths != width)
-        first_null = values.is_null().index(True).as_py()  # -1: none
-        row = int(wrong[0]) if len(wrong) else first_null // width
+    wrong = np.flatnonzero(lengths != width)
+    if len(wrong) or values.null_count:
+        # if all lengths are right, a number within a list is missing
+        row = wrong[0] if len(wrong) else values.is_null().index(True).as_py() // width
         raise UserError(
             f"data.path: {file}: row {first_row + row} (from 0) of {name} is not a list of {width} "
             "numbers, as the first one is; leave it out"

@@ -49,12 +49,12 @@ class PrefetchedRows(RowStream):
 
     def next(self, remaining: int) -> Rows:
         """Return the rows of the next LLM batch, and start on the following ones."""
-        not_begun = remaining - self._count_waiting()
+        needed = remaining - self._count_waiting()  # rows whose computation has to be begun
         if not self._waiting:
-            not_begun -= self._begin(not_begun)
+            needed -= self._begin(needed)
         rows, _, self.epoch, event = self._waiting.popleft()
-        while not_begun > 0 and self._count_waiting() < self.ahead:
-            not_begun -= self._begin(not_begun)
+        while needed > 0 and self._count_waiting() < self.ahead:
+            needed -= self._begin(needed)
         if event is not None:
             # Wait for this batch only: the whole stream includes batches started after it.
             current = torch.cuda.current_stream(self.device)

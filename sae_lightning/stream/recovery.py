@@ -41,8 +41,8 @@ class Recovery(NamedTuple):
     encoder_agreement: float
     """Mean cosine of encoder column and decoder row of recovered features; NaN if none."""
     negative_bias: float
-    """Share of recovered features that are off at an activation of 0: encoder bias < threshold (0
-    for architectures without one), in weights for raw activations. NaN if none are recovered."""
+    """Share of recovered features that do not fire where the activation is 0: the encoder bias (for
+    raw activations) is below the threshold, if any, or below 0. NaN if none are recovered."""
 
 
 CONCEPT_METRICS = {"concept_overlap", "projection_readout"}
@@ -80,11 +80,8 @@ def match_features(cosines: Tensor) -> Matching:
 def measure_concept_overlap(directions: Tensor) -> float:
     """Compute the mean over concepts [concepts, dim] of the largest |cosine| with another."""
     largest = []
-    for start, part in zip(
-        range(0, len(directions), COMPARED_CONCEPTS),
-        directions.split(COMPARED_CONCEPTS),
-        strict=True,
-    ):
+    for start in range(0, len(directions), COMPARED_CONCEPTS):
+        part = directions[start : start + COMPARED_CONCEPTS]
         cosines = compute_cosines(part, directions).abs()
         index = torch.arange(len(part))
         cosines[index, start + index] = 0  # the cosine of each concept with itself

@@ -20,7 +20,7 @@ from sae_lightning.stream.states import TextChanged
 
 SERVED_ROWS = 2048  # rows served at a time
 ROWS_PER_BLOCK = 64  # neighbours in the files, which are read together
-MIN_BLOCKS = 200  # blocks are smaller if there would be fewer of them
+MIN_BLOCKS = 200  # blocks have fewer rows if there would be fewer blocks
 
 
 class RowBlocks(NamedTuple):
@@ -90,7 +90,8 @@ class SavedRows(RowStream):
         self.epoch = epoch
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         self._order = random.permutation(self.blocks.train)
-        self._stops = np.cumsum(self.blocks.count_rows(self._order))  # of blocks, in the epoch
+        # the epoch's position at which each block begins and, last, the number of rows
+        self._bounds = np.concatenate([[0], np.cumsum(self.blocks.count_rows(self._order))])
 
     def next(self, remaining: int) -> Rows:
         """Read the next rows, at most to the end of an epoch; each row counts as a sequence."""
@@ -112,12 +113,12 @@ class SavedRows(RowStream):
     def _find_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Find the ranges (begin, end) of the files' rows that are at the positions `start` to
         `stop` - 1 of this epoch."""
-        first, last = np.searchsorted(self._stops, [start, stop - 1], side="right")
+        first, last = np.searchsorted(self._bounds, [start, stop - 1], side="right") - 1
         indices = self._order[first : last + 1]  # of the blocks that hold these rows
         begins = indices * self.blocks.size
         ends = begins + self.blocks.count_rows(indices)
-        ends[-1] -= self._stops[last] - stop  # the rows may end within the last block
-        begins[0] += start - (self._stops[first - 1] if first else 0)  # and begin within the first
+        begins[0] += start - self._bounds[first]  # the rows may begin within the first block
+        ends[-1] -= self._bounds[last + 1] - stop  # and end within the last one
         return list(zip(begins.tolist(), ends.tolist(), strict=True))
 
     def summarise_files(self) -> dict[str, str]:

@@ -15,8 +15,8 @@ In a shard:
                 crc32 of its tokens; the row stream's state before the shard
                 crc32: of `about` and all tensors
 
-A shard is renamed into place once it is complete. There is no index that a crash could leave out of
-date, and no shard depends on another: only damaged or unfinished ones are computed again.
+A shard is renamed into place once it is complete. No file lists the shards, and each can be read
+without the others: after a crash, only damaged or unfinished shards are computed again.
 """
 
 import json
@@ -72,7 +72,8 @@ class Shard:
         self.tokens_crc32: list[int] = about["texts"]  # of each LLM batch
         self._state: dict[str, Any] = about["state"]
         self.stop = self.first + len(self.row_counts)
-        self._starts = np.cumsum([0, *self.row_counts])  # first row of each LLM batch; total
+        # the first row of each LLM batch and, last, the number of rows
+        self._starts = np.cumsum([0, *self.row_counts])
         self._tensors: dict[str, Tensor] = {}
 
     def map_tensors(
@@ -112,11 +113,10 @@ class Shard:
         return Rows(activations, self._tensors["ids"][start:stop])
 
 
-def write_shard(
-    folder: Path, state: dict[str, Any], batches: list[Rows], epochs: list[int], crc32s: list[int]
-) -> Shard:
-    """Write the rows of LLM batches (tensors on the CPU), the row stream's `state` before them
-    and, for each batch, the epoch after it and the crc32 of its tokens."""
+def write_shard(folder: Path, state: dict[str, Any], buffer: list[tuple[Rows, int, int]]) -> Shard:
+    """Write LLM batches. `buffer`: the rows of each (on the CPU), the epoch after it, and the crc32
+    of its tokens. `state`: that of the row stream before the first LLM batch."""
+    batches, epochs, crc32s = zip(*buffer, strict=True)
     tensors = {"ids": torch.cat([batch.sequence_ids for batch in batches])}
     for site in batches[0].activations:
         tensors[str(site)] = torch.cat([batch.activations[site] for batch in batches])
@@ -152,7 +152,9 @@ def count_cached(shards: list[Shard], llm_batch: int, max_rows: int, remaining: 
             left -= min(left, uncached_batches * max_rows)
             passed_batches = max(0, llm_batch - shard.first)  # of this shard
             in_shard = min(left, sum(shard.row_counts[passed_batches:]))
-            llm_batch, cached, left = shard.stop, cached + in_shard, left - in_shard
+            cached += in_shard
+            left -= in_shard
+            llm_batch = shard.stop
     return cached
 
 

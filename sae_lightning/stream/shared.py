@@ -39,7 +39,7 @@ class SharedRows(LLMRows):
     """
 
     def __init__(self, *args: Any, own_sites: Sequence[Site], **options: Any) -> None:
-        """`own_sites`: the sites whose rows this rank needs; the rest is as in `LLMRows`."""
+        """`own_sites`: the sites whose rows this rank needs. `args`, `options`: for `LLMRows`."""
         super().__init__(*args, **options)
         self._sites_by_rank = world().gather_values(set(own_sites))
         self._waiting: deque[_ComputedBatch] = deque()
@@ -65,11 +65,12 @@ class SharedRows(LLMRows):
     def _compute_round(self, remaining: int) -> None:
         """Compute one LLM batch per rank, or fewer if the `remaining` rows need fewer."""
         ranks, served = world(), self.llm_batches
-        selected, states_before, text_positions = [], [], []
+        selected, states_before, epochs, crc32s = [], [], [], []
         while len(selected) < ranks.size and (not selected or remaining > 0):
             states_before.append(super().state_dict())
             selected.append(self.select_tokens())
-            text_positions.append((self.token_stream.epoch, self.tokens_crc32))
+            epochs.append(self.token_stream.epoch)
+            crc32s.append(self.tokens_crc32)
             remaining -= len(selected[-1].sequence_ids)
         self.llm_batches = served  # undo the count of `select_tokens`: `next` serves these batches
         own_rows = self.run_llm(selected[ranks.rank]) if ranks.rank < len(selected) else {}
@@ -88,13 +89,11 @@ class SharedRows(LLMRows):
             indices_by_rank = ranks.gather_values(own_indices)
             kept = zip(ids_by_batch, indices_by_rank, strict=False)  # fewer batches than ranks
             ids_by_batch = [ids[indices] for ids, indices in kept]
-        rows = exchange_rows(
-            own_rows, list(map(len, ids_by_batch)), self._sites_by_rank, self._no_rows
-        )
-        batches = zip(rows, ids_by_batch, states_before, text_positions, strict=True)
-        for activations, ids, state, (epoch, tokens_crc32) in batches:
-            batch = _ComputedBatch(Rows(activations, ids), state, epoch, tokens_crc32)
-            self._waiting.append(batch)
+        counts = [len(ids) for ids in ids_by_batch]
+        activations = exchange_rows(own_rows, counts, self._sites_by_rank, self._no_rows)
+        rows = map(Rows, activations, ids_by_batch)
+        batches = zip(rows, states_before, epochs, crc32s, strict=True)
+        self._waiting.extend(_ComputedBatch(*batch) for batch in batches)
 
     def state_dict(self) -> dict[str, Any]:
         """The state before the first batch that is not served yet, as on one device."""

@@ -37,8 +37,7 @@ class RowStream(Protocol):
     whether the LLM computes the rows or a cache holds them.
     """
 
-    sites: tuple[Site, ...]
-    """The sites of its rows, ascending."""
+    sites: tuple[Site, ...]  # ascending
     device: torch.device
     """Device that the rows are on."""
     max_rows: int
@@ -49,7 +48,8 @@ class RowStream(Protocol):
     """The current epoch, from 1; an epoch is one reading of all data."""
 
     def next(self, remaining: int) -> Rows:
-        """Return the rows of the next LLM batch; `remaining`: rows that the run still needs."""
+        """Return the rows of the next LLM batch. `remaining`: rows that the run still needs, beyond
+        which nothing is computed in advance."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream: plain values and CPU tensors."""
@@ -138,7 +138,7 @@ class TextConfig(DataConfig):
 class HeldOutData(Protocol):
     """Activations that training never sees, on which SAEs are measured."""
 
-    noun: ClassVar[str]  # as in `DataSource`
+    noun: ClassVar[str]  # what messages call the data: text, samples, rows
 
     def activations(self, site: Site) -> Tensor:
         """Return the activations [n, d] at `site`."""
@@ -153,12 +153,12 @@ class HeldOutData(Protocol):
         splits: Sequence[FeatureSplit],
         means: Sequence[Tensor] = (),
     ) -> list[Any]:
-        """Measure the metrics of each SAE that only this kind of data has; a None for each if none.
+        """Return for each SAE the metrics that only this kind of data has; None if not measured.
 
         saes: functions from activations [n, d_in] at `source`, n <= rows_per_call, to an `Output`
         that reconstructs [n, d_out] at `target`. weights: functions that return an SAE's weights
         for raw activations. splits: how each SAE's features are spread over ranks. means: each
-        SAE's mean reconstruction [d_out], to measure `ce_error` too; else empty."""
+        SAE's mean reconstruction [d_out], for the metric `ce_error`; empty: not measured."""
         return [None] * len(saes)
 
     def prepare(self, targets: Collection[Site]) -> None:
@@ -255,7 +255,7 @@ class DataSource(ABC):
 
     def check_before_loading(self, shape: LLMShape, resumed: bool) -> None:
         """Raise UserError for mistakes that show before anything is loaded."""
-        pick_device(self.llm)
+        pick_device(self.llm)  # UserError: there is no such device
 
     @abstractmethod
     def estimate_data_memory(

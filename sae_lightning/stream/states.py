@@ -62,10 +62,11 @@ def expect_rows(
     sequences; returns the number of sequences whose rows were served."""
     expect(state, {"llm_batches": ANY_COUNT, "tokens": dict}, "rows")
     expect(state, {"read": range(state["llm_batches"] + 1)}, "rows")
-    expect(state, {"medians": dict if state.get("medians") else type(None)}, "rows")
-    if state["medians"]:
-        expect(state["medians"], {str(site): float for site in sites}, "rows.medians")
-        if not all(0 < median < inf for median in state["medians"].values()):
+    medians = state.get("medians")
+    expect(state, {"medians": dict if medians else type(None)}, "rows")
+    if medians:
+        expect(medians, {str(site): float for site in sites}, "rows.medians")
+        if not all(0 < median < inf for median in medians.values()):
             raise ValueError("rows.medians: a median norm is not positive and finite")
     tokens, sequences_read = state["tokens"], state["read"] * batch
     pattern = {"epoch": range(1, ANY_COUNT.stop)}
@@ -92,21 +93,21 @@ def expect_activations(rows: Any, widths: Mapping[Site, int], n: int, name: str)
     for site, width in widths.items():
         expect(rows, {str(site): Tensor}, name)
         dtype = rows[str(site)].dtype
-        # dtype=None is float32, which an error then names as the expected dtype
-        like = torch.empty(n, width, dtype=dtype if dtype in LLM_DTYPES else None, device="meta")
+        expected_dtype = dtype if dtype in LLM_DTYPES else torch.float32
+        like = torch.empty(n, width, dtype=expected_dtype, device="meta")
         expect(rows[str(site)], like, f"{name}.{site}")
 
 
 def expect_stream(
-    state: Any, widths: Mapping[Site, int], *, max_rows: int, served: int, sequences: int
+    state: Any, widths: Mapping[Site, int], *, capacity: int, served: int, sequences: int
 ) -> None:
     """Raise ValueError unless `state` is a possible state of a stream after `served` batches: its
-    pool holds at most `max_rows` rows of these `widths`, with ids below `sequences`."""
+    pool holds at most `capacity` rows of these `widths`, with ids below `sequences`."""
     pattern = {"rows": dict, "ids": Tensor, "random": dict}
     expect(state, {"served": served, "rows": dict, "pool": pattern}, "stream")
     pool = state["pool"]
     n = len(pool["ids"]) if pool["ids"].ndim else 0
-    expect(n, range(max_rows + 1), "rows in the pool")
+    expect(n, range(capacity + 1), "rows in the pool")
     expect_ids(pool["ids"], n, sequences, "pool.ids")
     expect_activations(pool["rows"], widths, n, "pool.rows")
     np.random.PCG64().state = pool["random"]  # raises an error if it is no state of a PCG64

@@ -91,8 +91,7 @@ class StreamedTokens(TokenStream):
         return True
 
     def next_window(self) -> np.ndarray | None:
-        """The next window [<= window_size] of this epoch (the last may be short), or None at its
-        end."""
+        """The epoch's next window [<= window_size]; None after the last one, which may be short."""
         while len(self.carry) < self.packing.window_size and self._tokenise_more():
             pass
         if not len(self.carry):

@@ -181,9 +181,9 @@ class HeldOutConcepts(HeldOutData):
         self.world = world
         generator = make_generator("held out", seed)
         counts = [min(SAMPLED_ROWS, tokens - done) for done in range(0, tokens, SAMPLED_ROWS)]
-        x, strengths = zip(*(world.sample(n, generator) for n in counts), strict=True)
-        self._x = torch.cat(x).to(device)
-        self.strengths = torch.cat(strengths)
+        samples = [world.sample(n, generator) for n in counts]
+        self._x = torch.cat([x for x, _ in samples]).to(device)
+        self.strengths = torch.cat([strengths for _, strengths in samples])
         """[n, concepts], on the CPU"""
 
     def activations(self, site: Site) -> Tensor:
@@ -219,15 +219,13 @@ class HeldOutConcepts(HeldOutData):
 
 
 def _join_weights(weights: dict[str, Tensor], split: FeatureSplit) -> dict[str, Tensor]:
-    """The weights that `measure_recovery` reads, gathered from all ranks. They fit on one rank, as
-    there are few concepts and so few features."""
-    dims = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}  # which dimension is the features'
-    # `join` gathers along dimension 0; a weight without dimensions is the same for all features
-    return {
-        name: split.join(x.movedim(dims[name], 0)).movedim(0, dims[name]) if x.ndim else x
-        for name, x in weights.items()
-        if name in dims
-    }
+    """The weights that `measure_recovery` reads, gathered from all ranks."""
+    # dimension 0 is the features'; a threshold without dimensions is that of all features
+    joined = {"W_enc": split.join(weights["W_enc"].T).T}
+    for name in ("b_enc", "W_dec", "threshold"):
+        if name in weights:
+            joined[name] = split.join(weights[name]) if weights[name].ndim else weights[name]
+    return joined
 
 
 class SyntheticSource(NoLLMSource):
@@ -261,10 +259,10 @@ class SyntheticSource(NoLLMSource):
     ) -> None:
         expect(state, {"rows": {"served": ANY_COUNT, "generator": Tensor}}, "stream")
         Generator().set_state(state["rows"]["generator"])
-        max_rows = self.data.pool + SAMPLED_ROWS
+        capacity = self.data.pool + SAMPLED_ROWS  # of the pool
         row_count = state["rows"]["served"]  # each row counts as a sequence
         widths = dict.fromkeys(sites, shape.width)
-        expect_stream(state, widths, max_rows=max_rows, served=served, sequences=row_count)
+        expect_stream(state, widths, capacity=capacity, served=served, sequences=row_count)
 
     def open_data(self, needs: Needs) -> OpenedData:
         world = open_concept_world(self.data)

@@ -45,7 +45,7 @@ class TextSource(DataSource):
 
     data: TextConfig
     noun, where, has_llm, origin = "text", "text", True, "text"
-    # without the baselines, which are the same for every SAE, and what only analysis measures
+    # the baselines are the same for every SAE; only analysis measures ce_error
     metrics = frozenset(SpliceScores._fields) - {*SpliceBaseline._fields, "ce_error"}
     headline = "ce_recovered"
 
@@ -103,7 +103,7 @@ class TextSource(DataSource):
             find_bos_id(load_tokenizer(self.llm))  # fail before the text is read
 
     def _check_cache(self) -> None:
-        """UserError if the cache can neither be written nor, as a colleague's cache, read."""
+        """UserError if the cache can be neither written nor read (a colleague's is read-only)."""
         folder = ancestor = pick_cache_folder(self.data.cache_folder)
         while not os.path.exists(ancestor):
             ancestor = ancestor.parent
@@ -145,9 +145,9 @@ class TextSource(DataSource):
             state["rows"], sites, batch=batch, context=context, vocabulary=shape.vocabulary
         )
         # the pool may hold one LLM batch more, with a row for each token but BOS
-        max_rows = self.data.pool + batch * (context - 1)
+        capacity = self.data.pool + batch * (context - 1)
         widths = dict.fromkeys(sites, shape.width)
-        expect_stream(state, widths, max_rows=max_rows, served=served, sequences=sequences)
+        expect_stream(state, widths, capacity=capacity, served=served, sequences=sequences)
 
     def open_data(self, needs: Needs) -> OpenedData:
         sites, tokens, loss_tokens, ahead, resumed, own_sites = needs
@@ -165,7 +165,7 @@ class TextSource(DataSource):
                 "(others: llm.bos, llm.separator)"
             )
         held_out = self.open_held_out(sites, tokens, loss_tokens, opened, own_sites)
-        # a module returns another activation than its site's if the block scales it afterwards
+        # at the other sites, the block scales what the module returns
         unscaled = [site for site in sites if measure_branch_scale(llm.model, site) == 1]
         tuning_text = TuningText(
             llm,
@@ -202,7 +202,7 @@ class TextSource(DataSource):
     def open_llm(self, blocks: int | None = None) -> tuple[LLM, SplitTokens]:
         """Load the LLM (`blocks` None) or its first `blocks` blocks, and tokenise the text."""
         with world().go_first():  # downloads, de-quantises and tokenises once per machine
-            documents = self.open_quietly()  # before the tokenizer: a wrong name fails at once
+            documents = self.open_quietly()  # first: wrong data fail before the LLM is loaded
             tokenizer = load_tokenizer(self.llm)
             text = open_tokens(documents, tokenizer, context=self.data.context, seed=self.seed)
             return load_llm(self.llm, blocks, tokenizer), text

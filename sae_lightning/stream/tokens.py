@@ -13,11 +13,11 @@ from sae_lightning.stream.documents import SplitDocuments
 from sae_lightning.stream.flat import tokenise_indexed
 from sae_lightning.stream.indexed_tokens import IndexedTokens
 from sae_lightning.stream.mixture import mix_texts
-from sae_lightning.stream.packing import HeldOutStream, Packing, TokenStream
+from sae_lightning.stream.packing import HeldOutSequences, Packing, TokenStream
 from sae_lightning.stream.streamed_tokens import StreamedTokens
 
 
-class HeldOutTokens(HeldOutStream):
+class HeldOutTokens(HeldOutSequences):
     """Sequences of the text that only evaluation reads."""
 
     def __init__(
@@ -49,7 +49,7 @@ class HeldOutTokens(HeldOutStream):
             window_count = max(1, len(flat) // size)
             indices = np.linspace(0, window_count - 1, min(count, window_count)).round()
             starts = indices.astype(np.int64) * size
-            windows = [flat.slice(start, size).to_numpy() for start in starts if len(flat)]
+            windows = [flat.slice(start, size).to_numpy() for start in starts] if len(flat) else []
         else:
             stream = StreamedTokens(self.data, self.tokenizer, self.packing, None, self.where)
             windows = [stream.next_window() for _ in range(count)]
@@ -69,7 +69,7 @@ class SplitTokens(NamedTuple):
     """The two parts of a text as tokens; the held-out one is tokenised when it is read."""
 
     train: TokenStream
-    held_out: HeldOutStream
+    held_out: HeldOutSequences
 
 
 def open_tokens(text: SplitDocuments, tokenizer: Any, *, context: int, seed: int) -> SplitTokens:

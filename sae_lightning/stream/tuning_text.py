@@ -1,10 +1,10 @@
 """Training text for `loss.kl`, which compares the LLM's predictions with and without an SAE.
 
     text           s0 s1 s2 s3 | s4 s5 s6 s7 | s8 ...     as training reads it, from its beginning
-    update         first       | first + 1   | ...
+    update         first       | first + 1   | ...        first: the first update with KL
 
-The number of the update and that of the first update with KL determine which sequences are read: so
-no state is saved, resuming is exact, and the training batches are not affected.
+The numbers `first` and `update` determine which sequences are read: so no state is saved, resuming
+is exact, and the training batches are not affected.
 """
 
 from collections.abc import Sequence
@@ -77,4 +77,4 @@ class TuningText:
         positions = keep.flatten().nonzero().squeeze(1)
         rows = capture(self.llm.model, tokens, self.sites, positions)
         is_usual = mark_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
-        return keep.masked_scatter(keep, is_usual)
+        return keep.masked_scatter(keep, is_usual)  # the next of `is_usual` where `keep` is true
