@@ -54,7 +54,7 @@ def find_nearest_cosines(W_dec: Tensor, indices: Tensor) -> Tensor:
     nearest = W_dec.new_full((len(indices),), -1.0)
     for i in range(0, len(indices), BLOCK_ROWS):
         best = nearest[i : i + BLOCK_ROWS]
-        rows = normalize(W_dec[order[i : i + len(best)]])
+        rows = normalize(W_dec[indices[i : i + BLOCK_ROWS]])
         for j in range(i, len(order), BLOCK_ROWS):
             cosines = rows @ normalize(W_dec[order[j : j + BLOCK_ROWS]]).T
             if i == j:
