@@ -2,12 +2,12 @@
 several features of the concept?
 
 If the feature of "short" also writes "starts with S", an SAE needs one active feature fewer. The
-feature of S is then silent on "short", which the examples of the feature do not show (Chanin et al.
+feature of S is then silent on "short", although all of its examples start with S (Chanin et al.
 2024, "A is for Absorption", arXiv 2409.14507). Absorption is counted as in SAEBench (Karvonen et
 al. 2025, arXiv 2503.09532): by what a feature writes in the direction of a probe's weights.
 
-A concept's *own features* are those that predict it (`find_own_features`). Feature i, if it has the
-strength f, *writes* f * (W_dec[i] @ direction) in a direction.
+A concept's *own features* are those that predict it (`find_own_features`). With the strength f,
+feature i *writes* f * (W_dec[i] @ direction) in a direction.
 
 Shapes: n = samples, d = width of the target site; concepts, features (of the SAE).
 """
@@ -46,11 +46,11 @@ class SampleOutcomes(NamedTuple):
     """bool (full absorption): silent, and the feature that writes most in the concept's direction
     writes at least 40 % of the projection x @ direction, with a cosine of at least 0.025"""
     fraction: Tensor
-    """absorption fraction: others / (others + max(own, 0)). own: what own features write; others:
-    what up to three others of cosine >= 0.1 write, at most projection - own. 0 if others < 40 % of
-    the projection, own >= projection or projection <= 0"""
+    """absorption fraction: by_others / (by_others + max(by_own, 0)). by_own is written by own
+    features, by_others by up to three others of cosine >= 0.1. 0 if by_others < 40 % of projection,
+    by_own >= projection or projection <= 0; else by_others is cut to at most projection - by_own"""
     absorbing: Tensor
-    """int64: index of the feature that writes most in that direction"""
+    """int64: index of the feature that writes most in the concept's direction"""
 
 
 def find_absorption(
@@ -102,7 +102,7 @@ class ConceptSamples(NamedTuple):
     source: Tensor
     """[n, d_in] activations that the SAE reads"""
     target: Tensor
-    """[n, d] activations that it reconstructs"""
+    """[n, d] activations that the SAE reconstructs"""
     labels: Tensor
     """[n, concepts] bool: which concepts a sample has"""
     detected: Tensor
@@ -114,13 +114,13 @@ class ConceptSamples(NamedTuple):
     probe_f1: list[float]
     """F1 of `detected` on the test part, by concept; NaN without a probe."""
     children: Tensor | None = None
-    """[n, concepts] bool: whether a child of the concept, a more specific one, is active; None if
-    that is not known"""
+    """[n, concepts] bool: whether a child of the concept (a more specific concept) is active; None
+    if children are not known"""
 
 
 class ConceptResult(NamedTuple):
     """Absorption and splitting of one concept. Shares are of the *counted samples*: those of the
-    test part that have the concept, and in which the probe detects it."""
+    test part that have the concept, and in which the probe detects it. NaN if there are none."""
 
     concept: str
     samples: int
@@ -131,9 +131,9 @@ class ConceptResult(NamedTuple):
     """The concept's own features, the most predictive first; more than one if it is split, empty if
     the SAE has none."""
     f1: float
-    """F1 on the test part of a probe that reads these features alone."""
+    """F1 on the test part of a probe that reads the own features alone."""
     silent: float
-    """Share on which no own feature fires. NaN, like the next two, without own features."""
+    """Share on which no own feature fires. NaN, like the next two fields, without own features."""
     absorbed: float
     """Share on which `SampleOutcomes.absorbed` is true (full absorption)."""
     fraction: float
@@ -144,7 +144,7 @@ class ConceptResult(NamedTuple):
     """Share of the counted samples with an active child on which the feature closest to the
     direction (own or not) is silent; NaN without such samples, or if children are not known."""
     silent_without: float = math.nan
-    """The same of the counted samples without an active child."""
+    """The same share of the counted samples without an active child."""
 
 
 class OwnFeatures(NamedTuple):
@@ -153,15 +153,15 @@ class OwnFeatures(NamedTuple):
     features: list[int]
     """The most predictive first; more than one if the concept is split, empty if it has none."""
     f1: float
-    """F1 on the test part of a probe that reads these features alone; 0 without any."""
+    """F1 on the test part of a probe that reads `features` alone; 0 if there are none."""
 
 
 def find_own_features(strengths: Tensor, labels: Tensor, parts: SampleParts) -> list[OwnFeatures]:
     """Find each concept's own features, from strengths [n, features] and labels [n, concepts].
 
-    A probe with an L1 penalty ranks the features with positive weights. The first is the concept's
-    own. The next ones are added in order, as long as each raises the F1 of a probe on the own
-    features by more than 0.03.
+    A probe with an L1 penalty ranks the features with positive weights. The first feature is own.
+    Further ones are added in order, as long as each raises the F1 of a probe on the own features by
+    more than 0.03.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score

@@ -30,7 +30,7 @@ from sae_lightning.terminal import phase
 
 SAMPLES = 16_384  # samples of synthetic activations
 MAX_PARENTS = 32
-MIN_SAMPLES = 20  # fewest samples of each part in which a parent has an active child
+MIN_SAMPLES = 20  # a parent is left out if fewer samples of one of the parts have an active child
 
 
 def run_absorption(subject: Subject) -> BenchmarkResult:
@@ -53,7 +53,7 @@ def run_absorption(subject: Subject) -> BenchmarkResult:
 
 def average_results(results: list[ConceptResult]) -> dict[str, float]:
     """Mean over concepts of the number of own features and of each field in SCORE_FIELDS, without
-    NaNs; NaN if a field has no other value."""
+    NaNs; NaN if all values are NaN."""
     means = {"features": fmean(len(result.features) for result in results)}
     for field in SCORE_FIELDS.values():
         means[field] = fmean(list_values(results, field) or [math.nan])

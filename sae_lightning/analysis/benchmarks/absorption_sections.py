@@ -41,9 +41,9 @@ def make_absorption_sections(
         for name, field in SCORE_FIELDS.items()
         if not all(math.isnan(mean[field]) for mean in means.values())
     }
-    unowned = sum(not result.features for result in results[first])  # without own features
-    unowned_note = (
-        f"{unowned} of the {samples.noun}s, which silent, absorbed and fraction leave out"
+    without_own = sum(not result.features for result in results[first])
+    without_own_note = (
+        f"{without_own} of the {samples.noun}s, which silent, absorbed and fraction leave out"
     )
     control_note = (
         "No controls of this SAE are known: train it in a sweep with sweep.controls=true."
@@ -59,7 +59,7 @@ def make_absorption_sections(
                 "the others fit probes and choose features",
                 "fraction": "share of the concept that other features write, in full or in part",
                 "after ±": f"standard error over {samples.noun}s",
-                "without own features": unowned_note if unowned else "",
+                "without own features": without_own_note if without_own else "",
                 "note": "" if controls else control_note,
             },
             table=ResultTable(
@@ -79,7 +79,7 @@ def make_absorption_sections(
 
 
 def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[str]) -> str:
-    sae, mean = next(iter(means.items()))
+    sae_name, mean = next(iter(means.items()))
     if math.isnan(mean["silent"]):
         lead = f"No {noun} has a feature of its own that could be absorbed."
     else:
@@ -109,7 +109,7 @@ def _write_lead(noun: str, means: dict[str, dict[str, float]], controls: list[st
         f"most {means[best]['f1']:.2f} ({best.replace('_', ' ')})."
     )
     if means[best]["f1"] >= mean["f1"]:
-        lead += f" As that is no less than the F1 of {sae}, the rates say little."
+        lead += f" As that is no less than the F1 of {sae_name}, the rates say little."
     return lead
 
 

@@ -16,8 +16,8 @@ from sae_lightning.terminal import console, make_visible
 
 def train_and_score(jobs: Sequence[Job]) -> list[dict[str, float] | None]:
     """Train the jobs as `train_jobs` does. If the objective of a job's search is the score of a
-    benchmark, add that score to the job's metrics, unless the job has no metrics or is a control
-    that the sweep added.
+    benchmark, add that score to the job's metrics. Jobs that failed, and controls that the sweep
+    added, get no score.
 
     UserError, before training: the benchmark cannot be run here."""
     # a minus in front means that the search minimises the score
@@ -55,7 +55,7 @@ def score_job(job: Job, name: str) -> float:
 
 
 def _read_score(run: Path, file_name: str, settings: dict[str, Any]) -> float | None:
-    """The score in a results file of the folder `run`; None if the file is missing, unreadable,
+    """The score in a results file of the run folder `run`; None if the file is missing, unreadable,
     older than the end of the run, or made with other settings."""
     path = run / "analysis" / file_name
     with suppress(FileNotFoundError, UserError):

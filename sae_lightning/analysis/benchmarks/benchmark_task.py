@@ -80,11 +80,11 @@ class Benchmark(NamedTuple):
 # Value of the setting `suite` -> the benchmark.
 BENCHMARKS = {
     "probing": Benchmark(
-        lambda subject, task: run_probing(
+        run=lambda subject, task: run_probing(
             subject, task.sets, task.sets_folder, task.texts, task.splits
         ),
-        ("sets", "sets_folder", "texts", "splits"),
-        lambda: check_set_names(USUAL_SETS, find_set_files(None)),
+        settings=("sets", "sets_folder", "texts", "splits"),
+        check=lambda: check_set_names(USUAL_SETS, find_set_files(None)),
     ),
-    "absorption": Benchmark(lambda subject, task: run_absorption(subject)),
+    "absorption": Benchmark(run=lambda subject, task: run_absorption(subject)),
 }

@@ -31,7 +31,7 @@ from sae_lightning.terminal import phase
 MAX_READ_WORDS = 16_384
 WORDS_IN_PROMPT = 32
 EXAMPLES = 4  # words at the start of a prompt that are not read
-FIT_SHARE, CHOOSE_SHARE = 0.6, 0.2  # shares of the prompts; the rest are the test part
+FIT_SHARE, CHOOSE_SHARE = 0.6, 0.2  # shares of the prompts; the last 0.2 are the test part
 MIN_WORDS = 10  # a letter is left out if fewer words in one of the parts begin with it
 MIN_F1 = 0.6  # a letter is left out if the F1 of its probe is lower (SAEBench)
 L2_PENALTY = 1e-3  # 1e-4 and 3e-3 change the mean F1 of SmolLM2's probes by 0.01
@@ -70,7 +70,7 @@ def read_first_letters(subject: Subject) -> ConceptSamples:
     if subject.context is not None:
         size = min(size, (subject.context - 1) // line_tokens)  # without BOS
     word_lists = [words[i : i + size] for i in range(0, len(words), size)]  # one for each prompt
-    samples, shares = [], []  # share: of the prompts that come before the sample's prompt
+    samples, shares = [], []  # share of each sample: index of its prompt / number of prompts
     for i, listed in enumerate(word_lists):
         samples += listed[EXAMPLES:]
         shares += [i / len(word_lists)] * len(listed[EXAMPLES:])

@@ -63,7 +63,7 @@ def score_sets(
     of units -> the SAE whose features they are; splits: random splits of each set."""
     kinds = [FEATURES, NEURONS, RANDOM, *(kind for kind in saes if kind != FEATURES)]
     # on all random directions no probe is fitted: they hold the same information as all neurons
-    sizes = {kind: SIZES if kind == RANDOM else (*SIZES, None) for kind in kinds}
+    sizes = {kind: (*SIZES, None) for kind in kinds} | {RANDOM: SIZES}  # None: all units
     aurocs = {kind: {k: np.zeros((len(sets), splits)) for k in sizes[kind]} for kind in kinds}
     parts = x.split([len(s.texts) for s in sets])
     with phase("fitting probes", total=len(sets) * splits) as advance:

@@ -19,9 +19,10 @@ def make_probing_sections(scores: ProbingScores) -> list[Section]:
 
 
 def _make_mean_section(scores: ProbingScores) -> Section:
-    kinds, splits = [*scores.aurocs], scores.aurocs[FEATURES][1].shape[1]
+    kinds = [*scores.aurocs]
+    _, splits = scores.aurocs[FEATURES][SCORED_SIZE].shape
     texts = sum(len(s.texts) for s in scores.sets)
-    others = [compare_with_features(scores, kind) for kind in (NEURONS, RANDOM)]
+    rivals = [compare_with_features(scores, kind) for kind in (NEURONS, RANDOM)]
     controls = [compare_with_features(scores, kind) for kind in _list_controls(scores)]
     spread_note = ""
     if splits > 1:
@@ -32,7 +33,7 @@ def _make_mean_section(scores: ProbingScores) -> Section:
         lead=(
             f"{SCORED_SIZE} features tell two classes of texts apart with a mean AUROC of "
             f"{_format_mean(*scores.average_sets(FEATURES, SCORED_SIZE))} "
-            f"on {len(scores.sets)} sets; {'; '.join(others)}. The dense probe (all neurons) has "
+            f"on {len(scores.sets)} sets; {'; '.join(rivals)}. The dense probe (all neurons) has "
             f"{_format_mean(*scores.average_sets(NEURONS, None))}."
         ),
         numbers={
@@ -47,26 +48,15 @@ def _make_mean_section(scores: ProbingScores) -> Section:
         },
         table=ResultTable(
             ["", *(f"k = {k}" for k in SIZES), "all"],
-            [
-                [
-                    kind,
-                    *(
-                        _format_mean(*scores.average_sets(kind, k))
-                        if k in scores.aurocs[kind]
-                        else ""
-                        for k in (*SIZES, None)
-                    ),
-                ]
-                for kind in kinds
-            ],
+            [[kind, *(_format_cell(scores, kind, k) for k in (*SIZES, None))] for kind in kinds],
         ),
         figures={"Mean held-out AUROC over sets": _draw_means(scores)},
     )
 
 
 def compare_with_features(scores: ProbingScores, rival: str) -> str:
-    """Say which score units of the kind `rival` have, and whether features are ahead or behind;
-    only a difference that a t-test over sets finds at the 5 % level counts."""
+    """Describe the score of units of the kind `rival`, and whether features are ahead or behind.
+    Only a difference that a t-test over sets finds at the 5 % level counts."""
     mean, error = scores.compare(FEATURES, rival, SCORED_SIZE)
     score, sets = f"{rival} {scores.average_sets(rival, SCORED_SIZE)[0]:.3f}", len(scores.sets)
     if sets == 1:
@@ -117,6 +107,10 @@ def _draw_means(scores: ProbingScores) -> "Figure":
             mode="lines+markers",
         )
     return figure
+
+
+def _format_cell(scores: ProbingScores, kind: str, k: int | None) -> str:
+    return _format_mean(*scores.average_sets(kind, k)) if k in scores.aurocs[kind] else ""
 
 
 def _format_mean(mean: float, error: float) -> str:

@@ -76,8 +76,7 @@ def read_sets(
 
 
 def check_set_names(names: Iterable[str], existing: Iterable[str]) -> None:
-    """UserError for the first of `names` that is not among the `existing` sets; it lists similar
-    names."""
+    """UserError, which lists similar names, for the first of `names` that no set has."""
     existing = [*existing]
     for name in names:
         if name not in existing:
@@ -118,18 +117,18 @@ def _read_set(name: str, file: Path, texts: int, seed: int) -> LabelledSet:
         raise UserError(
             f"sets={name}: {count} different texts of a class; {MIN_PER_CLASS} are needed"
         )
-    chosen = []  # [2][count] texts of class 0, texts of class 1
+    chosen = []  # for each class: a list of `count` texts
     for class_texts in members:
         chosen.append([class_texts[i] for i in rng.permutation(len(class_texts))[:count]])
     return LabelledSet(
         name,
-        [text for pair in zip(*chosen, strict=True) for text in pair],
+        [text for pair in zip(*chosen, strict=True) for text in pair],  # the classes take turns
         np.tile([0, 1], count),
         (str(classes[0]), str(classes[1])),
     )
 
 
 def _sort_key(file: Path) -> tuple[int, str]:
-    """Number in front of the file's name, as the package's files have one (else 0), and name."""
+    """Sort by the number in front of the file's name (0 without a number), then by name."""
     number = file.name.partition("_")[0]
     return int(number) if number.isdecimal() else 0, file.name

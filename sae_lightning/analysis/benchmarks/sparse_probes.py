@@ -47,7 +47,7 @@ def measure_differences(x: ndarray | csr_array, labels: ndarray) -> ndarray:
     """Distance between the class means of each unit of x [texts, units], divided by the mean of the
     unit's |values| that are not 0 -> [units].
 
-    The division is sae-probes' default; without it, units with large values would always win. The
+    The division is sae-probes' default; otherwise units with large values would always win. The
     1e-6 makes the result 0 for a unit that is 0 on all texts."""
     strength = abs(x).sum(0) / ((x != 0).sum(0) + 1e-6)
     gap = x[labels == 1].mean(0) - x[labels == 0].mean(0)
@@ -62,8 +62,8 @@ def choose_units(x: ndarray | csr_array, labels: ndarray, k: int) -> ndarray:
 def score_probe(x: ndarray, labels: ndarray, split: TextSplit) -> float:
     """Fit a logistic regression on the training part of x [texts, units] -> AUROC on the test part.
 
-    To choose the penalty, probes are fitted on the training part without its last texts, and
-    compared by their AUROC on these; then a probe is fitted on the whole training part."""
+    To choose the penalty, the last training texts are held back: probes are fitted without them and
+    compared by AUROC on them. Then a probe is fitted on the whole training part."""
     from sklearn.linear_model import LogisticRegression
 
     train_x, train_labels = x[split.train], labels[split.train]
@@ -79,8 +79,8 @@ def score_probe(x: ndarray, labels: ndarray, split: TextSplit) -> float:
         for c in INVERSE_PENALTIES:  # each fit starts from the one before, which halves the time
             trial.set_params(C=c).fit(train_x[:start], train_labels[:start])
             aurocs.append(measure_auroc(trial, train_x[start:], train_labels[start:]))
-        _, best = max(zip(aurocs, INVERSE_PENALTIES, strict=True))  # of equals, the weakest penalty
-        probe = LogisticRegression(C=best, max_iter=1000).fit(train_x, train_labels)
+        _, best_c = max(zip(aurocs, INVERSE_PENALTIES, strict=True))  # if equal, the larger C
+        probe = LogisticRegression(C=best_c, max_iter=1000).fit(train_x, train_labels)
     return measure_auroc(probe, x[split.test], labels[split.test])
 
 
@@ -101,7 +101,7 @@ def score_all(x: ndarray | csr_array, labels: ndarray, split: TextSplit) -> floa
 
 def reduce_to_row_space(x: ndarray | csr_array, train: ndarray) -> ndarray:
     """Coordinates [texts, at most len(train)] of x [texts, units] in the space spanned by its rows
-    `train`; x itself if it is dense and has no more columns than that.
+    `train`; x itself if it is dense and has at most len(train) columns.
 
     With an L2 penalty the best weights lie in that space, so a probe on the coordinates is the same
     probe, at far less cost."""
@@ -127,11 +127,11 @@ def encode_sparse(sae: SAE, x: Tensor) -> csr_array:
 
 
 def project_on_random_directions(
-    x: ndarray, directions: int, labels: ndarray, train: ndarray, most: int
+    x: ndarray, directions: int, labels: ndarray, train: ndarray, k: int
 ) -> ndarray:
     """Project x [texts, d], standardised, on `directions` random directions (fixed seed). Keep the
-    `most` projections whose class means differ most on the texts `train`, the best first
-    -> [texts, most]."""
+    k projections whose class means differ most on the texts `train`, the best first
+    -> [texts, k]."""
     x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
     rng = np.random.default_rng(0)
     best, differences = np.empty((len(x), 0)), np.empty(0)
@@ -141,6 +141,6 @@ def project_on_random_directions(
         new = measure_differences(projections[train], labels[train])
         differences = np.append(differences, new)
         best = np.concatenate([best, projections], axis=1)
-        order = np.argsort(-differences, kind="stable")[:most]
+        order = np.argsort(-differences, kind="stable")[:k]
         best, differences = best[:, order], differences[order]
     return best

@@ -65,7 +65,7 @@ def read_labelled_text(
     source = make_source(LLMConfig(name=NO_LLM), config, seed)
     with mute_libraries(), phase("cutting labelled text"):
         are_plays = bool(source.labels)  # only the packaged plays have fixed labels
-        if not are_plays:  # before `config.context` is read, which data without text lacks
+        if not are_plays:  # first, because data without text has no `config.context`
             pieces, notes = cut_documents(source, label, seed)  # UserError if there is no text
         packing = Packing(config.context, find_bos_id(tokenizer), find_separator_id(tokenizer))
         if are_plays:
@@ -147,7 +147,7 @@ def share_out(available: list[int], total: int) -> list[int]:
 
 def _cut_beginnings(pieces: list[Piece], tokenizer: Any, packing: Packing) -> list[Piece]:
     """Tokenise the text of each piece, up to `packing.window_size` tokens; of pieces with the same
-    tokens, keep only one, because they may be in two folds."""
+    tokens, keep only one, because two could be in different folds."""
     texts, by_tokens = [piece.text for piece in pieces], {}
     token_arrays = tokenise_documents(tokenizer, texts, packing.separator)
     for piece, tokens in zip(pieces, token_arrays, strict=True):

@@ -31,9 +31,9 @@ class FoldScore(NamedTuple):
 
 
 class FoldSplit:
-    """A representation x [pieces, units], split for probes: they are tested on the pieces of the
-    fold `tested`, and fitted on all others, whose mean and deviation standardise the units.
-    class_indices, fold: [pieces]."""
+    """A representation x [pieces, units], split for probes. Pieces of the fold `tested` are held
+    out. The other pieces fit probes, and their mean and deviation standardise the units.
+    class_indices, fold: [pieces] class and fold of each piece."""
 
     def __init__(self, x: ndarray, class_indices: ndarray, fold: ndarray, tested: int):
         from sklearn.preprocessing import StandardScaler
@@ -56,7 +56,8 @@ class FoldSplit:
         # a unit with an AUROC below 1/2 is negated
         signs = np.sign(self.aurocs[range(self.classes), units] - 0.5)
         best = self.test_x[:, units] * signs  # [pieces, classes]
-        return units, measure_aurocs(best, self.test_class_indices, self.classes).diagonal()
+        aurocs = measure_aurocs(best, self.test_class_indices, self.classes)  # [classes, classes]
+        return units, aurocs.diagonal()  # of each class, by the unit that was chosen for it
 
     def fit_sparse(self, k: int) -> FoldScore:
         """Fit and test one probe for each class, on its k best units."""
@@ -84,7 +85,7 @@ class FoldSplit:
             # probe on coordinates in the space of the rows is the same, and far cheaper.
             basis = np.linalg.svd(x, full_matrices=False)[2].T
             x, test_x = x @ basis, test_x @ basis
-        scale = self.fit_x.shape[1] ** -0.5  # a row's squares then sum to about 1
+        scale = self.fit_x.shape[1] ** -0.5  # so that C means the same for any number of units
         search = GridSearchCV(
             LogisticRegression(max_iter=300),
             {"C": ALL_C},

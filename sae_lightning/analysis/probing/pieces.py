@@ -18,8 +18,8 @@ from sae_lightning.stream.source import DataConfig, DataSource
 
 FOLDS = 4
 RIVAL_PLAYS = 4  # plays from which the two main speakers are taken
-HEADING = re.compile(r"\*\*([^*\n]+)\*\*\s*")
-STAGE_DIRECTION = re.compile(r"_*\\?\[[^\]]*\]_*[ \t]*\n?|_[^_]+_[ \t]*\n?")
+HEADING = re.compile(r"\*\*([^*\n]+)\*\*\s*")  # **HAMLET**, before a speech
+STAGE_DIRECTION = re.compile(r"_*\\?\[[^\]]*\]_*[ \t]*\n?|_[^_]+_[ \t]*\n?")  # [Exit] or _Exit_
 NAMES_NOTE = "Names of characters stand in the text and may give a class away."
 SPLIT_NOTES = {
     "genre": f"A probe is tested on plays that it was not fitted on. {NAMES_NOTE}",
@@ -58,7 +58,8 @@ def cut_plays(
         )
     plays = read_plays()
     texts = {play: text for play, (_, text) in plays.items()}
-    texts = find_rivals(plays) if label == "speaker" else texts
+    if label == "speaker":
+        texts = find_rivals(plays)
     if label == "genre":  # each text is in one fold
         classes = [genre for genre, _ in plays.values()]
         folds = deal_folds(classes, seed)
@@ -116,13 +117,14 @@ def extract_speeches(text: str) -> dict[str, str]:
 
 
 def find_rivals(plays: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """Pick the two main speakers of the RIVAL_PLAYS plays in which the second of them says most
+    """Pick the two main speakers of RIVAL_PLAYS plays, those in which the second speaker says most
     -> {`SPEAKER (play)`: all that the speaker says}. plays: name -> (genre, text)."""
     pairs, second_lengths = {}, {}
     for play, (_, text) in plays.items():
         by_length = sorted(extract_speeches(text).items(), key=lambda item: -len(item[1]))
         if len(by_length) > 1:
-            pairs[play], second_lengths[play] = by_length[:2], len(by_length[1][1])
+            _, second_speech = by_length[1]
+            pairs[play], second_lengths[play] = by_length[:2], len(second_speech)
     chosen = sorted(pairs, key=lambda play: -second_lengths[play])[:RIVAL_PLAYS]
     return {f"{name} ({play})": speech for play in chosen for name, speech in pairs[play]}
 
@@ -154,11 +156,11 @@ def _read_rows(
     data, columns, where = documents.data, list(documents.first_row or {}), documents.where
     for setting, column in {"data.column": config.column, "label": label}.items():
         if column not in columns:
-            hint = "; the packaged plays have it: data=shakespeare"
+            in_plays = setting == "label" and label in SPLIT_NOTES
+            hint = "; the packaged plays have it: data=shakespeare" if in_plays else ""
             raise UserError(
                 f"{setting}={column}: {where} has no such column; it has "
-                f"{', '.join(columns) or 'no document'}"
-                f"{hint if setting == 'label' and label in SPLIT_NOTES else ''}"
+                f"{', '.join(columns) or 'no document'}{hint}"
             )
     if label == config.column:
         raise UserError(f"label={label}: that is the column of the text; give one with classes")

@@ -72,11 +72,12 @@ def describe_winner(features: ProbeScore, neurons: ProbeScore) -> str:
     """Say whether features or neurons have the higher AUROC, by how much, and in how many folds."""
     pairs = zip(features.fold_scores, neurons.fold_scores, strict=True)
     gaps = [feature.auroc - neuron.auroc for feature, neuron in pairs]
-    if abs(mean(gaps)) < 0.005:  # with two decimals it would be 0.00
+    mean_gap = mean(gaps)
+    if abs(mean_gap) < 0.005:  # would be printed as 0.00
         return "neither is ahead"
-    ahead = FEATURES if mean(gaps) > 0 else NEURONS
-    folds = sum(gap > 0 if ahead == FEATURES else gap < 0 for gap in gaps)
-    return f"{ahead} are ahead by {abs(mean(gaps)):.2f}, in {folds} of {len(gaps)} folds"
+    ahead = FEATURES if mean_gap > 0 else NEURONS
+    folds = sum(gap * mean_gap > 0 for gap in gaps)  # folds with the sign of the mean
+    return f"{ahead} are ahead by {abs(mean_gap):.2f}, in {folds} of {len(gaps)} folds"
 
 
 def _name_units(k: int | None) -> str:

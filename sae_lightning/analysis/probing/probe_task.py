@@ -36,8 +36,8 @@ class ProbeTask(Task):
 def run_probes(
     subject: Subject, label: str, tokens: int, controls: Mapping[str, SAE] = {}
 ) -> Probes:
-    """Fit probes that predict `label`, on `tokens` tokens of the subject's text, from its features,
-    from neurons, from random directions and from the features of `controls`."""
+    """Fit probes that predict `label`, on `tokens` tokens of the subject's text, from the features
+    of the SAE and of `controls`, from neurons and from random directions."""
     config = subject.config
     text = read_labelled_text(
         config.data, label, subject.tokenizer, tokens=tokens, seed=config.seed

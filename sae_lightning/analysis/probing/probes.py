@@ -38,7 +38,7 @@ class ProbeScore(NamedTuple):
     k: int | None
     """Units for each class; None for all."""
     fold_scores: list[FoldScore]
-    """On each fold, of probes that were fitted on the others."""
+    """Score on each fold, of probes that were fitted on the other folds."""
 
     @property
     def accuracy(self) -> float:
@@ -86,7 +86,7 @@ class Probes(NamedTuple):
     scores: list[ProbeScore]
     """One for each kind of units and each k."""
     best_units: dict[str, list[BestUnit]]
-    """features, neurons -> the best unit of each class."""
+    """Kind of units (features or neurons) -> the best unit of each class."""
     controls: list[ProbeScore] = []
     """Scores of the features of controls; empty without controls."""
 
@@ -120,7 +120,7 @@ class Probes(NamedTuple):
 
 class PieceMeans:
     """Reducer that averages activations and features over the tokens of each piece of text. Each
-    sequence is a piece; they come in order."""
+    sequence is a piece; pieces come in order."""
 
     def __init__(self, pieces: int, features: int) -> None:
         self._pieces, self._features, self._filled = pieces, features, 0
@@ -154,9 +154,9 @@ def probe(
     batch: int = 16,
     controls: Mapping[str, SAE] = {},
 ) -> Probes:
-    """Read labelled text, `batch` pieces at a time, and fit probes on as many units of each kind as
-    each number in `k` says, on all features and on all neurons. `controls`: other SAEs of the same
-    site; their probes are on CONTROL_K features."""
+    """Read labelled text, `batch` pieces at a time. For each n in `k`, fit probes on the n best
+    units of each kind; also fit probes on all features and on all neurons. `controls`: other SAEs
+    of the same site; their probes read CONTROL_K features."""
     pieces, progress = len(text.tokens), "reading labelled text"
     reducer = PieceMeans(pieces, subject.features)
     control_reducers = {

@@ -13,8 +13,8 @@ def find_originals(W_dec: Tensor, neighbours: RelatedUnits, ranking: Tensor) -> 
     """Find the original of each feature [features]: the feature itself, unless it is a copy.
 
     Greedy, in the order of `ranking` [features], indices of all features, the best first: a feature
-    that is not yet a copy becomes an original. From there, a search goes from neighbour to
-    neighbour, over features whose cosine with the original is > COPY_COSINE; these are its copies.
+    that is not yet a copy becomes an original. Its copies are the features that a search from
+    neighbour to neighbour reaches, through features with a cosine > COPY_COSINE to the original.
     """
     is_near = (neighbours.similarity > COPY_COSINE) & (neighbours.units >= 0)  # -1 is padding
     features, column = is_near.numpy().nonzero()

@@ -105,8 +105,8 @@ class StrongestExamples:
 
     def result(self) -> Examples:
         order = self.top.peak_strength.argsort(dim=1, descending=True, stable=True)
-        wide = order[..., None].expand(-1, -1, WINDOW)
-        return Examples(*(x.gather(1, wide if x.dim() == 3 else order) for x in self.top))
+        units = torch.arange(len(order))[:, None]
+        return Examples(*(field[units, order] for field in self.top))
 
 
 class TokenRecorder:

@@ -50,8 +50,8 @@ class FeaturesTask(Task):
         self.write_results(subject, result.to_dict(), [summary], catalogues, result.best)
 
     def find_catalogue(self, subject: Subject, given_settings: Collection[str]) -> Catalogue:
-        """Read the catalogue of features that an earlier task has saved; make a new one if that is
-        missing or unusable, or if a setting in CATALOGUE_SETTINGS is given."""
+        """Read the catalogue of features that an earlier task has saved. Make a new one if there is
+        no usable file, or if a setting in CATALOGUE_SETTINGS is given."""
         saved = None
         if not CATALOGUE_SETTINGS & {*given_settings}:
             saved = read_saved_catalogue(subject, subject.results_folder / "features.parquet")

@@ -1,7 +1,7 @@
 """Draws random examples from each interval of strengths, once each unit's maximum is known.
 
 0                                      maximum         a unit's intervals, equally wide;
-|-- 4 --|-- 3 --|-- 2 --|-- 1 --|-- 0 --|              0 is the strongest
+|-- 4 --|-- 3 --|-- 2 --|-- 1 --|-- 0 --|              interval 0 is the strongest
 """
 
 from itertools import pairwise
@@ -58,7 +58,7 @@ def draw_examples(
         )
         units = slice(first, end)
         parts.append(_draw_part(part, maximum[units], slice_units(top, units), per_interval, seed))
-    return Examples(*map(torch.cat, zip(*parts, strict=True)))
+    return Examples(*map(torch.cat, zip(*parts, strict=True)))  # field by field
 
 
 def _draw_part(
@@ -79,16 +79,16 @@ def _draw_part(
 
 def _find_candidates(sample: Sample, top: Examples) -> np.ndarray:
     """Find the entries [n] of the sample that are not the peak of an example in `top`."""
-    places, context = sample.tokens.numel(), sample.tokens.shape[1]
+    place_count, context = sample.tokens.numel(), sample.tokens.shape[1]
     # one number for each pair of a unit and a place; ascending
-    keys = sample.list_entry_units().numpy() * places + sample.places.numpy()
+    keys = sample.list_entry_units().numpy() * place_count + sample.places.numpy()
     unit, slot = (top.peak_strength > 0).numpy().nonzero()
     sequence, position = top.sequence.numpy()[unit, slot], top.position.numpy()[unit, slot]
     sampled = sample.sequence_indices.numpy()
     # index of each sequence in the sample, if it was sampled
     index = np.searchsorted(sampled, sequence).clip(max=len(sampled) - 1)
     in_sample = sampled[index] == sequence
-    peak_keys = (unit * places + index * context + position)[in_sample]
+    peak_keys = (unit * place_count + index * context + position)[in_sample]
     is_candidate = np.ones(len(keys), bool)
     is_candidate[np.searchsorted(keys, peak_keys)] = False
     return is_candidate.nonzero()[0]
@@ -102,9 +102,8 @@ def _draw_entries(
     per_interval: int,
     seed: int,
 ) -> np.ndarray:
-    """Draw `per_interval` random entries of every group, at most one per sequence, with a single
-    sort by group and random keys -> indices of entries. `group`, `interval` and `place` [entries];
-    a group is an interval of a unit."""
+    """Draw `per_interval` random entries of every group (an interval of a unit), at most one per
+    sequence -> indices of entries. `group`, `interval` and `place`: [entries]."""
     sequences, context = sample.tokens.shape
     rng = np.random.default_rng(seed)
     # all units share the random keys, for speed; the order within each unit is still random
@@ -112,13 +111,13 @@ def _draw_entries(
     place_keys = rng.random((sequences, context)).argsort(axis=1).ravel()
     # one number for each pair of a group and a sequence
     pair = group * sequences + sequence_keys[interval, place // context]
-    order = (pair * context + place_keys[place]).argsort()
+    order = (pair * context + place_keys[place]).argsort()  # sequences and places in random order
     order = order[np.diff(pair[order], prepend=-1) > 0]  # first entry of each pair
     return order[rank_in_runs(group[order]) < per_interval]
 
 
 def _make_examples(sample: Sample, entries: np.ndarray, slots: np.ndarray, n: int) -> Examples:
-    """Make examples [units, n] of the sample's `entries`; `slots`: index of each in its unit."""
+    """Make examples [units, n] of the sample's `entries`; `slots`: their indices in [0, n)."""
     context, units = sample.tokens.shape[1], sample.unit_count
     examples = make_empty_examples(units, n)
     entry_units, offsets = sample.list_entry_units(), torch.arange(-BEFORE, AFTER + 1)
@@ -145,7 +144,7 @@ def _read_windows(sample: Sample, entry_units: Tensor, entry: Tensor) -> Tensor:
     """Read the strengths [m, WINDOW] of the entry's unit in the window around each `entry` [m].
     `entry_units`: the unit of each entry of the sample."""
     context, place = sample.tokens.shape[1], sample.places[entry, None]
-    # a unit's entries are sorted by place, so those in the window are among the WINDOW nearest
+    # a unit's entries are sorted by place: a window has at most BEFORE earlier, AFTER later ones
     near = (entry[:, None] + torch.arange(-BEFORE, AFTER + 1)).clamp(0, len(entry_units) - 1)
     offset = sample.places[near] - place + BEFORE  # index in the window
     inside = (entry_units[near] == entry_units[entry, None]) & (offset >= 0) & (offset < WINDOW)

@@ -12,8 +12,8 @@ from sae_lightning.report.catalogue import RelatedUnits
 
 BLOCK_FEATURES = 512  # features compared at a time
 MAX_EXACT_FEATURES = 16_384  # up to this number, each is compared with all others
-# More features are sorted by random hashes, in HASH_TABLES different orders. In each, a feature is
-# compared only with the block of neighbours that it lies in.
+# More features are sorted by random hashes, in HASH_TABLES different orders. In each order, a
+# feature is compared only with the BLOCK_FEATURES features of its block.
 HASH_TABLES = 16
 HASH_DIRECTIONS = 32  # random directions per hash; a table sorts features by two hashes
 HASHED_ROWS = 8192  # decoder rows hashed at a time: bounds memory
@@ -55,7 +55,7 @@ def _pick_comparisons(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield block, indices
         return
     # Rows with the same largest component in a random basis are similar (cross-polytope hashing,
-    # Andoni et al. 2015): the component's index and sign are the hash. Rows are sorted by two.
+    # Andoni et al. 2015): the component's index and sign are the hash. Two hashes sort the rows.
     generator = Generator().manual_seed(0)
     mean = rows.mean(dim=0)
     for _ in range(HASH_TABLES):
@@ -78,12 +78,12 @@ def find_partners(sample: Sample, k: int = 5) -> RelatedUnits:
 
     places, entry_units = sample.places.numpy(), sample.list_entry_units().numpy()
     # if too many pairs fire on the same tokens (a dense SAE), only the first tokens are used
-    active = np.bincount(places, minlength=sample.tokens.numel()).astype(np.float64)
-    fits = (np.square(active).cumsum() <= MAX_PAIRS)[places]
+    l0 = np.bincount(places, minlength=sample.tokens.numel()).astype(np.float64)
+    fits = (np.square(l0).cumsum() <= MAX_PAIRS)[places]  # l0 features make l0^2 pairs
     places, entry_units = places[fits], entry_units[fits]
     shape = (sample.unit_count, sample.tokens.numel())
     fires = csr_array((np.ones(len(places), np.float32), (entry_units, places)), shape)
-    counts = np.asarray(fires.sum(axis=1))
+    firing_counts = np.asarray(fires.sum(axis=1))
     by_token, k = fires.T.tocsr(), min(k, sample.unit_count - 1)
     units = torch.full((sample.unit_count, k), -1)
     similarity = torch.zeros(sample.unit_count, k)
@@ -93,14 +93,14 @@ def find_partners(sample: Sample, k: int = 5) -> RelatedUnits:
         stored = np.diff(both.indptr)  # number of entries of each row
         feature = first + np.repeat(np.arange(both.shape[0]), stored)
         others = both.indices
-        jaccard = both.data / (counts[feature] + counts[others] - both.data)
+        jaccard = both.data / (firing_counts[feature] + firing_counts[others] - both.data)
         jaccard[feature == others] = 0
         jaccard, others = torch.from_numpy(jaccard), torch.from_numpy(others).long()
         for i in np.flatnonzero(stored > 1):  # more than the pair of the feature with itself
             pairs = slice(both.indptr[i], both.indptr[i + 1])
             best = jaccard[pairs].topk(min(k, pairs.stop - pairs.start))
             positive = best.values > 0
-            row = torch.where(positive, others[pairs][best.indices], -1)
-            units[first + i, : len(row)] = row
-            similarity[first + i, : len(row)] = best.values
+            partners = torch.where(positive, others[pairs][best.indices], -1)
+            units[first + i, : len(partners)] = partners
+            similarity[first + i, : len(partners)] = best.values
     return RelatedUnits(units, similarity)

@@ -106,7 +106,8 @@ class SequenceSampler:
         kept = sorted(self.kept, key=lambda item: item[1])
         _, indices, tokens, keep, positions, units, values = zip(*kept, strict=True)
         sequences = np.repeat(np.arange(len(kept)), [len(position) for position in positions])
-        places = sequences * tokens[0].size + np.concatenate(positions)
+        context = tokens[0].size
+        places = sequences * context + np.concatenate(positions)
         units, values = np.concatenate(units), np.concatenate(values)
         order = np.argsort(units, kind="stable")  # places stay ascending within a unit
         counts = np.bincount(units, minlength=self.units)

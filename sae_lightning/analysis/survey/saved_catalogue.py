@@ -23,15 +23,15 @@ def describe_origin(subject: Subject) -> dict[str, str]:
 
 
 def read_saved_catalogue(subject: Subject, path: Path) -> Catalogue | None:
-    """Read the catalogue in the parquet file at `path`; None if there is none, it is unusable, or
-    it is of another SAE or text than `subject`. Prints whether it is used, and if not, why."""
+    """Read the catalogue in the parquet file at `path`; None if the file is missing or unusable, or
+    of another SAE or text than `subject`. Prints whether the file is used, and if not, why."""
     if not path.is_file():
         console.print("there is no catalogue of this SAE yet: making one")
         return None
     try:
         header = read_header(path)
         # Checked before the columns are read, because a small untrusted file may unpack to huge
-        # ones. `kind` becomes part of file names, and must not choose a path.
+        # columns. `kind` becomes part of file names, so it must not hold a path.
         if (header.kind, header.units) != ("feature", subject.features):
             raise ValueError(f"it describes {header.units} {header.kind!r} units")
     except Exception as error:  # damaged, malicious, or from an older version

@@ -32,7 +32,7 @@ from sae_lightning.scoring.metrics import count_by_density
 from sae_lightning.stream.packing import TokenStream
 from sae_lightning.terminal import phase
 
-NEURON_ENTRIES = 1 << 23  # limit for neurons: fewer sequences, as neurons fire on most tokens
+NEURON_ENTRIES = 1 << 23  # limit on strengths in the sample of neurons, which fire on most tokens
 TOP_PER_DRAWN = 6  # strongest examples / random examples of each interval
 
 
@@ -99,7 +99,7 @@ def survey(
             random = draw_examples(sample, statistics.maximum, top, per_interval, seed)
             catalogues[kind] = Catalogue(kind, vocabulary, ids, statistics, top, random)
     with phase("comparing features"):
-        features = _compare(catalogues["feature"], sample, subject.sae.W_dec)
+        features = _complete_catalogue(catalogues["feature"], sample, subject.sae.W_dec)
     return Survey(features, catalogues["neuron"], sample)
 
 
@@ -124,7 +124,7 @@ def _make_reducers(
     }
 
 
-def _compare(features: Catalogue, sample: Sample, W_dec: Tensor) -> Catalogue:
+def _complete_catalogue(features: Catalogue, sample: Sample, W_dec: Tensor) -> Catalogue:
     """Add to the features' catalogue: token sets, histograms, how informative each feature is,
     which others are similar to it or fire with it, and whether it is a copy."""
     vocabulary, statistics = features.vocabulary, features.statistics
@@ -169,13 +169,12 @@ def make_features_section(result: Survey) -> Section:
 
 
 def rank_units(catalogue: Catalogue) -> Tensor:
-    """Sort all units: their indices [units], the most informative first, units without a rating
-    last."""
+    """Sort units: indices of all units [units], the most informative first, unrated ones last."""
     return catalogue.informativeness.nan_to_num(-1).argsort(descending=True, stable=True)
 
 
 def pick_most_informative(catalogue: Catalogue, n: int) -> list[int]:
-    """Pick the `n` most informative units, without copies and ratings of 0 or NaN."""
+    """Pick the `n` most informative units that are no copies and have a rating above 0."""
     order = rank_units(catalogue)
     order = order[(catalogue.copy_of[order] == order) & (catalogue.informativeness[order] > 0)]
     return order[:n].tolist()

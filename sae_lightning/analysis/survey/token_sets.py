@@ -1,9 +1,9 @@
 """The simplest interpretation of a feature: a set of tokens on which it fires.
 
-For each feature, tokens are ranked by P(fires | token). Its set is the prefix of that ranking whose
-membership correlates best with firing. The set is chosen on one half of the text and scored on the
-other, and vice versa; once for the token that the feature fires on (shift 0) and once for the token
-before it (shift 1).
+For each feature, tokens are ranked by P(fires | token). The feature's set is the prefix of the
+ranking whose membership correlates best with firing. The set is chosen on one half of the text and
+scored on the other, and vice versa. One set is of tokens on which the feature fires (shift 0), one
+of tokens just before (shift 1); the better one is kept.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,7 @@ class _Counts(NamedTuple):
 
 class _Sets(NamedTuple):
     """The token sets of all features: one entry per member, sorted by feature, then by falling
-    firings / (occurrences + 1). (Without the 1, tokens that occur once or twice would lead.)"""
+    firings / (occurrences + 1). (Without the 1, tokens that occur only twice would lead.)"""
 
     feature: np.ndarray
     """[members]"""
@@ -60,10 +60,10 @@ def score_token_sets(sample: Sample, vocabulary: int) -> TokenSetScores:
         summed = [count_a + count_b for count_a, count_b in zip(on_a, on_b, strict=True)]
         scores.append(_correlate(*summed))
         sets.append(_choose_sets(_Counts(a.firings + b.firings, a.occurrences + b.occurrences)))
-    # the shift is chosen on all of the text; the score is still that of the held-out halves
+    # shift and listed tokens come from all of the text, the score from the held-out halves
     previous = sets[1].score > sets[0].score
     score = np.where(previous, scores[1], scores[0])
-    # the totals are those of shift 1; shift 0 has the same
+    # `a` and `b` are of shift 1; the totals of shift 0 are the same
     is_frequent = np.minimum(a.total_firings, b.total_firings) >= MIN_FIRINGS
     tokens = np.where(previous[:, None], _list_tokens(sets[1]), _list_tokens(sets[0]))
     return TokenSetScores(

@@ -193,7 +193,8 @@ def _measure_margins(weights: dict[str, Tensor], source: Moments) -> Tensor:
     """
     W_enc, b_enc = weights["W_enc"], weights["b_enc"].double()
     threshold = weights.get("threshold", torch.zeros(()))  # an architecture without one fires at 0
-    covariance, means, variances = source.covariance, [], []  # of x @ W_enc
+    covariance = source.covariance
+    means, variances = [], []  # of x @ W_enc
     for part in W_enc.split(FEATURES_AT_ONCE, dim=1):
         part = part.double()
         means.append(source.mean @ part)

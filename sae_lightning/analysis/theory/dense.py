@@ -19,8 +19,8 @@ from sae_lightning.scoring.moments import Moments
 
 
 def compare_dense(variances: Tensor, sample: Tensor, l0: float, mse: float) -> dict[str, Any]:
-    """Compare the best dense autoencoders with an SAE, given its L0 and `mse`, its mean over tokens
-    of |x - x_hat|^2.
+    """Compare the best dense autoencoders with an SAE, given its L0 and its `mse`: |x - x_hat|^2,
+    averaged over tokens.
 
     variances: [d] along principal directions; sample: [n, d] activations to run networks on.
     """
@@ -28,11 +28,11 @@ def compare_dense(variances: Tensor, sample: Tensor, l0: float, mse: float) -> d
     explained_variance = 1 - mse / variances.sum().item()
     # between whole numbers of features the curve is interpolated
     below = min(int(l0), d - 1)
-    low, high = curve[below : below + 2].tolist()
+    low, high = curve[below].item(), curve[below + 1].item()
     at_l0 = low + min(l0 - below, 1.0) * (high - low)
-    worth = first = int((curve < explained_variance).sum())  # first F that explains as much or more
+    worth = first = int((curve < explained_variance).sum())  # least F that explains as much
     if 0 < first <= d:
-        low, high = curve[first - 1 : first + 1].tolist()
+        low, high = curve[first - 1].item(), curve[first].item()
         worth = first - 1 + (explained_variance - low) / (high - low)
     sizes = sorted({max(1, d // 2), max(1, d - 1), d})  # with a small d, some are equal
     return {

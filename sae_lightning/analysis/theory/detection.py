@@ -128,7 +128,7 @@ class FeatureCounts:
     def __init__(self, concepts: int, features: int, device: torch.device | str = "cpu"):
         self.features = features
         self.edges = EDGES.to(device)
-        # as the fields of `StrengthCounts`
+        # the fields of `StrengthCounts`, over the tokens counted so far
         self.tokens = torch.zeros(2, concepts + 1, dtype=torch.int32, device=device)
         self.cells = torch.empty(0, dtype=torch.int64, device=device)
         self.numbers = torch.empty(0, dtype=torch.int32, device=device)
@@ -141,8 +141,8 @@ class FeatureCounts:
         _, block = _pair_with_concepts(is_member, half)
         _increment(self.tokens, block)
         active = active.to(strengths.device)
-        nonzero = strengths.nonzero(as_tuple=True)
-        for token, column in zip(*(i.split(STRENGTHS_AT_ONCE) for i in nonzero), strict=True):
+        tokens, columns = (i.split(STRENGTHS_AT_ONCE) for i in strengths.nonzero(as_tuple=True))
+        for token, column in zip(tokens, columns, strict=True):
             # strengths below all edges go to bin 1: bin 0 is for silent tokens
             values = strengths[token, column]
             bin_index = torch.bucketize(values, self.edges, right=True).clamp(min=1)
@@ -190,7 +190,8 @@ class NeuronCounts:
         for part_x, part_member, part_half in zip(*parts, strict=True):
             bin_index = torch.searchsorted(self.edges, part_x.T.contiguous(), right=True).T
             token, block = _pair_with_concepts(part_member, part_half)
-            _increment(self.counts, (block[:, None] * d + neurons) * bins + bin_index[token])
+            histogram = block[:, None] * d + neurons  # flat index into counts[half, concept, unit]
+            _increment(self.counts, histogram * bins + bin_index[token])
 
     def result(self) -> StrengthCounts:
         counts = self.counts.cpu()
@@ -229,7 +230,7 @@ def find_detector(counts: StrengthCounts, concept: int, units: Tensor | None = N
     auroc_side, auroc_column = divmod(int(aurocs.argmax()), len(units))
     # scored on half 1: the best unit by F1 (index 0) and the best by AUROC (index 1)
     best = units[[column, auroc_column]]
-    ((f1, precision, recall, auroc),) = counts.score_thresholds(1, concept, best)
+    f1, precision, recall, auroc = next(counts.score_thresholds(1, concept, best))
     return Detector(
         unit=int(best[0]),
         below=side == 1,

@@ -62,7 +62,8 @@ class ConceptCounts:
     @torch.no_grad()
     def add(self, batch: EncodedBatch) -> None:
         strengths, active = batch.active_features
-        self.counts.add(strengths[batch.keep], *tag_batch(batch, self.vocabulary), active)
+        is_member, half = tag_batch(batch, self.vocabulary)
+        self.counts.add(strengths[batch.keep], is_member, half, active)
 
 
 def read_blanked_vocabulary(subject: Subject) -> list[str]:
@@ -97,7 +98,7 @@ def detect_concepts(features: StrengthCounts, neurons: StrengthCounts) -> list[C
     detectors = [
         ConceptDetectors(
             concept=name,
-            share=(tokens[1, i] / tokens[1, -1]).item(),
+            share=(tokens[1, i] / tokens[1, -1]).item(),  # in half 1; -1: all tokens
             feature=find_detector(features, i),
             neuron=find_detector(neurons, i),
             subset_feature=find_detector(features, i, order[: 2 * d]),

@@ -32,7 +32,8 @@ class Cosines(NamedTuple):
         half = COSINE_BINS // 2
         counts = self.counts[half:] + self.counts[:half].flip(0)  # by |cosine|
         cumulative_share = counts.cumsum(0) / counts.sum()
-        return (int((cumulative_share < share).sum()) + 1) / half
+        bin_index = int((cumulative_share < share).sum())
+        return (bin_index + 1) / half  # the bin's upper edge
 
     def scalars(self) -> dict[str, float]:
         """Summarise the cosines, by the keys that `theory.json` has for them."""
