@@ -66,7 +66,7 @@ def sample_parents(subject: Subject) -> ConceptSamples:
     data, sites = subject.config.data, [subject.sites.source]
     held_out = subject.config.data_source.open_held_out(sites, SAMPLES, loss_tokens=0)
     assert isinstance(held_out, HeldOutConcepts)
-    world, active = held_out.world, held_out.strengths > 0
+    world, active = held_out.world, held_out.strengths > 0  # world: the concepts, with parents
     fifth = torch.arange(SAMPLES) % 5  # 60 % fit, 20 % choose, 20 % test, as for first letters
     parts = SampleParts(fifth < 3, fifth == 3, fifth == 4)
     is_child = world.parent != torch.arange(len(world.parent))  # parent[i] = i: has no parent

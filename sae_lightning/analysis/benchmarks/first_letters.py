@@ -67,7 +67,7 @@ def read_first_letters(subject: Subject) -> ConceptSamples:
     answers = {letter: _encode_answer(subject, letter) for letter in ascii_lowercase}
     line_tokens = 1 + max(map(len, answers.values()))
     size = WORDS_IN_PROMPT
-    if subject.context is not None:
+    if subject.context is not None:  # the LLM's limit
         size = min(size, (subject.context - 1) // line_tokens)  # without BOS
     word_lists = [words[i : i + size] for i in range(0, len(words), size)]  # one for each prompt
     samples, shares = [], []  # share of each sample: index of its prompt / number of prompts

@@ -39,7 +39,7 @@ def run_probing(
     labelled sets; the other arguments are settings of `BenchmarkTask`."""
     with phase("reading the sets"):
         labelled_sets = read_sets(sets, sets_folder, texts, subject.config.seed)
-    context = min(MAX_CONTEXT, subject.context or MAX_CONTEXT)
+    context = min(MAX_CONTEXT, subject.context or MAX_CONTEXT)  # the LLM may have a limit
     x = read_last_tokens(subject, [text for s in labelled_sets for text in s.texts], context)
     saes = {FEATURES: subject.sae} | load_controls(subject)
     scores = score_sets(x, labelled_sets, saes, splits)

@@ -97,7 +97,7 @@ def _choose_sets(counts: _Counts) -> _Sets:
     firings = counts.firings.data[is_frequent]
     feature, token = (indices[is_frequent] for indices in counts.firings.nonzero())
     occurrences = counts.occurrences[token]
-    order = np.lexsort((-firings / (occurrences + 1), feature))
+    order = np.lexsort((-firings / (occurrences + 1), feature))  # candidates, sorted as in `_Sets`
     feature, token = feature[order], token[order]
     firings, occurrences = firings[order], occurrences[order]
     rank = rank_in_runs(feature)
@@ -112,11 +112,11 @@ def _choose_sets(counts: _Counts) -> _Sets:
         return _Sets(feature, token, firings, score)
     first = np.flatnonzero(rank == 0)
     score[feature[first]] = np.maximum.reduceat(correlation, first).clip(min=0)
-    at_best = np.flatnonzero((correlation == score[feature]) & (correlation > 0))
-    # `unique` finds the first of each feature: of equally good prefixes, the shortest
-    scored, where = np.unique(feature[at_best], return_index=True)
+    ends = np.flatnonzero((correlation == score[feature]) & (correlation > 0))  # of best prefixes
+    # `unique` finds the first end for each feature: of equally good prefixes, the shortest
+    scored, where = np.unique(feature[ends], return_index=True)
     last = np.full(len(totals), -1)  # rank of the last member of each set
-    last[scored] = rank[at_best[where]]
+    last[scored] = rank[ends[where]]
     inside = rank <= last[feature]
     return _Sets(feature[inside], token[inside], firings[inside], score)
 
