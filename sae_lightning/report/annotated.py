@@ -24,7 +24,7 @@ class AnnotatedToken(NamedTuple):
     features: Tensor
     """[k] features that fire here, by descending strength * norm of the decoder row, int64"""
     strengths: Tensor
-    """[k] their activations"""
+    """[k] strength of each of `features`"""
 
 
 class Firing(NamedTuple):
@@ -52,8 +52,9 @@ class AnnotatedText(NamedTuple):
         token = self.tokens[place]
         by_original: dict[int, Firing] = {}
         maxima = self.catalogue.statistics.maximum[token.features]
-        values = (token.features, token.strengths, maxima, self.resolve_copies(token.features))
-        for feature, strength, maximum, original in zip(*(x.tolist() for x in values), strict=True):
+        tensors = (token.features, token.strengths, maxima, self.resolve_copies(token.features))
+        rows = zip(*[x.tolist() for x in tensors], strict=True)
+        for feature, strength, maximum, original in rows:
             if first := by_original.get(original):
                 by_original[original] = first._replace(copies=first.copies + 1)
             else:
@@ -84,8 +85,7 @@ class AnnotatedText(NamedTuple):
     def list_peak_tokens(self, feature: int) -> list[str]:
         """Texts of up to MAX_PEAK_TOKENS distinct tokens at the peaks of a feature's strongest
         examples in the catalogue."""
-        ids = self.catalogue.top.tokens[feature, :, BEFORE].tolist()
-        # padded with -1
+        ids = self.catalogue.top.tokens[feature, :, BEFORE].tolist()  # padded with -1
         texts = [show_token(self.catalogue.vocabulary[i]) for i in ids if i >= 0]
         distinct: dict[str, str] = {}
         for text in texts:

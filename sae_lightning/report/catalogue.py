@@ -97,8 +97,8 @@ class LogitEffect(NamedTuple):
     """[units] excess kurtosis of the effect over the vocabulary: large if few tokens get most of
     it"""
     raised: Tensor | None = None
-    """[units, k] change of each promoted token's logit for a strength of 1; of unknown scale if
-    no linear map is used. In files of older versions, this field and the next two are None."""
+    """[units, k] change of each promoted token's logit for a strength of 1; of unknown scale with
+    direct=true. Files of older versions lack `raised`, `lowered` and `histogram`."""
     lowered: Tensor | None = None
     """[units, k] change of each suppressed token's logit, mostly negative"""
     histogram: Tensor | None = None
@@ -123,13 +123,13 @@ class Catalogue(NamedTuple):
     """Random examples from each interval of strengths; at most one per sequence and interval, and
     none that is in `top`."""
     token_sets: TokenSetScores | None = None
-    """None for neurons, which are active on every token."""
+    """None for neurons, which are active on most tokens."""
     informativeness: Tensor | None = None
     """[units] how informative each feature is at first sight, 0 to 1 (see
     analysis/survey/informativeness.py); NaN where unknown."""
     copy_of: Tensor | None = None
-    """[units] the unit under which each is listed, int64: itself, or a more informative one that it
-    is a copy of."""
+    """[units] the unit under which each unit is listed, int64: itself, or a more informative unit
+    that it is a copy of."""
     neighbours: RelatedUnits | None = None
     """By cosine similarity of decoder rows; None for neurons."""
     partners: RelatedUnits | None = None
@@ -152,5 +152,5 @@ def slice_units(part: Any, units: slice | Tensor) -> Any:
     if isinstance(part, Tensor):
         return part[units]
     if isinstance(part, tuple):
-        return part._replace(**{n: slice_units(x, units) for n, x in part._asdict().items()})
+        return part._replace(**{name: slice_units(x, units) for name, x in part._asdict().items()})
     return part

@@ -81,12 +81,12 @@ def _judge(means: MeansTable, row: int, control: int, name: str) -> str:
     l0 = means.mean["l0"]
     if not has_same_l0(l0[control], l0[row]):
         return OTHER_L0
-    values = means.estimate(name)
-    if np.isnan(values.spread[[row, control]]).all():
+    estimates = means.estimate(name)
+    if np.isnan(estimates.spread[[row, control]]).all():
         return UNKNOWN
-    if not differ_significantly(values.pick([row]), values.pick([control])).item():
+    if not differ_significantly(estimates.pick([row]), estimates.pick([control])).item():
         return TIED
-    is_higher = values.mean[row] > values.mean[control]
+    is_higher = estimates.mean[row] > estimates.mean[control]
     return BETTER if is_higher == (means.columns[name].better > 0) else WORSE
 
 

@@ -21,7 +21,7 @@ NOT_COMPARED = (
 
 
 def identify_experiment(settings: Mapping[str, object]) -> str:
-    """Make a key that only the runs of one experiment share. `settings`: all of a run's, by dotted
-    name."""
+    """Make a key that only the runs of one experiment share. `settings`: all settings of a
+    run, by dotted name."""
     compared = {k: v for k, v in settings.items() if not k.startswith(NOT_COMPARED)}
     return json.dumps(compared, sort_keys=True, default=str)

@@ -146,10 +146,8 @@ def _draw_trained(figure: "Figure", trained: "pd.DataFrame") -> None:
 
 def _is_on_front(points: "pd.DataFrame") -> np.ndarray:
     """Whether each of `points` is on their Pareto front, bool [n]."""
-    l0, quality = (
-        Estimates(*points[[mean, spread, "seeds"]].to_numpy(float).T)
-        for mean, spread in (("l0", "l0_spread"), ("quality", "spread"))
-    )
+    l0 = Estimates(*points[["l0", "l0_spread", "seeds"]].to_numpy(float).T)
+    quality = Estimates(*points[["quality", "spread", "seeds"]].to_numpy(float).T)
     return find_pareto_front(l0, quality)
 
 

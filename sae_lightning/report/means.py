@@ -50,16 +50,16 @@ class MeansTable:
         self.experiments = [experiment for _, _, experiment, _ in groups]
         """Experiment of each row's runs, from `identify_experiment`."""
         finished = [[i for i in group if table.is_finished[i]] for group in self.members]
-        self.seeds = np.array([len(indices) for indices in finished])
+        self.num_finished = np.array([len(indices) for indices in finished])
         """Number of finished runs of each row."""
-        comparable = table.comparable.to_numpy()
+        comparable = table.comparable_metrics.to_numpy()
         measured = table.frame[table.metrics].to_numpy(float)
         means = [_average(comparable[i]) for i in finished]
         self.mean = pd.DataFrame(means, columns=[*METRIC_COLUMNS])
         spreads = [_measure_spread(comparable[i]) for i in finished]
         self.spread = pd.DataFrame(spreads, columns=[*METRIC_COLUMNS])
-        """Mean and sample standard deviation of metrics as in `SweepTable.comparable`."""
-        self.spread["stable"] *= _correct_for_pairs(self.seeds)
+        """Mean and sample standard deviation of metrics as in `SweepTable.comparable_metrics`."""
+        self.spread["stable"] *= _correct_for_pairs(self.num_finished)
         spreads = [_measure_spread(measured[i]) for i in finished]
         self.shown_spread = pd.DataFrame(spreads, columns=table.metrics)
         """Sample standard deviation over seeds of all metrics as measured; NaN for one run."""
@@ -79,9 +79,9 @@ class MeansTable:
         """[rows] bool: on the Pareto front of L0 and EV, of the trained SAEs or of the controls."""
 
     def estimate(self, name: str) -> Estimates:
-        """Mean, spread and number of seeds of a comparable metric, for all rows."""
-        columns = (frame[name].to_numpy() for frame in (self.mean, self.spread))
-        return Estimates(*columns, seeds=self.seeds)
+        """Mean, spread and number of seeds of a metric, for all rows."""
+        mean, spread = self.mean[name].to_numpy(), self.spread[name].to_numpy()
+        return Estimates(mean, spread, self.num_finished)
 
     def _find_best(self, name: str) -> np.ndarray:
         """Mark the best row, and the rows that do not differ from it by more than the noise, bool
@@ -103,8 +103,8 @@ class MeansTable:
         return front
 
     def mark(self, row: int, name: str) -> str:
-        """Choose the mark of a cell: `*` if it is the best of its column. With seeds, several cells
-        that do not differ significantly from the best have `≈`, unless that is all of them."""
+        """Choose the mark of a cell: `*` if it is the best of its column. With seeds, cells that
+        do not differ significantly from the best have `≈`, unless all cells of the column do."""
         count = self.best[name].sum()
         if not self.best.at[row, name]:
             return ""
@@ -121,7 +121,7 @@ class MeansTable:
 
     def format_compared(self, row: int, name: str) -> str:
         """Like `format_cell`, with the values that are compared: CE recovered at most 1."""
-        values = self.table.comparable.loc[self.members[row], name]
+        values = self.table.comparable_metrics.loc[self.members[row], name]
         return self._format(name, values.mean(), values.std())
 
     def _format(self, name: str, value: float | None, spread: float) -> str:
@@ -138,7 +138,7 @@ class MeansTable:
     def make_csv_frame(self) -> Any:
         """Make a frame of each row's settings, kind, number of finished runs, and mean and spread
         of each metric; the spread's column is called `<metric>.spread`."""
-        frame = self.frame[self.keys].assign(kind=self.kinds, seeds=self.seeds)
+        frame = self.frame[self.keys].assign(kind=self.kinds, seeds=self.num_finished)
         for name in self.table.metrics:
             frame[name], frame[f"{name}.spread"] = self.frame[name], self.shown_spread[name]
         return frame.assign(tokens=self.frame.tokens, status=self.frame.status)
@@ -151,10 +151,10 @@ def _group_repetitions(table: SweepTable) -> dict[tuple, list[int]]:
     trials = Counter()
     keys = [key for key in table.keys if key not in (*SEED_SETTINGS, CONTROL_SETTING)]
     for i, run in enumerate(table.runs):
-        # without settings, a run cannot be compared
+        # a run whose settings cannot be read is alone in its experiment
         experiment = identify_experiment(run.settings) if run.settings else str(run.folder)
         compared = tuple(table.frame.loc[i, keys]), read_kind(run), experiment
-        # a search may try the same settings and seeds again: `trial` counts, each has a row
+        # a search may try the same settings and seeds again: each trial has a row
         trial = trials[compared, read_seeds(run)]
         trials[compared, read_seeds(run)] += 1
         groups.setdefault((*compared, trial), []).append(i)

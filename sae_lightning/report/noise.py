@@ -1,8 +1,8 @@
 """Which means over seeds differ by more than their noise.
 
-Two means differ significantly if they differ by more than either spread, and by more than Welch's
-t-test allows at the 5 % level. (Equal SAEs then seem to differ in at most 1 of 20 comparisons.) A
-single run borrows the other's spread. Any difference counts between two single runs.
+Two means differ significantly if they differ by more than the larger spread, and by Welch's t-test
+at the 5 % level. (Equal SAEs then seem to differ in at most 1 of 20 comparisons.) A single run
+borrows the other's spread. Any difference counts between two single runs.
 """
 
 from typing import NamedTuple

@@ -39,7 +39,7 @@ def render_template(template: str, *, figures: bool, **values: object) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # names and metadata may come from untrusted files; a Markup does not, and is not changed
+        # names and metadata may come from untrusted files; a Markup is our own, and kept as it is
         finalize=lambda value: make_visible(value) if type(value) is str else value,
     )
     return environment.get_template(template).render(
@@ -58,7 +58,7 @@ class AnalysisPage(NamedTuple):
     facts: dict[str, str]
     """Shown below the title."""
     sections: Sequence[Section]
-    """Results; the page has a link to each part, which shows it in place of the browser."""
+    """Results; a link to a `Section.part` shows it in place of the browser of features."""
     catalogues: Sequence[Catalogue] = ()
     commands: Sequence[str] = ()
     """Command lines to paste, shown at the end."""

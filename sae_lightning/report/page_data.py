@@ -176,7 +176,7 @@ def _make_token_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
 def _make_detail_fields(catalogue: Catalogue, page_ids: np.ndarray) -> Fields:
     """Fields that only the view of a single unit shows."""
     example_sets, maximum = (catalogue.top, catalogue.random), catalogue.statistics.maximum
-    sequence_dtype, position_dtype = map(np.min_scalar_type, catalogue.token_ids.shape)  # smallest
+    sequence_dtype, position_dtype = map(np.min_scalar_type, catalogue.token_ids.shape)
     fields = {
         "sequence": _to_array(torch.cat([x.sequence for x in example_sets], 1), sequence_dtype),
         "position": _to_array(torch.cat([x.position for x in example_sets], 1), position_dtype),

@@ -69,9 +69,9 @@ def _make_columns(catalogue: Catalogue, first: int, vocabulary: pa.Array) -> dic
         if effect.histogram is not None:
             for name in ("raised", "lowered", "histogram"):
                 values = getattr(effect, name)
-                columns[f"effect_{name}"] = _make_lists(values, values == values)  # without NaN
+                columns[f"effect_{name}"] = _make_lists(values, values == values)  # False for NaN
     if (bins := catalogue.linear_histogram) is not None:
-        columns["linear_histogram"] = _make_lists(bins, bins >= 0)  # all counts
+        columns["linear_histogram"] = _make_lists(bins, bins >= 0)  # True everywhere
     return columns
 
 

@@ -73,9 +73,10 @@ def read_catalogue(path: Path, vocabulary: list[str]) -> Catalogue:
     histogram = _read_counts(columns["histogram"], len(EDGES) - 1)
     if not 1 <= tokens <= 2**53:  # JavaScript's integers are exact up to this
         raise ValueError(f"{tokens} tokens")
-    examples = [_read_examples(columns[n], ids) for n in ("examples", "examples_of_all_strengths")]
     statistics = Statistics(tokens, **numbers, histogram=histogram)
-    catalogue = Catalogue(kind, vocabulary, _rebuild_text(*examples), statistics, *examples)
+    top = _read_examples(columns["examples"], ids)
+    random = _read_examples(columns["examples_of_all_strengths"], ids)
+    catalogue = Catalogue(kind, vocabulary, _rebuild_text(top, random), statistics, top, random)
     if "score" in columns:
         previous = _to_tensor(columns["tokens_are_previous"]).bool()
         token_sets = TokenSetScores(
@@ -208,8 +209,8 @@ def _read_examples(lists: pa.ListArray, ids: dict[str, int]) -> Examples:
 
 def _rebuild_text(*lists: Examples) -> np.ndarray:
     """Rebuild the token ids [sequences, context] of the text, -1 where no example shows it;
-    ValueError if they are more than MAX_TEXT_TOKENS."""
-    parts = [[], [], []]
+    ValueError if there are more than MAX_TEXT_TOKENS."""
+    parts = [[], [], []]  # of `sequence`, `place` and `tokens` below
     for examples in lists:
         place = examples.position[..., None] + torch.arange(-BEFORE, AFTER + 1)
         in_sequence = examples.tokens >= 0
@@ -217,8 +218,7 @@ def _rebuild_text(*lists: Examples) -> np.ndarray:
         for part, values in zip(parts, (sequence, place, examples.tokens), strict=True):
             part.append(values[in_sequence].numpy())
     sequence, place, tokens = map(np.concatenate, parts)
-    # without any example, one sequence of one token
-    shape = sequence.max(initial=0) + 1, place.max(initial=0) + 1
+    shape = sequence.max(initial=0) + 1, place.max(initial=0) + 1  # (1, 1) without examples
     if shape[0] * shape[1] > MAX_TEXT_TOKENS:
         raise ValueError(f"{shape[0]:,} sequences of {shape[1]:,} tokens")
     text = np.full(shape, -1, np.int32)

@@ -101,8 +101,9 @@ def _count_columns() -> int:
 def _make_table(results: ResultTable) -> Table:
     """Lay out a table; if it is too wide, rich wraps its widest columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, (heading, *cells) in enumerate(zip(results.header, *results.rows, strict=True)):
-        is_text = i == 0 or max(map(cell_len, cells), default=0) > MAX_NUMBER_WIDTH
+    for i, heading in enumerate(results.header):
+        width = max((cell_len(row[i]) for row in results.rows), default=0)
+        is_text = i == 0 or width > MAX_NUMBER_WIDTH
         table.add_column(
             Text(make_visible(heading)), justify="left" if is_text else "right", overflow="fold"
         )

@@ -51,7 +51,7 @@ class Section(NamedTuple):
     lead: str
     """What the result says, in a few sentences."""
     numbers: dict[str, str] = {}
-    """Name -> formatted number or a few words."""
+    """Name -> formatted number, words or a sentence."""
     table: ResultTable | None = None
     texts: list[ColouredText] = []
     figures: dict[str, "Figure"] = {}

@@ -35,8 +35,9 @@ def render_sweep_page(folder: Path, means: MeansTable) -> str:
     }
     plotted = [name for name, plot in plots.items() if plot]
     comparisons = compare_with_controls(means)
-    has_labels = sum(means.seeds > 0) <= MAX_LABELLED
-    is_missing = table.comparable.loc[table.is_finished, plotted].isna().any(axis=1)
+    has_labels = sum(means.num_finished > 0) <= MAX_LABELLED
+    finished = table.comparable_metrics[table.is_finished]
+    is_unplotted = finished[plotted].isna().any(axis=1)
     return render_template(
         "sweep.html",
         figures=bool(plotted),
@@ -47,7 +48,7 @@ def render_sweep_page(folder: Path, means: MeansTable) -> str:
         comparisons=comparisons,
         plots={PLOTTED_METRICS[name]: plots[name] for name in plotted},
         labels=[key for key in means.keys if key != group] if has_labels else [],
-        unplotted=int(is_missing.sum()),
+        unplotted=int(is_unplotted.sum()),
         links=[_make_links(folder, means, row) for row in range(len(means.members))],
         commands=[
             format_tensorboard_command(folder),
@@ -86,7 +87,6 @@ def describe_activations(settings: dict) -> dict[str, str]:
     else:
         text = get("data.name") or get("data.path") or "Shakespeare's plays"
         data = {"LLM": get("llm.name"), "text": text}
-    # a transcoder reconstructs another kind of site
     kinds = dict.fromkeys([get("layer.source"), get("layer.target") or get("layer.source")])
     return data | {"site": " -> ".join(f"{kind}.{get('layer.index')}" for kind in kinds)}
 
@@ -108,7 +108,7 @@ def _collect_points(means: MeansTable, group: str | None) -> "pd.DataFrame":
     only_group = TRAINED if means.has_controls else ""
     points = means.mean[["l0"]].assign(
         l0_spread=means.spread["l0"],
-        seeds=means.seeds,
+        seeds=means.num_finished,
         control=["" if kind == TRAINED else kind for kind in means.kinds],
         label=[", ".join(map(shorten_value, values)) for values in in_labels.to_numpy()],
         group=swept[group].replace("", "–") if group else only_group,
@@ -126,8 +126,8 @@ def shorten_value(value: str) -> str:
 
 
 def pick_grouping(means: MeansTable) -> str | None:
-    """Pick the swept setting whose values have a colour each: one with words if possible and, among
-    several, one with the fewest values. None if fewer than two settings are swept, or all have more
+    """Pick the swept setting that colours the points: preferably one with a word among its values,
+    then the one with the fewest values. None if fewer than two settings are swept, or all have more
     values than there are colours."""
     if len(means.keys) < 2:
         return None

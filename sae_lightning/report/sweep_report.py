@@ -49,7 +49,7 @@ def write_report(folder: Path, runs: list[SweepRun]) -> None:
 def _write_csv(path: Path, frame: "pd.DataFrame") -> None:
     """Write `frame` with all digits of its numbers. NaN becomes "nan", so that it differs from a
     missing number."""
-    frame = frame.mask(frame.map(lambda value: value != value), "nan")  # only NaN is not itself
+    frame = frame.mask(frame.map(lambda value: value != value), "nan")  # True for NaN only
     is_text = frame.map(lambda value: isinstance(value, str))
     frame = frame.mask(is_text, frame.map(disarm_formula)).rename(columns=disarm_formula)
     with write_atomically(path) as temporary:
@@ -99,9 +99,8 @@ def _make_table(means: MeansTable) -> Table:
     texts |= {"kind": means.kinds} if means.has_controls else {}
     texts = texts or {"run": frame.folder}
     columns = {heading: [*map(Text, map(make_visible, cells))] for heading, cells in texts.items()}
-    columns |= {"seeds": map(str, means.seeds)} if means.is_repeated else {}
+    columns |= {"seeds": map(str, means.num_finished)} if means.is_repeated else {}
     columns |= {column.header: _make_cells(means, name) for name, column in means.columns.items()}
-    # the number of training tokens goes into the title if it is the same for all runs
     title, tokens = "sweep, on held-out data", frame.tokens.dropna().unique()
     if len(tokens) == 1:
         title += f" after {tokens[0]:,} tokens"

@@ -52,7 +52,7 @@ class SweepRun(NamedTuple):
         if "before_kl" in metrics:
             closed = measure_gap_closed(metrics["before_kl"], metrics["held_out"])
             final |= {} if closed is None else {"ce_gap_closed": closed}
-        fates = metrics.get("fates", {})
+        fates = metrics.get("fates", {})  # after a warm start: counts of features
         live_at_start = sum(fates.get(name, 0) for name in ("stayed", "moved", "died"))
         final |= {"stayed": fates["stayed"] / live_at_start} if live_at_start else {}
         return final | ({} if self.stable is None else {"stable": self.stable})
@@ -180,7 +180,7 @@ class SweepTable:
         values["ce_recovered"] = cap_recovered(values.ce_recovered, values.ce_zero, values.ce_clean)
         values = values[list(METRIC_COLUMNS)]
         is_comparable = np.isfinite(values).mul(self.is_finished, axis=0)
-        self.comparable = values.where(is_comparable)
+        self.comparable_metrics = values.where(is_comparable)
         """Finite metrics of finished runs, CE recovered capped at 1; NaN elsewhere."""
 
     def _read_swept(self, run: SweepRun) -> dict[str, str]:

@@ -102,7 +102,7 @@ def test_a_row_is_the_mean_over_seeds_of_a_trained_sae_or_of_a_control(tmp_path,
     )
     means = MeansTable(SweepTable(runs))
     assert means.keys == ["model"]
-    assert [*zip(means.frame.model, means.kinds, means.seeds, strict=True)] == [
+    assert [*zip(means.frame.model, means.kinds, means.num_finished, strict=True)] == [
         ("relu", "trained", 2),
         ("topk", "trained", 3),
         ("topk", "frozen_decoder", 2),
@@ -165,7 +165,7 @@ def test_settings_that_were_tried_twice_are_no_two_seeds(tmp_path):
     runs += [seed_run(tmp_path, 1, None, model="relu")._replace(metrics=None)]
     write_report(tmp_path, runs)
     means = MeansTable(SweepTable(runs))
-    assert [*means.seeds] == [0, 2, 1]
+    assert [*means.num_finished] == [0, 2, 1]
     assert means.format_cell(2, "explained_variance") == "0.7000"
     assert means.frame.tokens[0] is None
     page = (tmp_path / PAGE).read_text("utf8")

@@ -265,7 +265,7 @@ def test_ce_recovered_wins_up_to_lossless_and_where_zero_ablation_costs_somethin
     table = SweepTable(runs)
     assert tuple(MeansTable(table).best["ce_recovered"]) == best
     assert [*table.frame.ce_recovered] == pytest.approx(shares, nan_ok=True), "as it was measured"
-    compared = table.comparable.ce_recovered.dropna()
+    compared = table.comparable_metrics.ce_recovered.dropna()
     assert (compared <= 1).all() and len(compared) == sum(ce > 3 for ce in zero)
 
 
