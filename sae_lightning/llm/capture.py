@@ -101,8 +101,8 @@ def replace_activations(
 
 
 def measure_branch_scale(model: nn.Module, site: Site) -> float:
-    """The factor by which the block multiplies the output of the module at `site` before it adds it
-    to the residual stream: 1 except in Granite and a few others. Measured once per model and site.
+    """The factor with which a block adds the output of the module at `site` to the residual stream:
+    1 except in Granite and a few others. Measured once per model and site.
 
     UserError if the block does more than scale the output and add it.
     """
@@ -138,6 +138,7 @@ def _measure_scale(model: nn.Module, site: Site) -> float:
         scale = 1.0
     # if the block only scales, the ratios are equal, up to a few rounding errors
     scales_only = scale > 0 and (ratios - scale).abs().max().item() < 8 * rounding * scale
+    # where `other` is missing, an unknown branch in its place may add to the output
     adds_only = not other or (_run_block(model, c, zero_branches) == c).all()
     if not (scales_only and adds_only):
         block = find_decoder_stack(model)[site.layer]
@@ -167,9 +168,8 @@ def _run_block(model: nn.Module, x: Tensor, branches: dict[Site, Tensor]) -> Ten
     with ExitStack() as hooks, suppress(StopForward):
         hooks.enter_context(block.register_forward_pre_hook(replace_input, with_kwargs=True))
         for site, value in branches.items():
-            hooks.enter_context(
-                add_hook(model, site, lambda y, value=value: _expand_like(value, y))
-            )
+            hook = add_hook(model, site, lambda y, value=value: _expand_like(value, y))
+            hooks.enter_context(hook)
         hooks.enter_context(block.register_forward_hook(keep_output))
         tokens = torch.zeros(1, 2, dtype=torch.long, device=x.device)
         model.base_model(input_ids=tokens, use_cache=False)

@@ -43,8 +43,8 @@ class Norm(NamedTuple):
         return self._centred(directions) * self.gain
 
     def apply_transpose(self, directions: Tensor) -> Tensor:
-        """centred(gain * directions) for directions [n, d] at the norm's output: the dot product
-        with r equals the dot product of `directions` with gain * centred(r)."""
+        """centred(gain * directions) for directions [n, d] at the norm's output; the result w
+        has w @ r = directions @ (gain * centred(r)) for every r."""
         return self._centred(directions * self.gain)
 
     def _centred(self, x: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ def _find_norm_before(model: nn.Module, reader: nn.Module, reader_name: str) -> 
         for module in model.modules():
             if not list(module.children()):
                 hooks.enter_context(module.register_forward_hook(keep_output))
-        keep_input = reader.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-        hooks.enter_context(keep_input)
+        input_hook = reader.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        hooks.enter_context(input_hook)
         tokens = torch.zeros(1, 1, dtype=torch.long, device=find_computing_device(model))
         model(input_ids=tokens, use_cache=False)
     module = next((m for x, m in outputs if x.data_ptr() == inputs[0].data_ptr()), None)
@@ -163,7 +163,7 @@ def measure_response(
     total = torch.zeros(())
     for context in tokens.to(find_computing_device(model), torch.long):
         cache = _fill_cache(model, context[None, :-1])
-        ids = context if cache is None else context[-1:]  # the cache holds the others
+        ids = context if cache is None else context[-1:]  # the cache holds all tokens before
         outputs = []
         for part in additions.split(DIRECTIONS_PER_PASS):
             # copied, because a forward pass writes to its cache

@@ -69,9 +69,9 @@ def generate(
 
     function(x, y) replaces y, the activation at the target; x is the activation at the source.
     x, y and the result are float32 [sequences, tokens, d]: first for all tokens of the prompt, then
-    for each new token. Sequences share the Gumbel noise g of each step (argmax(log p + g) samples
-    p), so only `function` makes them differ. Each is cut before its first new separator.
-    Without a KV cache (`cache`, or if the LLM has none), x and y are of all tokens at each step.
+    for each new token. Sequences share the Gumbel noise g of each new token (argmax(log p + g)
+    samples p), so only `function` makes them differ. Each is cut before its first new separator.
+    With cache=False, or if the LLM has no KV cache, x and y are always of all tokens.
     """
     from transformers import GenerationConfig
 
@@ -112,14 +112,14 @@ def _cut_at_end(sequence: Tensor, prompt_length: int, end_id: int) -> Tensor:
 def _apply_after_bos(
     function: Callable[[Tensor, Tensor], Tensor], sequences: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`function`, applied to all tokens but BOS."""
+    """`function`, but BOS keeps its activation."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
         shape = y.shape
         # OPT's MLP returns [sequences * tokens, d]
         x, y = x.view(sequences, -1, x.shape[-1]), y.view(sequences, -1, y.shape[-1])
         changed = function(x.float(), y.float()).to(y.dtype)
-        # a single token is a new one (KV cache): a prompt has at least BOS and one more
+        # with a KV cache, y of a new token is [sequences, 1, d]; a prompt has at least two tokens
         if y.shape[1] > 1:
             changed = torch.cat([y[:, :1], changed[:, 1:]], dim=1)
         return changed.view(shape)

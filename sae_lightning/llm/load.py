@@ -40,7 +40,7 @@ class Dtype(Enum):
 
 
 class Attention(Enum):
-    """Implementation of the LLM's attention."""
+    """Implementation of the LLM's attention; stream/text_source.py resolves `auto`."""
 
     auto = "auto"
     eager = "eager"

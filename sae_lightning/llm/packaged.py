@@ -118,8 +118,7 @@ def _fill_cache_folder(cache: Path, gguf_folder: Path, file: str) -> None:
         _save_dequantised(gguf_folder, file, str(unfinished))
         try:
             os.replace(unfinished, cache)
-        except OSError:
-            # Another process may have written the same files first.
+        except OSError:  # another process may have written the same files first
             if not cache.is_dir():
                 raise
 

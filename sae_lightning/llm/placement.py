@@ -119,7 +119,7 @@ def find_computing_device(module: nn.Module) -> torch.device:
 
 
 def find_activation_device(model: nn.Module) -> torch.device:
-    """The device that activations are moved to, whatever device a site is on."""
+    """The device that `llm.device` names, to which the activations of all sites are moved."""
     return getattr(model, "activation_device", None) or find_computing_device(model)
 
 
@@ -140,8 +140,8 @@ def read_tensors(model: nn.Module, name: str, tensor: Tensor) -> list[Tensor]:
         tensor = load_offloaded_parameter(model, name)
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    inner = {part: getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
-    return [x for part, x in inner.items() for x in read_tensors(model, part, x)]
+    parts, _ = tensor.__tensor_flatten__()
+    return [x for part in parts for x in read_tensors(model, part, getattr(tensor, part))]
 
 
 def move_to_device(x: Tensor, device: torch.device) -> Tensor:

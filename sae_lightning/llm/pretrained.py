@@ -86,7 +86,7 @@ def _pick_loader(hf_config) -> type | None:
 
 def read_tokenizer(config, folder: Path | None, hf_config):
     """The tokenizer (transformers). BOS and EOS come from `config` where given, else from the
-    tokenizer's files, or from the model's config if these name neither.
+    tokenizer's files, or from the model's config if its files name neither.
 
     Two attributes are added: `embedding_rows`, the row count of the LLM's embedding if the
     tokenizer has more tokens, else None; `lacks_bos_and_eos`, whether its files name neither.
@@ -123,15 +123,15 @@ def _read_special_tokens(config, folder: Path | None, hf_config, tokenizer) -> l
 
     configs, arguments = [hf_config.get_text_config()], _locate(config, folder)
     with suppress(OSError):  # most models have no generation config
-        name = arguments.pop("pretrained_model_name_or_path")
-        configs.append(GenerationConfig.from_pretrained(name, **arguments))
+        path = arguments.pop("pretrained_model_name_or_path")
+        configs.append(GenerationConfig.from_pretrained(path, **arguments))
     tokens = []
     for name in ("bos_token_id", "eos_token_id"):
         values = [getattr(each, name, None) for each in configs]
         lists = [ids if isinstance(ids, list) else [ids] for ids in values]
         # some configs write -1 for none
-        first_id = next((i for ids in lists for i in ids if i is not None and i >= 0), None)
-        tokens.append(None if first_id is None else tokenizer.convert_ids_to_tokens(first_id))
+        valid = [i for ids in lists for i in ids if i is not None and i >= 0]
+        tokens.append(tokenizer.convert_ids_to_tokens(valid[0]) if valid else None)
     return tokens
 
 
@@ -158,7 +158,7 @@ def read_model(
     with _convert_errors(config):
         model_class = _pick_loader(hf_config)
         if blocks is not None:
-            # for some families, the class takes only the text part of the config
+            # the class that the loader picks may take only the text part of the config
             whole = build_without_weights(config, hf_config)
             model_class, hf_config = _make_cut_class(type(whole), blocks), whole.config
         model, report = model_class.from_pretrained(
@@ -195,7 +195,7 @@ def check_quantisation(config, hf_config) -> None:
 
 
 def build_without_weights(config, hf_config, blocks: int | None = None) -> nn.Module:
-    """The model of `read_model` (`blocks` too) on the meta device, where weights take no memory."""
+    """The model that `read_model` returns, on the meta device, where weights take no memory."""
     with _convert_errors(config), torch.device("meta"):
         model = _pick_loader(hf_config).from_config(
             hf_config, trust_remote_code=config.trust_remote_code

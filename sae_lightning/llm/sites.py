@@ -94,14 +94,11 @@ class SitePair(NamedTuple):
         return names
 
     def module_names(self, paths: dict[Site, str]) -> dict[str, str]:
-        """Paths of the sites' modules in transformers, from `paths`, under SAELens' keys. As in
-        `hook_names`, an autoencoder has one. Sites that `paths` lacks are left out."""
-        sites = {"hf_hook_name": self.source, "hf_hook_name_out": self.target}
-        return {
-            key: paths[site]
-            for key, site in sites.items()
-            if site in paths and key.replace("hf_", "") in self.hook_names
-        }
+        """Paths in transformers of those sites that are in `paths`, under SAELens' keys."""
+        sites = {"hf_hook_name": self.source}
+        if self.target != self.source:
+            sites["hf_hook_name_out"] = self.target
+        return {key: paths[site] for key, site in sites.items() if site in paths}
 
 
 def distinct_sites(pairs: Iterable[SitePair]) -> list[Site]:
@@ -178,7 +175,6 @@ def find_site_module(model: nn.Module, site: Site) -> nn.Module:
     # UserError if there is no such block
     LayerConfig(index=site.layer, source=site.kind).resolve_sites(len(stack))
     block, text_config = stack[site.layer], model.config.get_text_config()
-    # a config without these keys, or with null, has one stream
     streams = max(getattr(text_config, name, None) or 1 for name in STREAM_COUNTS)
     if streams > 1 and site.kind is not Kind.mlp_in:
         raise UserError(
@@ -189,7 +185,8 @@ def find_site_module(model: nn.Module, site: Site) -> nn.Module:
     if site.kind is Kind.resid:
         return block
     if site.kind is not Kind.mlp_in and any(hasattr(block, name) for name in MLP_NORMS):
-        for name in ATTN_NORMS if site.kind is Kind.attn else MLP_NORMS:
+        norms = ATTN_NORMS if site.kind is Kind.attn else MLP_NORMS
+        for name in norms:
             if hasattr(block, name):
                 return getattr(block, name)
     return _find_branch(block, site.kind)

@@ -105,8 +105,8 @@ def score_splices(
     forward pass of each batch for each function).
     """
     edits = [partial(_ignore_target, function) for function in functions]
-    # not strict: `means` may be empty, and every error_ce is then None
-    edits += [partial(_keep_error, *pair) for pair in zip(functions, means, strict=False)]
+    pairs = zip(functions, means, strict=False)  # none if `means` is empty: error_ce is then None
+    edits += [partial(_keep_error, function, mean) for function, mean in pairs]
     clean, ce, kl = _measure_means(
         model, tokens, source, target, edits, keep, batch, advance, ranks, with_kl=True
     )
@@ -163,7 +163,8 @@ def _measure_means(
     by_rank = ranks.gather_values(chunk_sums)
     sums = [0.0] * (1 + (1 + with_kl) * len(edits))  # clean, then CEs and KLs of the edits
     for i in range(len(batches)):  # in the order of a run on one rank, for the same rounding
-        for chunk in by_rank[i % ranks.size][i // ranks.size]:
+        turn, rank = divmod(i, ranks.size)
+        for chunk in by_rank[rank][turn]:
             sums = [total + x for total, x in zip(sums, chunk, strict=True)]
     clean, *with_edits = (total / predictions for total in sums)
     return clean, with_edits[: len(edits)], with_edits[len(edits) :]
@@ -186,17 +187,18 @@ def _sum_chunks(
     # `position` predicts the kept token at position + 1
     sequence, position = (x.to(device) for x in keep[:, 1:].nonzero(as_tuple=True))
     keep, next_ids = keep.to(find_activation_device(model)), ids.to(device)[sequence, position + 1]
-    hidden = [output.last_hidden_state[sequence, position]]
+    clean_hidden, edited_hidden = output.last_hidden_state[sequence, position], []
     for edit in edits:
         with replace_activations(model, source, target, splice_kept(keep, edit)):
-            hidden.append(run_body(model, ids).last_hidden_state[sequence, position])
-    chunks, split = [], [x.split(LOGIT_ROWS) for x in (next_ids, *hidden)]
-    for chunk_ids, clean_hidden, *edited_hidden in zip(*split, strict=True):
-        clean = compute_logits(model, output, clean_hidden)
-        ce, kl = [_sum_cross_entropy(clean, chunk_ids)], []
-        for chunk_hidden in edited_hidden:
-            spliced = compute_logits(model, output, chunk_hidden)
-            ce.append(_sum_cross_entropy(spliced, chunk_ids))
+            edited_hidden.append(run_body(model, ids).last_hidden_state[sequence, position])
+    chunks = []
+    for start in range(0, len(next_ids), LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
+        clean = compute_logits(model, output, clean_hidden[rows])
+        ce, kl = [_sum_cross_entropy(clean, next_ids[rows])], []
+        for hidden in edited_hidden:
+            spliced = compute_logits(model, output, hidden[rows])
+            ce.append(_sum_cross_entropy(spliced, next_ids[rows]))
             if with_kl:
                 kl.append(compute_kl(clean, spliced).cpu().double().sum().item())
         chunks.append(ce + kl)
@@ -250,7 +252,7 @@ def compute_logits(model: nn.Module, output, hidden: Tensor) -> Tensor:
 
 def splice_kept(keep: Tensor, edit: Edit) -> Edit:
     """An edit that applies `edit` at the kept positions [sequences, context], in float32, and
-    leaves y as it is at the others."""
+    leaves y as it is elsewhere."""
 
     def apply(x: Tensor, y: Tensor) -> Tensor:
         result, kept_y = y.clone(), keep.view(y.shape[:-1])

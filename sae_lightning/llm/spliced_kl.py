@@ -91,8 +91,9 @@ def _differentiate(
     reconstruction, leaf = stored
     # the chunks add up hidden_leaf.grad, so that the backward pass through the blocks is run once
     hidden_leaf, total = hidden.detach().requires_grad_(), torch.zeros((), device=leaf.device)
-    chunks = (x.split(LOGIT_ROWS) for x in (clean_hidden[sequence, position], hidden_leaf))
-    for clean_chunk, spliced_chunk in zip(*chunks, strict=True):
+    clean_chunks = clean_hidden[sequence, position].split(LOGIT_ROWS)
+    chunks = zip(clean_chunks, hidden_leaf.split(LOGIT_ROWS), strict=True)
+    for clean_chunk, spliced_chunk in chunks:
         clean_logits = compute_logits(model, run.output, clean_chunk)
         kl = compute_kl(clean_logits, compute_logits(model, run.output, spliced_chunk)).sum()
         kl.backward()

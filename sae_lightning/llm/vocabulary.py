@@ -27,7 +27,7 @@ def find_separator_id(tokenizer) -> int:
 
 
 def _pick_id(tokenizer, setting: str, *ids: int | None) -> int:
-    """The first of `ids` that is not None; UserError, which names `setting`, if there is none."""
+    """The first of `ids` that is not None; UserError if all are None, or it has no embedding."""
     for token_id in ids:
         if token_id is not None:
             check_ids(tokenizer, [token_id], setting, f"set {setting} to a token that has a row")
