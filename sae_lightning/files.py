@@ -33,7 +33,7 @@ def _find_errnos(names: str) -> set[int]:
     return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
 
 
-# SYSTEM_ERRORS occur in writing; those that are not WRITE_ERRORS occur in reading, too.
+# WRITE_ERRORS occur only in writing, the other SYSTEM_ERRORS also in reading.
 WRITE_ERRORS = _find_errnos("ENOSPC EDQUOT EFBIG EROFS EEXIST")
 SYSTEM_ERRORS = WRITE_ERRORS | _find_errnos(
     "EIO ESTALE EBUSY ENAMETOOLONG ELOOP EISDIR EACCES EPERM ENOTDIR ENOTCONN"
@@ -78,14 +78,14 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove the temporary folders that killed writers left in `folder`: all of them, or those made
     for the file `name`."""
     for leftover in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
-        with suppress(OSError):
+        with suppress(OSError):  # also BlockingIOError: the writer is alive and holds the lock
             if not stat.S_ISDIR(leftover.lstat().st_mode):  # version 0.1.0 wrote files
                 leftover.unlink()
             elif not (leftover / LOCK_FILE).exists():  # its writer was killed before it locked
                 leftover.rmdir()
             else:
                 with hold_lock(leftover / LOCK_FILE) as locked:
-                    if locked:  # without locks, the writer may still be alive
+                    if locked:  # False if there are no locks: the writer may be alive
                         shutil.rmtree(leftover)
 
 
@@ -124,8 +124,7 @@ def convert_write_errors(path: Path) -> Iterator[None]:
 def find_system_error(error: BaseException | None) -> str | None:
     """The message of the system error that is or caused `error`; None if there is none."""
     for cause in list_causes(error):
-        # safetensors gives the errno in its message only
-        match = re.search(r"\(os error (\d+)\)", str(cause))
+        match = re.search(r"\(os error (\d+)\)", str(cause))  # how safetensors gives the errno
         number = int(match[1]) if match else getattr(cause, "errno", None)
         if number in SYSTEM_ERRORS:
             return _describe_errno(number)

@@ -44,7 +44,7 @@ class _VisibleSymbols(dict):
         return self[code]
 
 
-SYMBOLS_ONE_LINE = _VisibleSymbols({code: chr(0x2400 + code) for code in range(32)})
+SYMBOLS_ONE_LINE = _VisibleSymbols({code: chr(0x2400 + code) for code in range(32)})  # ␀ to ␟
 SYMBOLS_ONE_LINE |= {ord("\n"): "↵", ord("\t"): "⇥", 0x7F: "␡"}
 SYMBOLS_MULTILINE = _VisibleSymbols(
     SYMBOLS_ONE_LINE | {ord(character): character for character in ("\n", LEFT_TO_RIGHT)}

@@ -71,7 +71,7 @@ CIRCUIT_TRACER = Format(
         ),
     },
     transcoders={"relu": "relu", "dense": "relu", "topk": "topk", "jumprelu": "jumprelu"}
-    # outside training these two have a fixed threshold, as a JumpReLU has
+    # outside training, BatchTopK and Matryoshka have a fixed threshold, as a JumpReLU has
     | {"batch_topk": "jumprelu", "matryoshka": "jumprelu"},
     make_settings=make_circuit_tracer_settings,
 )

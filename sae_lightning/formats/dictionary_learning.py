@@ -48,7 +48,7 @@ def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
     if layout.architecture == "topk":
         weights.pop("threshold", None)  # unused: each token has exactly k features
     hook, path = trainer.get("submodule_name"), str(files.settings_file.absolute())
-    submodules = "|".join(SUBMODULES.values())
+    submodules = "|".join(SUBMODULES.values())  # a folder's name may give the site
     if hook is None and (match := re.search(rf"({submodules})_layer_\d+", path)):
         hook = match[0]
     if hook is None and "layer" in trainer:

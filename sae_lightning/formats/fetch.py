@@ -52,8 +52,8 @@ def parse_address(address: str) -> HubAddress:
     UserError if it is neither."""
     match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)((?:/[^/@*]+)*)/?(?:@([^@]+))?", address)
     name = match[1] + match[2] if match else address.removeprefix(HUB)
-    suite = expand_suite(name.partition("@")[0])  # before the check: its errors say more
-    if not match or {".", ".."} & {*re.split("[/@]", address)}:
+    suite = expand_suite(name.partition("@")[0])  # first: its errors are more specific
+    if not match or {".", ".."} & set(re.split("[/@]", address)):
         raise UserError(f"{address}: write hub:<owner>/<name>[/<path>][@<revision>]")
     repo, paths = suite or (match[1], (match[2].removeprefix("/"),))
     return HubAddress(repo, paths, match[3] or MAIN)
@@ -148,7 +148,7 @@ def _choose_on_hub(address: str, parsed: HubAddress, commit: str) -> str:
 
 
 def _list_sizes(parsed: HubAddress, path: str, commit: str) -> dict[str, int]:
-    """Path -> bytes of the files in the folder `path` (of a file: in its folder), and of settings
+    """Path -> bytes of the files in the folder `path`, or beside the file `path`, and of settings
     in the folders above; UserError if there is no such path."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -200,15 +200,15 @@ def _choose_files(
 
 
 def _find_needed(path: str, names: Iterable[str]) -> list[str]:
-    """List the files that are needed to open the SAE at `path`, a folder or a file; none unless
-    there is exactly one SAE."""
+    """List the files that are needed to open the SAE at `path`, a folder or a file; an
+    empty list unless there is exactly one SAE."""
     names = {*names}
     saes = find_saes(path, names)
     if len(saes) != 1:
         return []
     folder = PurePosixPath(path).parent if path in names else PurePosixPath(path)
     config = [str(folder / RUN_CONFIG)] if str(folder / RUN_CONFIG) in names else []
-    # weights last: without them, files of a download that broke off are not taken for an SAE
+    # weights last: an interrupted download lacks them, and is then not taken for an SAE
     return [*saes[0].others, *config, saes[0].weights]
 
 
@@ -288,7 +288,7 @@ def _find_cached(parsed: HubAddress, commit: str | None) -> Path | None:
         return None
     root = _locate_cache(parsed) / "snapshots" / commit
     names = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
-    paths = [str(p) for name in names for p in (name, *PurePosixPath(name).parents)]
+    paths = names + [str(p) for name in names for p in PurePosixPath(name).parents]
 
     def list_folder(folder: str) -> list[str]:
         return [path for path in paths if str(PurePosixPath(path).parent) == folder]

@@ -123,7 +123,7 @@ class Format(NamedTuple):
     @property
     def settings_file(self) -> str | None:
         """Name of the file that holds the settings; None if the format has no such file."""
-        _weights, *others = *self.files, *self.optional
+        others = self.files[1:] + self.optional  # files[0] holds the weights
         return others[0] if others else None
 
 
@@ -237,7 +237,7 @@ def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
         weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms, weights["b_enc"] * norms
         weights["W_dec"] = weights["W_dec"] / norms[:, None]
         if "threshold" in weights:
-            # compared with z times the norms of the stored rows, which are scale_out * norms
+            # the stored threshold applies to z * stored norms, which are scale_out * norms
             weights["threshold"] = weights["threshold"] / stored.scale_out
     if "threshold" in weights and weights["threshold"].numel() == 1:
         threshold = weights["threshold"].reshape(()).clamp(min=0)
@@ -247,7 +247,7 @@ def fold_scales(stored: StoredSAE) -> dict[str, Tensor]:
 
 def add_groups(settings: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
     """Add `groups` to the `settings` of a Matryoshka SAE: the share of the features in each group
-    but the last. `sizes`: features in each group. With one group, it is a BatchTopK SAE."""
+    but the last. `sizes`: features in each group. With one group, the SAE is a BatchTopK."""
     if len(sizes) == 1:
         return settings | {"name": "batch_topk"}
     return settings | {"groups": [size / sum(sizes) for size in sizes[:-1]]}

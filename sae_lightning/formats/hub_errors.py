@@ -49,7 +49,7 @@ def explain_hub_error(error: Exception, repo: str, revision: str) -> str | None:
         return (
             f"there is no repository {repo}, or it is private; check the name, or log in: {LOGIN}"
         )
-    # its subclass LocalEntryNotFoundError means that there is no connection and no copy
+    # LocalEntryNotFoundError, a subclass, means that there is no connection and no copy
     if errors.EntryNotFoundError in classes and errors.LocalEntryNotFoundError not in classes:
         return f"no such file; see {constants.ENDPOINT}/{repo}/tree/{revision}"
     if errors.HFValidationError in classes:

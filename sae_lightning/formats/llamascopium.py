@@ -32,8 +32,7 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
     cfg, tensors = files.settings, dict(files.tensors)
     activation, norm_setting = _check_settings(files)
     hooks = [cfg["hook_point_in"], cfg.get("hook_point_out", cfg["hook_point_in"])]
-    # keys: hook names, or `in` and `out`
-    mean_norms = _pop_mean_norms(tensors) | cfg.get(MEAN_NORMS, {})
+    mean_norms = _pop_mean_norms(tensors) | cfg.get(MEAN_NORMS, {})  # by hook, or `in` and `out`
     weights = rename_tensors(LLAMASCOPIUM, tensors)
     if not cfg.get("use_decoder_bias", True):
         weights["b_dec"] = torch.zeros(weights["W_dec"].shape[1])
@@ -52,7 +51,7 @@ def read_llamascopium(files: SavedFiles) -> StoredSAE:
     uses_decoder_norms = cfg.get("sparsity_include_decoder_norm", True)
     if activation == "jumprelu" and uses_decoder_norms:
         n = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
-        weights["threshold"] = weights.pop("log_threshold").exp() / n  # z * n > t as z > t / n
+        weights["threshold"] = weights.pop("log_threshold").exp() / n  # z * n > t where z > t / n
     settings = {"name": LLAMASCOPIUM.layouts[activation].architecture}
     if activation == "topk":
         settings["k"] = cfg["top_k"]

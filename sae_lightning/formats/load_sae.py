@@ -60,17 +60,17 @@ def _find_weights(path: Path) -> tuple[Format, Path, Path]:
     its weights file. UserError if there is none, or more than one."""
     if not path.exists():
         raise UserError(f"{path}: no such folder or file (on the hub: hub:<owner>/<name>)")
-    # weights may lie in the SAE's folder, in its `checkpoints` (Llama Scope), or in a run's `sae`
     if path.is_file():
+        # the SAE's folder may be the one above: Llama Scope's weights are in its `checkpoints`
         file = path.absolute()
         root, subfolders = file.parent.parent, [file.parent.name]
-        below_root = file.relative_to(root).as_posix()
-    else:
-        root, subfolders, below_root = path, ["sae", "checkpoints"], "."
+        path_in_root = file.relative_to(root).as_posix()
+    else:  # the folder of a run, whose SAE is in `sae`, or of an SAE
+        root, subfolders, path_in_root = path, ["sae", "checkpoints"], "."
     folders = [root, *(root / name for name in subfolders)]
     files = [file for folder in folders for file in folder.glob("*") if file.is_file()]
     names = [file.relative_to(root).as_posix() for file in files]
-    saes = find_saes(below_root, names)
+    saes = find_saes(path_in_root, names)
     if not saes:
         patterns = ", ".join(dict.fromkeys(entry.files[0] for entry in FORMATS.values()))
         raise UserError(
@@ -87,10 +87,11 @@ def _find_weights(path: Path) -> tuple[Format, Path, Path]:
 
 def _read_files(entry: Format, folder: Path, file: Path) -> SavedFiles:
     """Read settings and weights; FileNotFoundError if the settings are needed and missing."""
-    settings_file = folder / (entry.settings_file or file.name)
-    settings = {}
-    if entry.settings_file and (entry.settings_file in entry.files or settings_file.exists()):
-        settings = read_settings_file(settings_file)
+    settings_file, settings = file, {}  # of a format without a settings file
+    if entry.settings_file:
+        settings_file = folder / entry.settings_file
+        if entry.settings_file in entry.files or settings_file.exists():
+            settings = read_settings_file(settings_file)
     return SavedFiles(file, settings_file, settings, read_weights(file))
 
 
@@ -120,7 +121,7 @@ def _build(stored: StoredSAE) -> SAE:
             f"b_dec has width {d_out} and cannot be subtracted from inputs of width {d_in}"
         )
     one, mean = torch.ones(()), sae.b_dec.double()
-    # in_mean is subtracted from the skip connection's input, too: out_mean makes up for that
+    # `fold` also subtracts in_mean from the skip connection's input; out_mean undoes that
     out_mean = mean @ sae.W_skip.double() if config.skip else torch.zeros(d_out)
     sae.load_weights(sae.fold(in_mean=mean, in_scale=one, out_mean=out_mean, out_scale=one))
     return sae
@@ -128,15 +129,17 @@ def _build(stored: StoredSAE) -> SAE:
 
 def _make_config(settings: dict[str, Any], features: int) -> SAEConfig:
     """Make the config of an SAE with `features` features; ValueError if a setting is invalid."""
-    expect(settings["features"], features, "features")  # before memory for them is allocated
+    expect(settings["features"], features, "features")  # before memory is allocated
     try:
         config = ARCHITECTURES[settings["name"]].config(**settings)
     except UserError as error:  # the caller adds the folder's name
         raise ValueError(str(error)) from error
-    for field in (field for field in fields(config) if field.name in settings):
+    given = [field for field in fields(config) if field.name in settings]
+    for field in given:
         value, is_list = getattr(config, field.name), field.type == list[float]
-        for item in value if is_list else [value]:
-            if type(item) is int and field.type is not int:
+        items, item_type = (value, float) if is_list else ([value], field.type)
+        for item in items:
+            if type(item) is int and item_type is not int:
                 item = float(item)  # JSON may write 1.0 as 1
-            expect(item, float if is_list else field.type, field.name)
+            expect(item, item_type, field.name)
     return config

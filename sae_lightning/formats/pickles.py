@@ -18,8 +18,9 @@ def load_tensors(path: Path, verified: set | None = None) -> Any:
     `verified` collects the files (device and inode) whose checksums are verified, so that no file
     is verified twice.
     """
+    verified = set() if verified is None else verified
     try:
-        stat, verified = path.stat(), set() if verified is None else verified
+        stat = path.stat()
         if (stat.st_dev, stat.st_ino) not in verified:
             with ZipFile(path) as file:
                 if damaged := file.testzip():

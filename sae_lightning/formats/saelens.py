@@ -22,7 +22,7 @@ from sae_lightning.sae import ARCHITECTURES
 
 CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
-SCALER = "activation_scaler.json"  # in training checkpoints: a factor of the activations
+SCALER = "activation_scaler.json"  # in training checkpoints: the scale of the activations
 NOTE_KEY = "note"  # key in the metadata for a warning that SAELens misreads the SAE
 OWN_KEY = "sae_lightning"  # key in cfg.json for our SAEConfig, and in the metadata for our Config
 
@@ -46,7 +46,7 @@ SAELENS_ARCHITECTURES = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-# Beginnings of names of LLMs with LayerNorm; center_writing_weights has no effect on others.
+# Beginnings of names of LLMs with LayerNorm, the only ones that center_writing_weights affects.
 LAYERNORM_MODELS = ("gpt2", "distilgpt2", "pythia", "tiny-stories", "gelu-", "gpt-neo", "opt-")
 
 
@@ -70,7 +70,7 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
     scale = _read_scale(files.settings_file, cfg.get("normalize_activations") or "none")
     weights = rename_tensors(SAELENS, files.tensors)
     metadata = cfg.get("metadata", cfg)  # older versions write it among the settings
-    # where a key is missing, SAELens' default holds; in SAELens 2, center_writing_weights was true
+    # SAELens' defaults, where keys are missing; SAELens 2 had center_writing_weights=True
     centred = "transcoder" not in architecture and cfg.get("apply_b_dec_to_input", True)
     options = metadata.get("model_from_pretrained_kwargs", {})
     has_layernorm = str(metadata.get("model_name")).startswith(LAYERNORM_MODELS)
@@ -92,7 +92,7 @@ def _fold_mean_subtraction(weights: dict[str, Tensor], centred: bool) -> dict[st
     raw x: (x - mean(x)) @ W_enc = x @ (W_enc - W_enc.mean(0)). TransformerLens subtracts mean(x)
     with `center_writing_weights`."""
     W_enc, b_enc = weights["W_enc"], weights["b_enc"]
-    if centred:  # b_dec, which load_sae folds in, is to be multiplied by the old W_enc
+    if centred:  # load_sae will subtract b_dec @ (new W_enc); correct it to b_dec @ W_enc
         b_enc = b_enc - weights["b_dec"].mean() * W_enc.sum(dim=0)
     return {"W_enc": W_enc - W_enc.mean(dim=0), "b_enc": b_enc}
 
@@ -131,8 +131,8 @@ def _translate_settings(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_scale(file: Path, normalisation: str | bool) -> float:
-    """The factor by which SAELens multiplies activations; 1 if there is none to fold in.
-    UserError if it cannot be folded into them, or is not saved."""
+    """The factor by which SAELens multiplies activations; 1 if they are not scaled.
+    UserError if it cannot be folded into the weights, or is not saved."""
     if normalisation == "none":
         return 1.0
     setting = f"{file}: normalize_activations={normalisation}"

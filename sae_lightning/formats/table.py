@@ -49,9 +49,9 @@ def find_format(names: Collection[str], weights: str | None = None) -> Format | 
 
     weights_files = names if weights is None else [weights]
     entries = [entry for entry in FORMATS.values() if has_match(entry.files[0], weights_files)]
-    # without this, a broad pattern such as Goodfire's would win if settings are missing
-    same_weights = [entry for entry in entries if entry.files[0] == entries[0].files[0]]
-    complete = [entry for entry in same_weights if all(map(has_match, entry.files))]
+    # if the settings of entries[0] are missing, a broader pattern (Goodfire's *.pt*) must not win
+    candidates = [entry for entry in entries if entry.files[0] == entries[0].files[0]]
+    complete = [entry for entry in candidates if all(map(has_match, entry.files))]
     for pattern, kind in UNREADABLE.items():
         if not entries and has_match(pattern, weights_files):
             raise UserError(f"{pattern} is {kind}, for which this project has no SAE")
@@ -74,9 +74,10 @@ def find_saes(path: str, names: Collection[str]) -> list[SAEPaths]:
     `names` (paths with "/"); a folder with a weights file for each block has several."""
     names = {posixpath.normpath(name) for name in names}
     location, is_file = PurePosixPath(path), posixpath.normpath(path) in names
-    parent = location.parent
-    # the second parent: weights of Llama Scope are in a subfolder
-    for folder in (parent, parent.parent) if is_file else (location / "sae", location):
+    folders = (location / "sae", location)
+    if is_file:  # weights of Llama Scope are in a subfolder of the SAE's folder
+        folders = (location.parent, location.parent.parent)
+    for folder in folders:
         in_folder = [name for name in names if PurePosixPath(name).is_relative_to(folder)]
         # path below the folder -> path
         paths = {str(PurePosixPath(name).relative_to(folder)): name for name in in_folder}

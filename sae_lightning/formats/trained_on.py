@@ -137,7 +137,7 @@ def read_layer(metadata: dict[str, Any], address: str) -> LayerConfig:
 
 def describe_missing_gain(metadata: dict[str, Any], address: str) -> str | None:
     """A warning that the SAE at `address` was trained on the MLP's input without the gain (the
-    weights) of the norm before it, as TransformerLens computes it; None if it was not."""
+    weights) of the norm before it, as TransformerLens computes it; None otherwise."""
     hook = metadata.get("hook_name") or ""
     if not hook.endswith("ln2.hook_normalized"):
         return None

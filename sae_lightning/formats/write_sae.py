@@ -82,8 +82,7 @@ def convert_weights(layout: Layout, sae: SAE) -> dict[str, Tensor]:
     if layout.centred:
         weights = center_encoder(sae)
     if "threshold" in weights:
-        smallest = torch.finfo(torch.float32).tiny
-        # a threshold may be 0, which has no finite logarithm
+        smallest = torch.finfo(torch.float32).tiny  # the logarithm of 0 is not finite
         weights["log_threshold"] = weights["threshold"].clamp(min=smallest).log()
     tensors = {}
     for theirs, ours in layout.names.items():
