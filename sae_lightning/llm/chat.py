@@ -17,12 +17,12 @@ class ChatEncoder:
     """Turns a conversation into tokens, and marks those that are not trained on.
 
         <|user|>Hi<|end|><|assistant|>Hello<|end|>
-        └─ messages before it, and ─┘└─ trained on, with `assistant_only`
+        └─ earlier messages and ─────┘└─ trained on, with `assistant_only`
            the prompt for an answer
 
-    A token that is not trained on is written as its complement ~id, which is negative. The template
-    may itself mark the assistant's text ({% generation %}). If it does not, the assistant's text is
-    all that its message adds to the messages before it and the prompt for an answer.
+    A token that is not trained on is written as its complement ~id, which is negative. A template
+    may mark the assistant's text ({% generation %}). Otherwise, the text that an assistant's
+    message adds after the prompt for an answer is trained on.
     """
 
     def __init__(self, tokenizer: Any, assistant_only: bool) -> None:
@@ -88,8 +88,8 @@ class ChatEncoder:
         return ids, is_trained
 
     def _find_answers(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
-        """The range of characters, (begin, stop), that each of the assistant's messages adds to the
-        messages before it and the prompt for an answer."""
+        """The range of characters, (begin, stop), that each message of the assistant adds after the
+        prompt for an answer."""
         answers = []
         for index, message in enumerate(messages):
             if message["role"] == ASSISTANT:

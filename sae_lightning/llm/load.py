@@ -216,9 +216,9 @@ def find_hub_name(config: LLMConfig) -> str:
 
 
 def load_tokenizer(config: LLMConfig):
-    """The LLM's tokenizer (transformers), without loading the LLM. The last one is kept, and
-    returned again while the settings and the files of a local folder are the same: the checks of a
-    run load it before the run does."""
+    """The LLM's tokenizer (transformers), without loading the LLM. The last tokenizer is
+    kept, because the checks of a run load it before the run does. It is read again if the settings
+    or the files of a local folder have changed."""
     folder = dequantise(config.name) if config.name in PACKAGED else _find_local_folder(config.name)
     # a broken link does not exist and has no time
     files = [file for file in folder.iterdir() if file.exists()] if folder else []

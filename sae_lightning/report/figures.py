@@ -106,7 +106,7 @@ def plot_tradeoff(
         xaxis=_make_l0_axis(points.l0.min(), points.l0.max()),
     )
     trained, controls = points[points.control == ""], points[points.control != ""]
-    # order in the legend: trained SAEs (rank 1), their front, controls (rank 3), their front
+    # order in the legend: trained SAEs 1, their front 2, controls 3, their front 4
     for candidates, name, dash, legend_rank in (
         (controls, "front of controls", "dot", 4),
         (trained, "front of trained SAEs", "solid", 2),

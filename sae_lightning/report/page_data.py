@@ -11,8 +11,8 @@ The page loads "feature" when it opens; a block of tokens when one of the block'
 (all blocks of tokens for a search); and a block of details when one of the block's units is opened.
 A block holds its fields one after another, deflated, as base64. The bytes of a field are grouped by
 significance (the lowest byte of every number, then the next ...), which compresses best.
-Tokens are renumbered from 1 by frequency, so that the high bytes of common tokens are 0 and
-compress to nearly nothing. 0 means that there is no token.
+Tokens are renumbered from 1 by frequency, so that the high bytes of common tokens are 0,
+which compresses well; 0 is no token. Blocks of neurons are named "neuron", "neuron-tokens-0", ...
 """
 
 import base64

@@ -70,7 +70,7 @@ def _print_table(folder: Path, means: MeansTable) -> None:
     """Print the table of means, why runs failed, and where the files are."""
     table = means.table  # one row per run
     grid = _make_table(means)
-    # wider than the terminal if necessary, which wraps lines: rich would squeeze the columns
+    # as wide as its content: a narrow terminal then wraps lines, where rich would squeeze columns
     unbounded = console.options.update(max_width=10_000)
     grid.width = Measurement.get(console, unbounded, grid).maximum
     console.print(grid)
