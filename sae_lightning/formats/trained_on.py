@@ -11,7 +11,7 @@ from sae_lightning.formats.saelens import OWN_KEY
 from sae_lightning.llm.load import LLMConfig
 from sae_lightning.llm.sites import Kind, LayerConfig, Site, SitePair
 
-# Metadata keys that are read, and their types: SAELens' keys and, below, settings of our Config.
+# Metadata keys that are read, and their types: SAELens' keys, and settings of our Config.
 METADATA_TYPES = {"model_name": str, "hook_name": str, "hook_name_out": str, "context_size": int}
 METADATA_TYPES |= {"model.control": str}
 LLM_SETTING_TYPES = dict.fromkeys(("llm.name", "llm.revision", "llm.bos", "llm.separator"), str)

@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from sae_lightning.errors import UserError
 
-# Norms of a branch's output, as in Gemma-2 and OLMo-2. A block has them for both branches or for
-# neither: if the MLP's is missing, post_attention_layernorm is the norm before the MLP.
+# Norms of a branch's output, as in Gemma-2 and OLMo-2; a block has both or none. In a block without
+# MLP_NORMS, post_attention_layernorm is the norm before the MLP.
 ATTN_NORMS = ("post_self_attn_layernorm", "post_attention_layernorm")
 MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 # Names of a block's children, or of their classes; OPT's MLP is two children, fc1 and fc2.
