@@ -35,13 +35,13 @@ def make_absorption_sections(
 ) -> list[Section]:
     """Make sections on an SAE beside its controls, and on each concept. Keys of `results` and
     `means`: first the SAE's name, then those of its controls."""
-    first, *controls = results
+    sae_name, *controls = results
     columns = {
         name: field
         for name, field in SCORE_FIELDS.items()
         if not all(math.isnan(mean[field]) for mean in means.values())
     }
-    without_own = sum(not result.features for result in results[first])
+    without_own = sum(not result.features for result in results[sae_name])
     without_own_note = (
         f"{without_own} of the {samples.noun}s, which silent, absorbed and fraction leave out"
     )
@@ -74,7 +74,7 @@ def make_absorption_sections(
                 ],
             ),
         ),
-        _make_concepts_section(samples.noun, results[first], columns),
+        _make_concepts_section(samples.noun, results[sae_name], columns),
     ]
 
 

@@ -83,8 +83,8 @@ class FoldSplit:
         if x.shape[1] > len(x):
             # With an L2 penalty the best weights are a linear combination of the rows of x. So a
             # probe on coordinates in the space of the rows is the same, and far cheaper.
-            basis = np.linalg.svd(x, full_matrices=False)[2].T
-            x, test_x = x @ basis, test_x @ basis
+            _, _, basis = np.linalg.svd(x, full_matrices=False)
+            x, test_x = x @ basis.T, test_x @ basis.T
         scale = self.fit_x.shape[1] ** -0.5  # so that C means the same for any number of units
         search = GridSearchCV(
             LogisticRegression(max_iter=300),

@@ -46,7 +46,7 @@ def draw_examples(
     and interval, and none that is in `top`; maximum: [units]."""
     starts = sample.starts
     cuts = torch.arange(0, len(sample.places), ENTRIES_AT_ONCE)
-    # parts of about ENTRIES_AT_ONCE entries, which begin at whole units
+    # indices of the units at which parts of about ENTRIES_AT_ONCE entries begin
     bounds = {0, *torch.searchsorted(starts, cuts).tolist(), sample.unit_count}
     parts = []
     for first, end in pairwise(sorted(bounds)):
