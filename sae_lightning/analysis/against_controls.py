@@ -1,11 +1,11 @@
 """Compares the scores of an SAE with those of its controls.
 
-    text          -> SAE     -> survey, theory, probes  -> Scores |
-                  -> control -> ControlReducers, probes -> Scores | -> make_control_section
-    held-out text -> both    -> scorecards              -> Scores |
+    text          -> SAE     -> token sets, detected concepts, probes -> Scores |
+                  -> control -> token sets, detected concepts, probes -> Scores | -> Section
+    held-out text -> both    -> scorecards                            -> Scores |
 
 A random dictionary of the same size does surprisingly well on the usual scores (Korznikov et al.
-2026, 2602.14111), so the score of an SAE says something only in comparison with its control's.
+2026, 2602.14111), so an SAE's score means little without the score of a control.
 """
 
 import math
@@ -56,12 +56,13 @@ SCORE_KINDS = {
     "kl": ScoreKind("KL (nats)", "{:.4f}"),
     "features_share": ScoreKind("CE: features", "{:.1%}"),
     "error_share": ScoreKind("CE: error", "{:.1%}"),
-    "recovered": ScoreKind("concepts recovered", "{:.1%}"),
+    "recovered": ScoreKind("concepts recovered", "{:.1%}"),  # of data=synthetic
     "token_score": ScoreKind("token score", "{:.2f}", "match token sets"),
     "token_like": ScoreKind("  above 0.5", "{:.0%}"),
+    # properties of tokens in a text, such as digits or capitals
     "concepts": ScoreKind("concepts, F1", "{:.2f}", "detect concepts", paired=True),
 }
-for k in CONTROL_K:
+for k in CONTROL_K:  # the probes of task=overview predict who speaks in the plays
     manner = "one by one" if k == 1 else f"in groups of {k}"
     SCORE_KINDS[f"probe_{k}"] = ScoreKind(
         f"speakers, k = {k}", "{:.3f}", f"tell speakers apart {manner}", paired=True
@@ -97,7 +98,9 @@ def score_features(token_scores: Tensor, f1: Sequence[float]) -> Scores:
     if values:
         scores["token_score"] = Score(fmean(values), values)
         scores["token_like"] = Score(fmean(value > 0.5 for value in values))
-    return scores | ({"concepts": Score(fmean(f1), f1)} if f1 else {})
+    if f1:
+        scores["concepts"] = Score(fmean(f1), f1)
+    return scores
 
 
 def score_probes(probes: Probes, kind: str = FEATURES) -> Scores:
@@ -111,12 +114,9 @@ def score_probes(probes: Probes, kind: str = FEATURES) -> Scores:
 
 
 def pick_scores(numbers: Mapping[str, Any]) -> Scores:
-    """Pick the scores in SCORE_KINDS from the numbers of a scorecard, without NaNs."""
-    return {
-        name: Score(numbers[name])
-        for name in SCORE_KINDS
-        if not math.isnan(numbers.get(name, math.nan))
-    }
+    """Pick the numbers of a scorecard that are in SCORE_KINDS and not NaN."""
+    names = [name for name in SCORE_KINDS if name in numbers]
+    return {name: Score(numbers[name]) for name in names if not math.isnan(numbers[name])}
 
 
 def make_control_section(
@@ -124,7 +124,9 @@ def make_control_section(
 ) -> Section:
     """Make a table of all scores, with sentences that say what the SAE does better than its
     controls. random: scores of random directions, if measured."""
-    columns = {"this SAE": scores, **controls, **({RANDOM: random} if random else {})}
+    columns = {"this SAE": scores, **controls}
+    if random:
+        columns[RANDOM] = random
     rows = [
         [kind.label, *(_format_score(column.get(name), kind) for column in columns.values())]
         for name, kind in SCORE_KINDS.items()
@@ -169,8 +171,8 @@ def _format_score(score: Score | None, kind: ScoreKind) -> str:
 
 
 def _compare_features(scores: Scores, controls: Mapping[str, Scores]) -> str:
-    """Say what the features do better than those of the best control, and what they do not; empty
-    if no score with a claim was measured on both."""
+    """Say which claims hold against the control that is best at each, and which do not; empty if no
+    score with a claim was measured on both."""
     better, not_better = [], []
     for name, kind in SCORE_KINDS.items():
         control_scores = [control[name] for control in controls.values() if name in control]
@@ -183,9 +185,9 @@ def _compare_features(scores: Scores, controls: Mapping[str, Scores]) -> str:
         (better if is_better else not_better).append(claim)
     rival = next(iter(controls)) if len(controls) == 1 else "the best control"
     others = f"those of {rival}"
+    merits = f"They {_join_claims(better)} better. " if better else ""
     if not_better:
-        rest = f"They {_join_claims(better)} better. " if better else ""
-        return f"This SAE's features {_join_claims(not_better)} no better than {others}. {rest}"
+        return f"This SAE's features {_join_claims(not_better)} no better than {others}. {merits}"
     return f"This SAE's features {_join_claims(better)} better than {others}. " if better else ""
 
 

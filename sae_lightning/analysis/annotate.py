@@ -60,7 +60,7 @@ class TextTask(FeaturesTask):
         text = self.text if self.file is None else read_text_file(self.file)
         text_name = "text" if self.file is None else f"file={self.file}"
         subject = self.load_subject(given_settings)
-        # counted before the LLM is loaded, because this may refuse the text
+        # before the LLM is loaded, because `make_sequences` may refuse the text
         num_sequences = len(make_sequences(subject, text, text_name).sequence_ids)
         catalogue = self.find_catalogue(subject, given_settings)
         annotated = AnnotatedText(annotate(subject, text, text_name), catalogue)
@@ -107,8 +107,8 @@ def read_text_file(name: str) -> str:
 
 
 def make_sequences(subject: Subject, text: str, text_name: str = "text") -> Sequences:
-    """Tokenise a text and cut it into sequences as training does. UserError, in which the text is
-    called `text_name`, if it is empty or too long or has a token that the LLM does not know."""
+    """Tokenise a text and cut it into sequences as training does. UserError if the text is empty or
+    too long, or a token has no row in the LLM's embedding; its message begins with `text_name`."""
     tokenizer, context = subject.tokenizer, subject.config.data.context
     separator = find_separator_id(tokenizer)
     ids = tokenise_documents(tokenizer, [text], separator)[0][:-1]  # without the separator
@@ -134,9 +134,10 @@ def annotate(subject: Subject, text: str, text_name: str = "text") -> list[Annot
     """List the tokens of a text, with BOS before each sequence, and the features firing on each.
     UserError as in `make_sequences`."""
     sequences, batch = make_sequences(subject, text, text_name), subject.config.llm.batch
+    # split each field, then join the fields of each batch
     fields = [values.split(batch) for values in sequences]
     batches = [Sequences(*parts) for parts in zip(*fields, strict=True)]
-    # `collect` takes the median norm for max_norm from its first batch: here, of the run's text
+    # the run's text comes first: `collect` takes the median norm for max_norm from its first batch
     has_limit = subject.config.data.max_norm is not None
     run_text = [subject.corpus.train.next(batch)] if has_limit else []
     skipped = sum(len(part.sequence_ids) for part in run_text)
@@ -167,7 +168,7 @@ class FeaturesByToken:
         norms = self.decoder_norms[features]
         sequences = (batch.sequence_indices - self.skipped).tolist()
         for index, sequence in enumerate(sequences):
-            if sequence < 0:  # skipped
+            if sequence < 0:
                 continue
             for i, values in enumerate(strengths[index]):
                 active = values.nonzero().squeeze(1)

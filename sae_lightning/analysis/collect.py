@@ -61,7 +61,7 @@ def excerpt(text: TokenStream, tokens: int, batch: int) -> tuple[Iterator[Sequen
     total = min(needed, getattr(text, "window_count", needed))
     if total < needed:
         console.print(f"the text has fewer than {tokens:,} tokens: all of it is read, once")
-    return (text.next(min(batch, total - n)) for n in range(0, total, batch)), total
+    return (text.next(min(batch, total - start)) for start in range(0, total, batch)), total
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def collect(
     with its reducers; they encode the same activations, one SAE after another."""
     data, medians, sequences_read = subject.config.data, None, 0
     pairs = [(subject.sae, reducers), *controls]
-    pairs = [(sae, [*its_reducers]) for sae, its_reducers in pairs]  # lists, read for each batch
+    pairs = [(sae, [*its_reducers]) for sae, its_reducers in pairs]  # lists can be read many times
     keep_freed_memory()  # otherwise page faults take much of a large SAE's time
     dropped_ids = torch.tensor([] if data.keep_special else find_special_ids(subject.llm.tokenizer))
     with phase(label, total=total) as advance:

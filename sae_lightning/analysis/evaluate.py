@@ -82,12 +82,12 @@ class Evaluation(NamedTuple):
 
 
 def list_numbers(card: scorecard.Scorecard) -> dict[str, float]:
-    """All numbers of a scorecard, with those of its fidelity.
+    """All numbers of a scorecard, including the size and kind of the SAE's error.
 
     Mean ablation replaces each activation by the mean, which costs cross-entropy. `features_share`
-    is the share of this cost that the features alone recover, `error_share` the share that their
-    error alone recovers (the error nodes of Marks et al. 2024, 2403.19647). Both are NaN if the
-    cost is 0, and missing if the LLM's loss is not measured."""
+    is the share of this cost that the features alone recover, `error_share` the share that the
+    SAE's error alone recovers (the error nodes of Marks et al. 2024, 2403.19647). Both are NaN if
+    the cost is 0, and missing if the LLM's loss is not measured."""
     numbers = {**card.scalars(), **card.fidelity._asdict()}
     if isinstance(card.scores, SpliceScores):
         losses = card.scores
@@ -119,13 +119,12 @@ def score_subject(
     controls: Mapping[str, SAE] = {},
 ) -> Evaluation:
     """Score `subject` and `controls` on `tokens` held-out tokens, by default as many as in the
-    run's own evaluation.
-
-    opened: LLM and text, if already loaded; otherwise only the needed part of the LLM is loaded.
-    """
+    run's own evaluation. opened: LLM and text, if already loaded; otherwise only the needed part of
+    the LLM is loaded."""
     config, sites = subject.config, distinct_sites([subject.sites])
-    counts = tokens or config.eval.tokens, tokens or config.eval.loss_tokens
-    held_out = config.data_source.open_held_out(sites, *counts, opened)
+    loss_tokens = tokens or config.eval.loss_tokens
+    tokens = tokens or config.eval.tokens
+    held_out = config.data_source.open_held_out(sites, tokens, loss_tokens, opened)
     return evaluate(subject.sae, held_out, subject.sites, controls)
 
 
@@ -160,7 +159,7 @@ def _write_lead(numbers: dict[str, Any]) -> str:
 
 
 def _describe_error(numbers: dict[str, Any]) -> str:
-    """Say how much of mean ablation's cost features and error each recover; empty without cost."""
+    """Say how much of mean ablation's cost features and error each recover; empty if it is 0."""
     if not numbers["ce_mean"] > numbers["ce_clean"]:  # also if one is NaN
         return ""
     return (
@@ -170,7 +169,7 @@ def _describe_error(numbers: dict[str, Any]) -> str:
 
 
 def _format_errors(numbers: dict[str, Any]) -> dict[str, str]:
-    """Lines on the size and kind of the error, by label."""
+    """Format the size and kind of the error, the decoder norms and the token count, by label."""
     return {
         "squared error": f"{numbers['mse']:.4g} per element, {numbers['relative_mse']:.2%} of the "
         "activations' mean square",

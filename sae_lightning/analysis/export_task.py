@@ -36,7 +36,7 @@ class Writer(NamedTuple):
     """Called with the task and the names of the settings on the command line; returns the content
     to write."""
     settings: frozenset[str] = frozenset()
-    """Settings that have a meaning for this format, besides those of every task."""
+    """Settings for this format, besides those of every task; empty for formats of weights."""
 
 
 @dataclass(slots=True, kw_only=True)

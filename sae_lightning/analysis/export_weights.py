@@ -64,8 +64,8 @@ def write_one(name: str, exported: ExportedSAE, folder: Path) -> None:
 def find_blocks(
     name: str, task: Task, given_settings: Collection[str]
 ) -> dict[int, tuple[Path, Config]]:
-    """Find the block that each run of a sweep, or a single run, reads: block -> run folder and
-    config. UserError, for the format `name`, if two runs read the same block."""
+    """Find the block that the SAE of each run reads, in a sweep or one run folder: block -> run
+    folder and config. UserError, for the format `name`, if two runs read the same block."""
     folder, blocks = Path(task.run), {}
     for run in list_run_folders(folder) if is_sweep(folder) else [folder]:
         # Python code that comes with the run's LLM runs only if the user allows it
@@ -110,7 +110,8 @@ def open_set(name: str, task: Task, given_settings: Collection[str]) -> Openers:
                     f"run={task.run}: {setting} is {shared[setting]} in one run and {value} "
                     f"in {run.name}, and must be the same in all transcoders of a set"
                 )
-    layers = config.data_source.read_shape().layers  # of the last run: all have the same LLM
+    _, config = next(iter(blocks.values()))  # any of the runs, as all have the same LLM
+    layers = config.data_source.read_shape().layers
     if missing := sorted({*range(layers)} - {*blocks}):
         indices = ",".join(map(str, missing))
         raise UserError(

@@ -7,8 +7,8 @@ The blocks in between are approximated by linear maps, fitted on a little text (
 "Jump to conclusions"). For features that the user names, the later blocks are run with the feature
 added. Without text, blocks are skipped, as if embedding, site and unembedding shared one space (the
 logit lens, nostalgebraist 2020; the direct path, Elhage et al. 2021). Skipping many blocks fails:
-after block 9 of SmolLM2-135M (30 blocks), 765 features fire mostly on one token. This token is
-among the ten tokens read for 718 of them by the linear map, but for only 2 by the direct path.
+after block 9 of SmolLM2-135M (30 blocks), 765 features fire mostly on one token. The linear map
+lists that token among the ten that a feature reads for 718 features, the direct path for 2.
 
 Shapes: features = features of the SAE; k = tokens listed per feature; vocabulary = tokens of the
 LLM; d = width of the residual stream.
@@ -107,11 +107,11 @@ def lens(
     """Find the `top` tokens that each feature promotes, suppresses and reads, by linear maps fitted
     on `text`, or without `text` by the direct path.
 
-    features: with `text`, their effects are measured in `contexts` excerpts of it, for an addition
-    of ADDED_LENGTH. The other effects are per unit of strength; without `text` they have no scale.
+    features: with `text`, their effects are measured by adding them, at ADDED_LENGTH, in `contexts`
+    excerpts of it. Effects by a linear map are per unit of strength; the direct path has no scale.
     """
     embeddings = _read_embeddings(subject)
-    # [features, d] what a feature adds to the unembedding's input, and its weights on embeddings
+    # both [features, d]: what a feature adds to the unembedding's input, its weights on embeddings
     if text is None:
         outputs, inputs = _skip_to_unembedding(subject), _skip_to_embedding(subject)
     else:
@@ -133,7 +133,7 @@ def measure_effects(
     subject: Subject, text: TokenStream | None, top: int = 10
 ) -> LogitEffect | None:
     """Find the `top` tokens that each feature promotes and suppresses, by a linear map fitted on
-    `text`, or without `text` by the direct path; None if there is no such path."""
+    `text`, or without `text` by the direct path; None if the target has no direct path."""
     if text is None:
         outputs = _skip_to_unembedding(subject)
     else:
@@ -155,7 +155,8 @@ def _unembed(subject: Subject, outputs: Tensor, top: int) -> LogitEffect:
         for changes in _multiply_slices("features at the unembedding", outputs, unembedding)
         for part in changes.split(RANKED_AT_ONCE)
     ]
-    return LogitEffect(*(torch.cat(field_parts).cpu() for field_parts in zip(*parts, strict=True)))
+    parts_by_field = zip(*parts, strict=True)
+    return LogitEffect(*(torch.cat(field_parts).cpu() for field_parts in parts_by_field))
 
 
 def _skip_to_unembedding(subject: Subject) -> Tensor | None:
@@ -188,7 +189,7 @@ def _fit_maps(subject: Subject, text: TokenStream, embeddings: Tensor) -> "_Maps
 
 def _map_to_unembedding(subject: Subject, maps: "_Maps") -> Tensor:
     """Map W_dec to the unembedding's input [features, d] by the linear map for the blocks above,
-    and subtract the mean over features, because it says nothing about any one of them."""
+    and subtract the mean over features, which says nothing about a single feature."""
     outputs = subject.sae.W_dec @ maps.above.result()
     return outputs.sub_(outputs.mean(0))
 
@@ -197,8 +198,8 @@ def _measure_outputs(
     subject: Subject, text: TokenStream, features: list[int], contexts: int
 ) -> Tensor:
     """Measure the mean change [len(features), d] of the unembedding's input when W_dec[feature],
-    scaled to ADDED_LENGTH * the target's norm, is added at the last token of a context; minus the
-    mean change for random features."""
+    scaled to ADDED_LENGTH * the activation's norm, is added at the last token of a context; minus
+    the mean change for random features."""
     random = torch.Generator().manual_seed(0)
     reference = torch.randperm(subject.features, generator=random)[:REFERENCE_FEATURES]
     rows = subject.sae.W_dec[torch.cat([torch.tensor(features), reference]).to(subject.device)]

@@ -8,7 +8,7 @@ from sae_lightning.errors import UserError
 from sae_lightning.formats.trained_on import (
     check_metadata,
     choose_llm,
-    describe_missing_gain,
+    describe_missing_norm_gain,
     read_layer,
 )
 from sae_lightning.llm.load import NO_LLM
@@ -22,11 +22,11 @@ def config_from_metadata(
 ) -> Config:
     """Make the config of the SAE in the folder `run`: LLM, site and context come from its metadata
     unless named in `given_settings`, everything else from `settings` (llm, data, layer, seed).
-    UserError if neither says what the SAE reads."""
+    UserError if neither metadata nor given settings say what the SAE reads."""
     metadata = check_metadata(sae.metadata, run)
     llm, data, layer = settings["llm"], settings["data"], settings["layer"]
     llm = choose_llm(llm, metadata, run, given_settings)
-    # data=activations on the command line, which says where they are, sets llm to none too
+    # the llm in `settings` is NO_LLM if the user gave data=activations and the path of the files
     if llm.name == NO_LLM and settings["llm"].name != NO_LLM:
         raise UserError(
             f"{run} was trained on activations without an LLM, and does not say where they are: "
@@ -35,10 +35,10 @@ def config_from_metadata(
         )
     if not any(name.split(".")[0] == "layer" for name in given_settings):
         layer = read_layer(metadata, run)
-        if warning := describe_missing_gain(metadata, run):
+        if warning := describe_missing_norm_gain(metadata, run):
             console.print(warning)
-    keeps_context = "data.context" in given_settings or not hasattr(data, "context")
-    if "context_size" in metadata and not keeps_context:
+    is_text = hasattr(data, "context")
+    if is_text and "context_size" in metadata and "data.context" not in given_settings:
         data = replace(data, context=metadata["context_size"])
     loss, seed = ARCHITECTURES[sae.config.name].loss(), settings["seed"]
     return Config(llm=llm, data=data, layer=layer, model=sae.config, loss=loss, seed=seed)

@@ -41,6 +41,7 @@ FORMULAS = {
     'z = pre * w["r_mag"].exp() + w["b_mag"]\n'
     'features = torch.relu(z) * (pre + w["b_gate"] > 0)',
 }
+# after training, these have a fixed threshold
 FORMULAS |= dict.fromkeys(("batch_topk", "matryoshka"), FORMULAS["jumprelu"])
 
 
@@ -54,13 +55,13 @@ def write_card(
     """Write the README.md of a repository that holds `sae` in its folder `sae/`: Markdown, with
     the front matter that the hub reads.
 
-    settings: a run's config, empty if it is not known; results: see `publish_task.read_results`.
-    """
+    settings: a run's config, empty if it is unknown; results: from `publish_task.read_results`."""
     front_matter = {"library_name": "saelens", "tags": [*TAGS, sae.config.name]}
-    front_matter |= {"license": licence} if licence else {}
+    if licence:
+        front_matter["license"] = licence
     llm = _find_llm(sae)
-    # only a name on the hub, owner/name
-    front_matter |= {"base_model": llm} if llm and llm.count("/") == 1 else {}
+    if llm and llm.count("/") == 1:  # a name on the hub
+        front_matter["base_model"] = llm
     sections = [
         f"# {repo.partition('/')[2]}",
         _describe(sae, llm),
@@ -90,13 +91,14 @@ def _find_llm(sae: SAE) -> str | None:
 def _describe(sae: SAE, llm: str | None) -> str:
     source, target = (sae.metadata.get(key) for key in ("hook_name", "hook_name_out"))
     kind = "transcoder" if target else "sparse autoencoder"
-    reads = f" It reads `{source}` of {llm}" if source and llm else ""
-    reads += f" and reconstructs `{target}`" if reads and target else ""
+    place = ""
+    if source and llm:
+        place = f" It reads `{source}` of {llm}"
+        place += f" and reconstructs `{target}`." if target else "."
     verb = "trained" if OWN_KEY in sae.metadata else "saved"
     return (
         f"A {kind} with {sae.config.features:,} features ({sae.config.name}), {verb} with "
-        f"sae_lightning.{reads}{'.' if reads else ''} It takes activations as they are, without "
-        "scaling or centring."
+        f"sae_lightning.{place} It takes activations as they are, without scaling or centring."
     )
 
 
@@ -111,14 +113,16 @@ def _list_training(sae: SAE, settings: dict[str, Any]) -> Iterator[list[str]]:
         else:
             flat[group] = values
     if settings and not {"data.name", "data.path", "data.concepts"} & flat.keys():
-        yield ["text", "Shakespeare's plays"]  # the only text that needs no such setting
+        yield ["text", "Shakespeare's plays"]  # the only data with none of these settings
     names = dict(TRAINING_NAMES)
     if flat.get("data.kind") == "activations":
         names["data.path"] = "activations"
     for key, name in names.items():
         value = flat.get(key)
-        if value is not None:
-            yield [name, f"{value:,}" if isinstance(value, int) and key != "seed" else str(value)]
+        if isinstance(value, int) and key != "seed":
+            yield [name, f"{value:,}"]
+        elif value is not None:
+            yield [name, str(value)]
 
 
 def _compare_scores(results: dict[str, Any]) -> str:
@@ -136,8 +140,8 @@ def _compare_scores(results: dict[str, Any]) -> str:
 
 
 def _list_scores(scores: dict[str, Any]) -> Iterator[list[str]]:
-    """Yield rows of the scorecard: name, value, value to compare it with; without numbers that were
-    not measured."""
+    """Yield a row for each number of the scorecard that was measured: name, value, value to compare
+    it with."""
 
     def show(key: str, form: str, name: str, comparison: str = "") -> Iterator[list[str]]:
         if (value := scores.get(key)) is not None:
@@ -145,10 +149,10 @@ def _list_scores(scores: dict[str, Any]) -> Iterator[list[str]]:
 
     yield from show("l0", ".1f", "active features per token (L0)")
     yield from show("explained_variance", ".3f", "explained variance", "the mean: 0")
-    names = {"without the SAE": "ce_clean", "mean": "ce_mean", "zero": "ce_zero"}
-    values = {name: scores[key] for name, key in names.items() if scores.get(key) is not None}
-    others = ", ".join(f"{name}: {value:.3f}" for name, value in values.items())
-    yield from show("ce_spliced", ".3f", "cross-entropy with the SAE (nats)", others)
+    keys = {"without the SAE": "ce_clean", "mean": "ce_mean", "zero": "ce_zero"}
+    losses = {name: scores[key] for name, key in keys.items() if scores.get(key) is not None}
+    comparison = ", ".join(f"{name}: {loss:.3f}" for name, loss in losses.items())
+    yield from show("ce_spliced", ".3f", "cross-entropy with the SAE (nats)", comparison)
     yield from show("ce_recovered", ".3f", "cross-entropy recovered", "zero ablation: 0")
     yield from show("unfired", ".1%", "features that never fired")
     yield from show("duplicates", ".1%", "features with a near copy")
@@ -160,8 +164,7 @@ def _list_random_comparisons(theory: dict[str, Any], probe: dict[str, Any]) -> I
     well a feature predicts labels."""
     overlap = theory.get("overlap") or {}
     if {"decoder", "random"} <= overlap.keys():
-        values = (overlap[kind]["99%"] for kind in ("decoder", "random"))
-        decoder, chance = (f"{value:.2f}" for value in values)
+        decoder, chance = (f"{overlap[kind]['99%']:.2f}" for kind in ("decoder", "random"))
         yield ["cosine that 99 % of pairs of decoder rows are below", decoder, f"random: {chance}"]
     scores = {s["units"]: s["accuracy"] for s in probe.get("scores", []) if s["k"] == 1}
     if FEATURES in scores:
@@ -180,7 +183,7 @@ def _explain_opening(repo: str, sae: SAE) -> Iterator[str]:
     """Yield code that opens the SAE and runs it on `x` [tokens, d_in], in up to three ways."""
     code = f'from sae_lightning import load_sae\n\nsae = load_sae("hub:{repo}")\n'
     yield _make_block("sae_lightning", code + "reconstruction, features = sae(x)")
-    if note := sae.metadata.get(NOTE_KEY):
+    if note := sae.metadata.get(NOTE_KEY):  # says how SAELens misreads the SAE
         yield f"{note}."
     else:
         code = f'from sae_lens import SAE\n\nsae = SAE.from_pretrained("{repo}", "sae")\n'

@@ -14,10 +14,8 @@ def open_controls(subject: Subject, control: str | None, *, limit: int | None) -
 
     control: a kind of control in the sweep of `subject`, `all` for all kinds, or any SAE that
     analyze.py opens. None: the first `limit` kinds in the sweep, in the order of `Control`, or all
-    kinds if `limit` is None.
-
-    UserError: there is no such SAE, or it is of another LLM or site.
-    """
+    kinds if `limit` is None. UserError: there is no such SAE, or it has another LLM, site or kind
+    of data."""
     if control not in (None, "all", *Control.__members__):
         return _open_named(subject, control)
     folders = {}
@@ -30,7 +28,8 @@ def open_controls(subject: Subject, control: str | None, *, limit: int | None) -
             f"control={control}: the sweep of {subject.run} has no such control (it has {others}); "
             "train controls with sweep.controls=true, or give the folder of an SAE"
         )
-    kinds = kinds[:limit] if control is None else kinds
+    if control is None:
+        kinds = kinds[:limit]
     saes = {kind.name: load_sae(folders[kind]) for kind in kinds}
     return {name: sae.to(subject.device) for name, sae in saes.items()}
 

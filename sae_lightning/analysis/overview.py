@@ -44,7 +44,7 @@ class OverviewTask(FeaturesTask):
     def execute(self, given_settings: Collection[str]) -> None:
         subject = self.load_subject(given_settings)
         controls = open_controls(subject, self.control, limit=1)
-        if not subject.config.data_source.has_llm:  # without text there is only a scorecard
+        if not subject.config.data_source.has_llm:  # no text: only scorecards
             evaluation = score_subject(subject, controls=controls)
             comparison = _compare_with_controls(subject, *evaluation.list_scores())
             sections = [make_scorecard_section(evaluation), comparison]
@@ -105,8 +105,9 @@ def _gather_scores(
     """Gather the scores of the SAE, of its controls by name, and of random directions.
     feature_scores: name of a control -> scores of its features."""
     scores, controls = evaluation.list_scores()
-    f1 = {detectors.concept: detectors.feature.f1 for detectors in theory.detectors}
-    scores |= score_features(survey.features.token_sets.score, [f1[c] for c in CONCEPTS if c in f1])
+    f1_by_concept = {units.concept: units.feature.f1 for units in theory.detectors}
+    f1 = [f1_by_concept[concept] for concept in CONCEPTS if concept in f1_by_concept]
+    scores |= score_features(survey.features.token_sets.score, f1)
     for name in controls:
         controls[name] |= feature_scores[name]
         if probes is not None:

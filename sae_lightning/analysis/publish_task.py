@@ -30,7 +30,7 @@ from sae_lightning.terminal import console, format_command, make_grid
 # Results of other tasks that are uploaded if they exist: numbers and the page.
 RESULT_FILES = ("evaluate.json", "overview.json", "index.html")
 # A path in a text: absolute or from the home folder (~), but not within a name, a web address or a
-# special token. A single part (/data, [/INST]) has nothing to hide.
+# special token. It has at least two parts: /data or [/INST] hides nothing.
 PATH = re.compile(r"(?<![\w.:/~<|])~?(?:/[^\s,;'\"\])}/]+){2,}/?")
 
 
@@ -86,8 +86,8 @@ class PublishTask(Task):
             raise UserError(f"repo={self.repo}: you are not logged in at the hub; run: {LOGIN}")
 
     def _confirm(self) -> None:
-        """UserError unless the repository, if it exists, is as visible as `private` says, and the
-        user agrees to make files public."""
+        """UserError if the repository exists and is less or more visible than `private` says, or if
+        the user does not agree to make files public."""
         repo_is_private = is_private(self.repo)
         if self.private and repo_is_private is False:  # None: it does not exist yet
             raise UserError(
@@ -119,7 +119,7 @@ def collect_files(folder: Path) -> dict[str, bytes | Path]:
     sae_folder = folder / "sae" if (folder / "sae").is_dir() else folder
     cfg_file = sae_folder / CFG
     cfg = json.loads(read_regular_file(cfg_file)) if cfg_file.is_file() else {}
-    if OWN_KEY not in cfg:  # its weights may need centring or scales, which the card leaves out
+    if OWN_KEY not in cfg:  # the SAE may need centring or scaling, which the card's code leaves out
         raise UserError(
             f"{folder} holds an SAE that another tool saved: write it with task=export "
             "format=saelens first, and publish that folder"
@@ -155,8 +155,8 @@ def refuse_links(folder: Path, names: Collection[str]) -> None:
 
 def read_results(folder: Path) -> dict[str, Any]:
     """Read the numbers for the model card, by task: `evaluate`, `theory` and `probe`, from the
-    task's own results or else from the overview. Without those of `evaluate`, the scores at the end
-    of training take their place. UserError if a file is damaged."""
+    task's own results or else from the overview. If the SAE was not evaluated, `evaluate` holds the
+    scores at the end of training. UserError if a file is damaged."""
     results = {}
     for name in ("overview", "theory", "probe", "evaluate"):
         if numbers := read_json(folder / "analysis" / f"{name}.json"):

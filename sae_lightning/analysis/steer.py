@@ -3,8 +3,9 @@
     add:    y + strength * W_dec[feature]         clamp:  y + (strength - f(x)) * W_dec[feature]
 
 at the target, on every token but BOS; x, y = activations at source and target, f = the feature's
-activation on x. (Templeton et al. 2024, "Scaling monosemanticity", clamp; Turner et al. 2023,
-"Steering language models with activation engineering", add.)
+activation on x, strength = the setting, of any sign. (Templeton et al. 2024, "Scaling
+monosemanticity", clamp; Turner et al. 2023, "Steering language models with activation
+engineering", add.)
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -160,8 +161,7 @@ def steer(
 
     strengths: in units of the feature's activation; None for those at which the added vector
     has 0.2, 0.3 and 0.4 times the median norm of the prompt's activations. All continuations are
-    sampled in one batch, with the same random numbers (see `generate`).
-    """
+    sampled in one batch, with the same random numbers (see `generate`)."""
     subject.check_features([feature])
     llm = subject.llm
     ids = encode_prompt(llm.tokenizer, prompt, tokens, read_context_length(llm.model))

@@ -51,9 +51,9 @@ class Subject:
 
     @property
     def results_folder(self) -> Path:
-        """Folder for pages and numbers: `analysis` in the SAE's folder; beside a weights file, and
-        named after it; below the working folder if the SAE was downloaded, because nothing is
-        written to the hub's cache."""
+        """Folder for pages and numbers: `analysis` in the SAE's folder, or `<file>-analysis` beside
+        a weights file. If the SAE was downloaded, it is below the working folder, because nothing
+        is written to the hub's cache."""
         if self.address:
             return name_hub_folder(self.address) / "analysis"
         if self.folder.is_file():
@@ -125,8 +125,9 @@ class Subject:
     def _require_llm(self) -> None:
         source = self.config.data_source
         if not source.has_llm:
-            if_text = "; if an LLM made them, name it and a text with llm=... data=..."
-            remedy = if_text if source.fits_text else ""
+            remedy = ""
+            if source.accepts_text:
+                remedy = "; if an LLM made them, name it and a text with llm=... data=..."
             raise UserError(
                 f"{self.folder} was trained on {source.origin} and names no LLM: only "
                 f"task=evaluate and task=overview can score it{remedy}"
@@ -138,10 +139,7 @@ def open_subject(
 ) -> Subject:
     """Open the SAE in the folder or at the hub address `run`, without loading the LLM. `settings`
     holds llm, data, layer and seed; `given_settings` names those (llm, llm.device, layer.index,
-    ...) that override the folder's.
-
-    UserError: there is no SAE, or it does not fit the LLM.
-    """
+    ...) that override the folder's. UserError: there is no SAE, or it does not fit the LLM."""
     if not run:
         raise UserError("run is empty: give a run folder, as run=outputs/<day>/<time>")
     folder, address = fetch_saved(run), run if is_hub_address(run) else ""
@@ -185,10 +183,8 @@ def open_run(
     layer: LayerConfig | None = None,
 ) -> tuple[Subject, SplitTokens]:
     """Open the SAE in a run folder, or in a folder that another tool saved, and the run's text.
-    `llm`, `data` and `layer` override what the folder says.
-
-    UserError: there is no SAE, or it does not fit the LLM.
-    """
+    `llm`, `data` and `layer` override what the folder says. UserError: there is no SAE, or it does
+    not fit the LLM."""
     # settings that are not given come from the folder; these values are used where it has none
     settings = {
         "llm": llm or LLMConfig(name="smollm2"),
@@ -205,12 +201,13 @@ def open_run(
 def _read_run_config(
     run_folder: Path, settings: dict[str, Any], given_settings: Collection[str]
 ) -> Config:
-    """Read a run's config, with the settings and groups that `given_settings` names replaced by
-    those of `settings`."""
-    # TRUST_SETTING allows the Python code of the run's LLM; llm=... replaces this LLM
+    """Read a run's config, and replace what `given_settings` names, a setting or a whole group, by
+    the value in `settings`."""
+    # TRUST_SETTING allows the Python code of the run's LLM; with llm=..., that code does not run
     config = read_job(run_folder, trusted=bool({"llm", TRUST_SETTING} & {*given_settings})).config
     source = config.data_source
-    if not source.fits_text and (groups := sorted({"llm", "data", "layer"} & {*given_settings})):
+    groups = sorted({"llm", "data", "layer"} & {*given_settings})
+    if groups and not source.accepts_text:
         raise UserError(
             f"{groups[0]}=... has no meaning for {run_folder}, which was trained on "
             f"{source.origin}: leave it out"

@@ -63,8 +63,8 @@ class Task:
         if subject.address:  # downloaded: results go to a new folder below the working folder
             subject.results_folder.parent.mkdir(parents=True, exist_ok=True)
         refuse_link(subject.results_folder)
-        folder = subject.results_folder
-        folder = folder if folder.exists() else folder.parent
+        exists = subject.results_folder.exists()
+        folder = subject.results_folder if exists else subject.results_folder.parent
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise UserError(
                 f"{folder} cannot be written to: copy {subject.folder} (its config.yaml and sae/ "
@@ -95,7 +95,7 @@ class Task:
         annotated: AnnotatedText | None = None,
     ) -> None:
         """Write `results` as JSON, and a page of the other arguments; print both paths. The page
-        suggests commands to run next, for `feature` if given."""
+        suggests commands to run next, for `feature` if given. The parquet files exist already."""
         # the overview is the folder's main page
         name = f"{self.results_name}.html" if self.task != "overview" else "index.html"
         page_path = subject.results_folder / name

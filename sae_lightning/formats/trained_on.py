@@ -62,7 +62,7 @@ def find_origin(metadata: dict[str, Any], address: str, layer: LayerConfig | Non
     checked = {k: metadata[k] for k, t in WRITTEN_TYPES.items() if type(metadata.get(k)) is t}
     sites, problem = None, ""
     try:
-        if not layer and (warning := describe_missing_gain(checked, address)):
+        if not layer and (warning := describe_missing_norm_gain(checked, address)):
             raise UserError(f"{warning}; give layer=transcoder layer.index=... to write that site")
         chosen = layer or read_layer(checked, address)
         source = Site(chosen.index, chosen.source)
@@ -135,7 +135,7 @@ def read_layer(metadata: dict[str, Any], address: str) -> LayerConfig:
     return LayerConfig(index=block, source=source, target=target)
 
 
-def describe_missing_gain(metadata: dict[str, Any], address: str) -> str | None:
+def describe_missing_norm_gain(metadata: dict[str, Any], address: str) -> str | None:
     """A warning that the SAE at `address` was trained on the MLP's input without the gain (the
     weights) of the norm before it, as TransformerLens computes it; None otherwise."""
     hook = metadata.get("hook_name") or ""

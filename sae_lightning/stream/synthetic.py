@@ -234,7 +234,7 @@ class SyntheticSource(NoLLMSource):
     data: SyntheticConfig
     settings = SyntheticConfig
     noun, where = "samples", "data=synthetic"
-    origin, fits_text = "synthetic concepts", False
+    origin, accepts_text = "synthetic concepts", False
     metrics = frozenset(Recovery._fields) - CONCEPT_METRICS
     headline = "recovered"
 

@@ -61,6 +61,9 @@ def write_circuit_tracer_features(
 def _make_entry(content: DashboardContent, dashboard: Dashboard) -> dict[str, Any]:
     layer, feature = content.name.layer, dashboard["feature_index"]
     maximum = content.catalogue.statistics.maximum[feature].item()
+    groups = groupby(
+        dashboard["activations"], key=lambda example: (example["bin_min"], example["bin_max"])
+    )
     quantiles = [
         {
             # bin_min is -1 for the strongest examples
@@ -75,9 +78,7 @@ def _make_entry(content: DashboardContent, dashboard: Dashboard) -> dict[str, An
                 for example in examples
             ],
         }
-        for (low, high), examples in groupby(
-            dashboard["activations"], key=lambda example: (example["bin_min"], example["bin_max"])
-        )
+        for (low, high), examples in groups
     ]
     return {
         "transcoder_id": content.name.id,

@@ -15,7 +15,7 @@ from sae_lightning.llm.sites import Kind
 from sae_lightning.report.catalogue import Catalogue, LogitEffect
 from sae_lightning.terminal import console
 
-# Neuronpedia's id of a model: the end of its name on the hub in lower case, with these replaced.
+# Pattern -> replacement: from an LLM's name on the hub, in lower case, to Neuronpedia's id of it.
 MODEL_ID_PATTERNS = {
     r"^smollm2$": "smollm2-135m",  # packaged
     r"^gpt2$": "gpt2-small",
@@ -138,8 +138,8 @@ def open_content(task: DashboardSettings, given_settings: Collection[str]) -> Da
     _ = subject.tokenizer  # UserError for data without an LLM
     catalogue = task.find_catalogue(subject, given_settings)
     effect = catalogue.effect
-    later_fields = [catalogue.linear_histogram, catalogue.neighbours, effect and effect.histogram]
-    if any(field is None for field in later_fields):
+    new_fields = [catalogue.linear_histogram, catalogue.neighbours, effect and effect.histogram]
+    if any(field is None for field in new_fields):
         console.print("the catalogue is of an older version, without histograms: making a new one")
         catalogue = task.make_catalogues(subject).features
     effect = measure_effects(subject, None) if task.direct else catalogue.effect

@@ -68,6 +68,7 @@ def _make_dashboards(content: DashboardContent, features: Tensor) -> list[Dashbo
         "frac_nonzero": shorten_numbers(catalogue.statistics.densities[features].double()),
         **_describe_strengths(content, features),
     }
+    # SAEDashboard's keys of which this package measures nothing are empty
     constants = {
         f"correlated_{units}_{column}": []
         for units in ("neurons", "features")
@@ -148,13 +149,12 @@ def _describe_strengths(content: DashboardContent, features: Tensor) -> dict[str
 def _list_examples(
     examples: Examples, upper_bound: Tensor, vocabulary: list[str]
 ) -> list[list[Example]]:
-    """List the tokens and strengths of each example [n, k], {} where there is none. upper_bound:
-    [n, k or 1] the strength that no token of the example exceeds, except by rounding to half
-    precision."""
-    # of each token [n, k, WINDOW] in its sequence; examples.position is that of the peak
+    """List the tokens and strengths of each example, for n features and k examples each; {} where
+    a feature has fewer. upper_bound: [n, k or 1] greatest strength in the example, which other
+    strengths, stored in half precision, may exceed by rounding."""
+    # [n, k, WINDOW] position of each token in its sequence; the peak is token BEFORE of the window
     positions = examples.position[..., None] + torch.arange(WINDOW) - BEFORE
     inside = (examples.tokens >= 0) & (positions > 0)  # without BOS
-    # stored in half precision, except for the peak
     strengths = examples.strengths.float().minimum(upper_bound[..., None])
     strengths[..., BEFORE] = examples.peak_strength
     peak_index = inside[..., :BEFORE].sum(dim=-1).tolist()  # index among the tokens that are inside

@@ -44,6 +44,7 @@ def write_neuronpedia(content: DashboardContent, folder: Path) -> None:
         (source_folder / f"{table}.jsonl").write_text(_format_row(row), encoding="utf8")
     explanations = read_explanations(content.subject)
     for i, dashboards in enumerate(list_dashboards(content)):
+        features = [d["feature_index"] for d in dashboards]
         tables = {
             "features": [_make_feature(content, d, created) for d in dashboards],
             "activations": [
@@ -53,7 +54,7 @@ def write_neuronpedia(content: DashboardContent, folder: Path) -> None:
             ],
             "explanations": [
                 _make_explanation(content, feature, explanations[feature], created)
-                for feature in (d["feature_index"] for d in dashboards)
+                for feature in features
                 if feature in explanations
             ],
         }
@@ -160,7 +161,7 @@ def _make_feature(content: DashboardContent, dashboard: Dashboard, created: str)
 def _list_neighbours(content: DashboardContent, feature: int) -> Row:
     """List the features with the most similar decoder rows, and their cosines."""
     others, cosines = (field[feature] for field in content.catalogue.neighbours)
-    exists = others >= 0  # the rest is padding
+    exists = others >= 0  # padded with -1
     return {
         "topkCosSimIndices": others[exists].tolist(),
         "topkCosSimValues": [round(value, 5) for value in cosines[exists].tolist()],

@@ -52,10 +52,8 @@ class Cost(NamedTuple):
 
 
 class Answers:
-    """Answers of one model, cached in `folder` (by default in the user's cache folder).
-
-    UserError: the folder cannot be written to.
-    """
+    """Answers of one model, cached in `folder` (by default in the user's cache folder). UserError
+    if the folder cannot be written to."""
 
     def __init__(self, model: ChatModel, folder: Path | None = None):
         self.model = model

@@ -5,7 +5,7 @@
     windows of the sample       firing   □ □ □ ...       more texts for the test
                                 silent   ○ ○ ○ ...       texts in which the feature is silent
 
-The texts of a feature are all from different sequences, and no two of them are equal.
+All texts of a feature are from different sequences, and no two texts are equal.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -54,10 +54,9 @@ class Evidence(NamedTuple):
 
 def pick_features(catalogue: Catalogue, count: int, seed: int = 0) -> list[int]:
     """Pick `count` random features with enough examples to explain and to test."""
-    examples = (catalogue.top.peak_strength > 0).sum(dim=1) + (
-        catalogue.random.peak_strength > 0
-    ).sum(dim=1)
-    candidates = (examples >= 2 * MIN_TEXTS).nonzero().squeeze(1)
+    peaks = torch.cat([catalogue.top.peak_strength, catalogue.random.peak_strength], dim=1)
+    example_counts = (peaks > 0).sum(dim=1)  # a peak of 0 is padding
+    candidates = (example_counts >= 2 * MIN_TEXTS).nonzero().squeeze(1)
     drawn = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))[:count]
     return candidates[drawn].sort().values.tolist()
 
@@ -71,13 +70,12 @@ def gather(
     special: Collection[int] = (),
     seed: int = 0,
 ) -> list[Evidence]:
-    """Gather the evidence for each of `features`. Half of its examples in the catalogue are for the
-    explainer. The other half and random windows of the sample are for the test: at most `scored`
-    texts in which the feature fires, and at most as many in which it is silent.
+    """Gather the evidence for each of `features`. Every other example in the catalogue is for the
+    explainer. The remaining ones and random windows of the sample are for the test: at most
+    `scored` texts in which the feature fires, and at most as many in which it is silent.
 
     catalogue: of the SAE's features, from the same pass over the text as `sample`, so that a
-    sequence has the same index in both; special: ids of tokens shown as DOCUMENT_MARK.
-    """
+    sequence has the same index in both; special: ids of tokens shown as DOCUMENT_MARK."""
     special, vocabulary = {*special}, catalogue.vocabulary
     token_texts = [DOCUMENT_MARK if i in special else text for i, text in enumerate(vocabulary)]
     return [_gather_one(catalogue, sample, i, scored, token_texts, seed) for i in features]
@@ -114,10 +112,9 @@ def _gather_one(
     shown = [*skip_seen(examples)]
     # at most half are top examples, so that the test includes firing at any strength
     firing = [*islice(skip_seen(_take_examples(top, feature, 1)), scored // 2)]
-    others = chain(
-        _take_examples(random, feature, 1), _draw_windows(sample, strengths, strengths > 0, rng)
-    )
-    firing += islice(skip_seen(others), scored - len(firing))
+    windows = _draw_windows(sample, strengths, strengths > 0, rng)
+    more = skip_seen(chain(_take_examples(random, feature, 1), windows))
+    firing += islice(more, scored - len(firing))
     silent = _draw_windows(sample, strengths, sample.keep & (window_maximum == 0), rng)
     return Evidence(feature, shown, firing, [*islice(skip_seen(silent), len(firing))])
 

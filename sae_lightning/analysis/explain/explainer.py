@@ -90,10 +90,10 @@ class Explainer:
         for feature, question in questions.items():
             reply = self.answers.read_cached(question)
             explanations[feature] = prompts.parse_explanation(reply.text) if reply else longest
-        tests = [question for *_, question in self._make_tests(all_evidence, explanations)]
+        tests = [question for _, _, question in self._make_tests(all_evidence, explanations)]
         missing = [
             question
-            for question in dict.fromkeys([*questions.values(), *tests])
+            for question in dict.fromkeys([*questions.values(), *tests])  # each once
             if self.answers.read_cached(question) is None
         ]
         return Cost(
@@ -103,17 +103,15 @@ class Explainer:
         )
 
     def explain_features(self, all_evidence: list[Evidence]) -> list[Explanation]:
-        """Explain each feature that has enough evidence, and score the explanations.
-
-        UserError if the model stops answering; its answers until then are cached for the next call.
-        """
+        """Explain each feature that has enough evidence, and score the explanations. UserError if
+        the model stops answering; its answers until then are cached for the next call."""
         questions = self._make_questions(all_evidence)
         with phase("explaining features", total=len(questions)) as advance:
             answers = self.answers.ask([*questions.values()], advance)
         explanations = dict(zip(questions, map(prompts.parse_explanation, answers), strict=True))
         tests = self._make_tests(all_evidence, explanations)
         with phase("testing explanations", total=len(tests)) as advance:
-            answers = self.answers.ask([question for *_, question in tests], advance)
+            answers = self.answers.ask([question for _, _, question in tests], advance)
         # feature, template -> truths and verdicts of all its trials
         results: dict[tuple[int, str], tuple[list[bool], list[bool | None]]] = {}
         for (feature, trial, _), answer in zip(tests, answers, strict=True):
@@ -151,7 +149,7 @@ class Explainer:
         for evidence in all_evidence:
             if explanation := explanations.get(evidence.feature):
                 trials = make_fuzzing_trials(evidence, self.together, self.seed)
-                if evidence.silent:  # otherwise there is nothing to tell apart
+                if evidence.silent:  # else "yes" would be right for every text
                     trials = make_detection_trials(evidence, self.together, self.seed) + trials
                 for trial in trials:
                     tokens = VERDICT_TOKENS * len(trial.texts) + SPARE_TOKENS + self.thinking
@@ -170,15 +168,15 @@ def make_detection_trials(evidence: Evidence, together: int, seed: int = 0) -> l
 
 def make_fuzzing_trials(evidence: Evidence, together: int, seed: int = 0) -> list[Trial]:
     """Trials on at most `together` texts each. No trial has both versions of a text, because their
-    difference would give the answer away. A text is left out if fewer tokens are silent than are
-    marked: then its wrong version has too few tokens to mark."""
+    difference would give the answer away. A text with fewer silent tokens than marked ones is left
+    out, because its wrong version could not have as many marks."""
     rng = random.Random(f"{seed} fuzzing {evidence.feature}")
     versions = []  # pairs: a text with the right tokens marked, and with wrong ones
     for window in evidence.firing:
         silent = [
             i
-            for i, (token, strength) in enumerate(zip(*window, strict=True))
-            if strength == 0 and token != DOCUMENT_MARK
+            for i, strength in enumerate(window.strengths)
+            if strength == 0 and window.tokens[i] != DOCUMENT_MARK
         ]
         count = len(prompts.find_marked(window))
         if count <= len(silent):
@@ -186,7 +184,7 @@ def make_fuzzing_trials(evidence: Evidence, together: int, seed: int = 0) -> lis
             versions.append((prompts.mark_tokens(window), prompts.mark_tokens(window, decoys)))
     rng.shuffle(versions)
     trials = []
-    # the right version of every other text in one turn, and of the remaining texts in the other
+    # each turn has one version of every text: the right one of every other text
     for turn in (0, 1):
         pairs = [
             (right, True) if i % 2 == turn else (wrong, False)

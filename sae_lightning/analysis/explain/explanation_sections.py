@@ -73,11 +73,10 @@ def make_token_set_section(catalogue: Catalogue, features: list[int]) -> Section
         score = token_sets.score[feature]
         tokens = [catalogue.vocabulary[t] for t in token_sets.tokens[feature].tolist() if t >= 0]
         listed = ("after " if token_sets.previous[feature] else "") + " ".join(map(repr, tokens))
-        rows.append(
-            [f"{feature}: fires too rarely for a score", "–"]
-            if score.isnan()
-            else [f"{feature}: {listed}", f"{score:.2f}"]
-        )
+        if score.isnan():
+            rows.append([f"{feature}: fires too rarely for a score", "–"])
+        else:
+            rows.append([f"{feature}: {listed}", f"{score:.2f}"])
     return Section(
         title="Explanations",
         lead="No model was named to put features into words. Instead, this is how well the best "

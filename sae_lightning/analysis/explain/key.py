@@ -32,8 +32,9 @@ def check_url(url: str, key: str) -> bool:
     """
     try:
         parts = urlsplit(url)
-        scheme, host, _ = parts.scheme, parts.hostname, parts.port
-    except ValueError:  # an impossible port, for example
+        scheme, host = parts.scheme, parts.hostname
+        _ = parts.port  # ValueError if it is impossible
+    except ValueError:
         scheme = host = None
     else:
         if parts.username or parts.password or parts.query or parts.fragment:

@@ -43,7 +43,7 @@ class LocalModel(ChatModel):
 
     def __init__(self, llm: LLM):
         self.llm = llm
-        *_, last = llm.model.parameters()  # hashing all of them would take long
+        last = [*llm.model.parameters()][-1]  # hashing all parameters would take long
         weights_hash = hashlib.sha256(last.float().cpu().numpy().tobytes()).hexdigest()[:16]
         self.name = f"local {llm.name} {weights_hash}"  # the weights in a folder may change
 
@@ -90,8 +90,8 @@ class Endpoint(ChatModel):
             # no redirect carries the key elsewhere, and no proxy an unencrypted key
             http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_local),
         )
-        # `complete` changes them for a reasoning model, which has another name for the limit on
-        # tokens and accepts no temperature
+        # `complete` changes both for a reasoning model, which calls the limit on tokens
+        # max_completion_tokens and accepts no temperature
         self._limit_name, self._settings = "max_tokens", {"temperature": 0}
 
     def complete(self, question: Question, patient: bool = True) -> Reply:
@@ -99,7 +99,7 @@ class Endpoint(ChatModel):
 
         client = self._client if patient else self._client.with_options(max_retries=1)
         while True:
-            # read once: another thread may change them
+            # read once, because another thread may change the attributes
             limit_name, settings = self._limit_name, self._settings
             try:
                 completion = client.chat.completions.create(
@@ -172,10 +172,8 @@ def open_model(
     key_env: str | None = DEFAULT_KEY_ENV,
     concurrency: int = 8,
 ) -> ChatModel | None:
-    """The model at an endpoint, or a local one; None if none is named.
-
-    UserError if the address is invalid or the local model cannot be loaded.
-    """
+    """The model at an endpoint, or a local one; None if `model` is None. UserError if the address
+    is invalid or the local model cannot be loaded."""
     if model is None:
         return None
     if endpoint is not None:

@@ -125,5 +125,6 @@ def parse_verdicts(answer: str, count: int) -> list[bool | None]:
 
 def _drop_thoughts(answer: str) -> str:
     """The answer after a reasoning model's thoughts; empty if they never end."""
-    _, end, rest = answer.rpartition("</think>")
-    return "" if not end and "<think>" in rest else rest.strip()
+    if "<think>" in answer and "</think>" not in answer:
+        return ""
+    return answer.rpartition("</think>")[2].strip()
