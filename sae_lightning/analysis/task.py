@@ -118,7 +118,7 @@ class Task:
 
 
 def suggest_commands(run: str, feature: int | None) -> list[str]:
-    """Suggest commands to run next on the SAE `run`, and on `feature` unless it is None."""
+    """Suggest commands to run next: tasks on `feature`, or the overview of `run` if that is None."""
     if feature is None:
         return [format_command("analyze.py", run=run)]
     return [

@@ -68,7 +68,7 @@ def _make_dashboards(content: DashboardContent, features: Tensor) -> list[Dashbo
         "frac_nonzero": shorten_numbers(catalogue.statistics.densities[features].double()),
         **_describe_strengths(content, features),
     }
-    # SAEDashboard's keys of which this package measures nothing are empty
+    # the same for all features; a list is empty if this package does not measure its numbers
     constants = {
         f"correlated_{units}_{column}": []
         for units in ("neurons", "features")
@@ -150,8 +150,8 @@ def _list_examples(
     examples: Examples, upper_bound: Tensor, vocabulary: list[str]
 ) -> list[list[Example]]:
     """List the tokens and strengths of each example, for n features and k examples each; {} where
-    a feature has fewer. upper_bound: [n, k or 1] greatest strength in the example, which other
-    strengths, stored in half precision, may exceed by rounding."""
+    a feature has fewer. A strength above upper_bound [n, k or 1], because it is stored in half
+    precision, is lowered to it."""
     # [n, k, WINDOW] position of each token in its sequence; the peak is token BEFORE of the window
     positions = examples.position[..., None] + torch.arange(WINDOW) - BEFORE
     inside = (examples.tokens >= 0) & (positions > 0)  # without BOS

@@ -121,8 +121,9 @@ class Endpoint(ChatModel):
         try:
             usage, text = completion.usage, completion.choices[0].message.content
             counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+            tokens_in, tokens_out = (int(count or 0) for count in counts)
             # the text is None if reasoning took all tokens
-            return Reply(str(text or ""), *(int(count or 0) for count in counts))
+            return Reply(str(text or ""), tokens_in, tokens_out)
         except (AttributeError, IndexError, TypeError, ValueError, OverflowError):
             raise self._make_error(ValueError("does not answer as OpenAI's API does")) from None
 
