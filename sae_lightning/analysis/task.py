@@ -118,7 +118,7 @@ class Task:
 
 
 def suggest_commands(run: str, feature: int | None) -> list[str]:
-    """Suggest commands to run next: tasks on `feature`, or the overview of `run` if that is None."""
+    """Suggest commands to run next: tasks on `feature`, or the overview of `run` without one."""
     if feature is None:
         return [format_command("analyze.py", run=run)]
     return [
