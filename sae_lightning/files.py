@@ -77,7 +77,8 @@ def make_private_folder(path: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove the temporary folders that killed writers left in `folder`: all of them, or those made
     for the file `name`."""
-    for leftover in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
+    pattern = f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"
+    for leftover in folder.glob(pattern):
         with suppress(OSError):  # also BlockingIOError: the writer is alive and holds the lock
             if not stat.S_ISDIR(leftover.lstat().st_mode):  # version 0.1.0 wrote files
                 leftover.unlink()

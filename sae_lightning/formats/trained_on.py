@@ -57,7 +57,7 @@ WRITTEN_TYPES |= {"dataset_path": str, "prepend_bos": bool, OWN_KEY: dict}
 
 
 def find_origin(metadata: dict[str, Any], address: str, layer: LayerConfig | None) -> Origin:
-    """Make the Origin of the SAE at `address` from those of its metadata that have the right type;
+    """Make the Origin of the SAE at `address` from its metadata, without values of a wrong type;
     `layer`, if given, replaces the sites in the metadata."""
     checked = {k: metadata[k] for k, t in WRITTEN_TYPES.items() if type(metadata.get(k)) is t}
     sites, problem = None, ""

@@ -153,7 +153,7 @@ def _measure_means(
     if predictions == 0:
         raise ValueError("keep marks no token after the first position: nothing to score")
     batches = list(zip(tokens.split(batch), keep.split(batch), strict=True))
-    chunk_sums: list[list[list[float]]] = []  # `_sum_chunks` of each of this rank's batches
+    chunk_sums: list[list[list[float]]] = []  # results of `_sum_chunks` for this rank's batches
     for start in range(0, len(batches), ranks.size):
         round_batches = batches[start : start + ranks.size]
         # In the last round, ranks without a batch repeat one: edits may communicate.
