@@ -30,8 +30,8 @@ class OnePassLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Train the jobs, with the seeds and controls that they ask for. Each job returns its mean
-        objective over seeds, or None if its run with one of the seeds failed."""
+        """Train the jobs, with the seeds and controls that they ask for. The value of a job is its
+        mean objective over seeds, or None if one of its seeds failed."""
         setup_globals()
         composed: list[tuple[DictConfig, JobReturn]] = []
         try:
@@ -45,16 +45,17 @@ class OnePassLauncher(Launcher):
                 for config, job_return in composed
                 for job in job_return.return_value
             ]
-            groups = expand_jobs([job for *_, job in entries])  # each job with its added runs
+            groups = expand_jobs([job for _, _, job in entries])  # each job with its added runs
             if line := describe_expansion(groups):
                 console.print(line)
             with phase("starting"):  # imported late, so that wrong settings are reported at once
                 from sae_lightning.analysis.benchmarks.benchmark_objective import train_and_score
 
-            for config, *_ in entries:
+            for config, _, _ in entries:
                 self.context.callbacks.on_job_start(config=config, task_function=self.task_function)
             jobs = [job for group in groups for job in group]
-            results = dict(zip([job.folder for job in jobs], train_and_score(jobs), strict=True))
+            metrics = train_and_score(jobs)
+            results = dict(zip([job.folder for job in jobs], metrics, strict=True))
         finally:
             for config, _ in composed:
                 remove_unused_folder(Path(config.hydra.runtime.output_dir))
@@ -63,7 +64,8 @@ class OnePassLauncher(Launcher):
         job_returns = []
         for (config, composed_return, _), group in zip(entries, groups, strict=True):
             objective = average_objective(group, results)
-            for job in group[:1] if is_search else group:
+            returned_jobs = group[:1] if is_search else group
+            for job in returned_jobs:
                 job_return = copy(composed_return)
                 job_return.overrides, job_return.working_dir = job.overrides, str(job.folder)
                 job_return.return_value = objective
@@ -72,7 +74,7 @@ class OnePassLauncher(Launcher):
         return job_returns
 
     def _compose(self, index: int, overrides: list[str]) -> tuple[DictConfig, JobReturn]:
-        """Compose a job as Hydra does; its return value is the list of our jobs."""
+        """Compose one of Hydra's jobs; `JobReturn.return_value` is the list of our jobs."""
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = index

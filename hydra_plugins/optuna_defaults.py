@@ -12,8 +12,8 @@ class OptunaDefaults(SearchPathPlugin):
     """Replaces the defaults of Optuna's sweeper, which would minimise the objective.
 
     Hydra calls `manipulate_search_path` after all plugins have stored their configs and before it
-    composes one. A preset in conf/ could not replace them: Hydra refuses one with the name of a
-    plugin's config.
+    composes one. A preset in conf/ could not replace the defaults, because Hydra refuses a preset
+    with the name of a plugin's config.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:

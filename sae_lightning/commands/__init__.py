@@ -22,7 +22,7 @@ def run_analyze() -> None:
 
 
 def _prepare() -> None:
-    """Set up Ctrl-C, packages and OpenMP before the imports that take seconds."""
+    """Set up Ctrl-C and OpenMP and check packages, before the imports that take seconds."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C exits without a traceback
     check_packages()
     from sae_lightning.runs.threads import share_cores

@@ -32,7 +32,7 @@ def analyze_composed(cfg: DictConfig) -> None:
         overrides = read_overrides(HydraConfig.get())
         given_settings = [override.lstrip("+~").partition("=")[0] for override in overrides]
         if OmegaConf.is_missing(cfg.layer, "index"):
-            # llm=hf leaves it missing, which `to_dataclass` refuses. The 0 is used only if `layer`
-            # is given; otherwise, the task takes the layer that the SAE was trained on.
+            # llm=hf has no default index, and `to_dataclass` refuses a missing one. 0 is used only
+            # with `layer=...`; otherwise, the task takes the layer that the SAE was trained on.
             cfg.layer.index = 0
         to_dataclass(cfg).execute(given_settings)

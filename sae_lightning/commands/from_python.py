@@ -53,10 +53,8 @@ class Run:
 
 def train(*arguments: str, config_dir: str | os.PathLike | None = None) -> Run:
     """Train the SAE that the arguments of `train.py` describe, or go on with `resume=...`.
-
     `config_dir`: a folder with presets of your own. A UserError holds the line that the command
-    would print.
-    """
+    would print."""
     (result,) = _run_hydra(arguments, config_dir, sweep=False)
     return Run(Path(result.hydra_cfg.hydra.runtime.output_dir))
 
@@ -64,11 +62,9 @@ def train(*arguments: str, config_dir: str | os.PathLike | None = None) -> Run:
 def train_sweep(*arguments: str, config_dir: str | os.PathLike | None = None) -> list[Run]:
     """Train the SAEs of a sweep, `train.py -m` with these arguments, on as few passes of the LLM as
     possible. In the list, the runs that `sweep.seeds` and `sweep.controls` add follow their SAE.
-
-    UserError: as in `train`, or because some SAEs failed; the others are in their folders.
-    """
+    UserError: as in `train`, or because some SAEs failed; finished SAEs are in their folders."""
     results = _run_hydra(arguments, config_dir, sweep=True)
-    # each run once: several jobs may have added it
+    # one_pass sets working_dir to the run folder; a run that several jobs have added is listed once
     folders = dict.fromkeys(Path(result.working_dir).absolute() for result in results)
     return [Run(folder) for folder in folders]
 
@@ -79,7 +75,7 @@ def _run_hydra(
     """Run Hydra with the arguments of a command line; returns the result of each job."""
     with _raise_printed_errors(arguments):
         _refuse_unsupported(arguments)
-        # load_plugins reads the folder of presets from this flag
+        # the flag tells load_plugins the folder of presets
         flags = [] if config_dir is None else ["--config-dir", os.fspath(config_dir)]
         settings = load_plugins([*flags, *arguments])[len(flags) :]
         if not sweep:
@@ -89,9 +85,9 @@ def _run_hydra(
             if error := result.return_value:
                 raise error
             return [result]
-        # the mode replaces the flag -m, which comes first
+        # [1:] drops -m, for which hydra.mode stands
         overrides = [*rewrite_arguments(["-m", *settings])[1:], "hydra.mode=MULTIRUN"]
-        with _start_hydra(config_dir) as hydra:
+        with _start_hydra(config_dir) as hydra:  # one_pass raises the error of a job itself
             batches = hydra.multirun("config", _train_job, overrides, with_log_configuration=False)
             return [result for batch in batches for result in batch]
 

@@ -43,7 +43,7 @@ def train_composed(cfg: DictConfig) -> float | None:
     with report_errors(folder, multirun):
         import_plugins(cfg.plugins)  # a process that submitit started has not done so
         job = make_composed_job(cfg)
-        # imported late, so that a mistyped setting is reported at once
+        # late, so that a mistyped setting is reported at once; a benchmark may be the objective
         with phase("starting"):
             from sae_lightning.analysis.benchmarks.benchmark_objective import train_and_score
 

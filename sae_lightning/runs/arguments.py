@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.errors import UserError
 from sae_lightning.runs.config import Config
-from sae_lightning.runs.translations import translate_setting
+from sae_lightning.runs.translations import advise_on_setting
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.terminal import name_program
@@ -62,7 +62,7 @@ def check_arguments(arguments: list[str]) -> list[str]:
     parsed, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(
-            translate_setting(unknown[0])
+            advise_on_setting(unknown[0])
             or f"{unknown[0]}: no such flag; settings are written without dashes (setting=value), "
             "and --help lists them"
         )
@@ -106,22 +106,23 @@ def refuse_sweep(arguments: list[str]) -> None:
 
 
 def quote_texts(arguments: list[str]) -> list[str]:
-    """The arguments with the values of text settings (prompts, names, paths) quoted for Hydra.
+    """The arguments with the values of text settings (prompts, names, paths) quoted for Hydra, so
+    that numbers such as `1e3` and quotes are text. `${...}` keeps its meaning, and so does `null`
+    if the setting may be null.
 
-    A number such as `1e3` becomes text, and quotes become part of the text. Only `${...}` keeps its
-    meaning for Hydra, and `null` if the setting may be null. In a path, quotes are left to Hydra,
-    and a leading `~` is expanded, which shells do not do after `=`. In a sweep, commas separate
-    values, and quoted values and functions such as choice(a,b) are left to Hydra.
+    In a path or a sweep, quotes keep their meaning, too. In a path, a leading `~` is expanded,
+    which shells do not do after `=`. In a sweep, commas separate values, and functions such as
+    choice(a,b) keep their meaning.
     """
     multirun, text_settings = is_multirun(arguments), find_text_settings()
     return [_quote_text(argument, multirun, text_settings) for argument in arguments]
 
 
 def allow_new_dict_keys(arguments: list[str]) -> list[str]:
-    """The arguments with `++` before settings that are dicts: without it, Hydra refuses keys that
+    """The arguments with `++` before settings that are dicts: otherwise, Hydra refuses keys that
     the default lacks."""
-    dicts = r"(llm\.load|data\.sites|data\.weights)[.=]"
-    return [f"++{a}" if re.match(dicts, a) else a for a in arguments]
+    dict_settings = r"(llm\.load|data\.sites|data\.weights)[.=]"
+    return [f"++{a}" if re.match(dict_settings, a) else a for a in arguments]
 
 
 def find_text_settings() -> dict[str, bool]:
@@ -142,7 +143,7 @@ def find_text_settings() -> dict[str, bool]:
 
 
 def list_tasks() -> dict[str, type]:
-    """The tasks of analyze.py: name -> schema; none in train.py."""
+    """The tasks of analyze.py: name -> schema; empty in train.py."""
     nodes = ConfigStore.instance().repo.get("task", {})
     return {name.removesuffix(".yaml"): OmegaConf.get_type(n.node) for name, n in nodes.items()}
 
@@ -155,7 +156,7 @@ def join_sweep_values(texts: Iterable[str]) -> str:
     return ",".join(texts)
 
 
-def sweep_settings_of_swept_groups(arguments: list[str]) -> list[str]:
+def wrap_settings_of_swept_groups(arguments: list[str]) -> list[str]:
     """The arguments with each `group.setting=x` of a swept group written as
     `group.setting=choice(x)`, a sweep over one value.
 

@@ -15,7 +15,7 @@ from sae_lightning.training.logging import HeadLog, LoggedRun, SilentLog
 
 
 def build_heads(planned: PlannedPass, modules: dict[Site, str]) -> list[Head]:
-    """The heads that this rank trains, with their logs. `modules`: site -> the LLM's module."""
+    """The heads that this rank trains, with their logs. `modules`: site -> module name."""
     heads = []
     for index in planned.own_share:
         job, pair = planned.jobs[index], planned.sites[index]
@@ -37,7 +37,7 @@ def build_heads(planned: PlannedPass, modules: dict[Site, str]) -> list[Head]:
 
 def _find_resumed_at(planned: PlannedPass, job: Job) -> int | None:
     """Tokens that the job has trained on; None for a new plain run. (`passes.py` marks every job of
-    a multirun as resumed, so a new one has 0.)"""
+    a multirun as resumed, so there a new job has 0.)"""
     return planned.steps_done * job.config.trainer.batch if job.resumed else None
 
 

@@ -99,8 +99,8 @@ def check_jobs(jobs: list[Job]) -> list[CheckedJob]:
     ]
     for warning in dict.fromkeys(filter(None, warnings)):
         console.print(make_visible(warning))
-    # each job's part of the shuffle pool, at most 4 bytes a number; it is on disk twice while a
-    # checkpoint is replaced
+    # each job's part of the shuffle pool, at most 4 bytes a number; twice, because the old pool is
+    # on disk until the new checkpoint is written
     pool_bytes = 2 * 4 * llm.width * config.data.pool * len(distinct_sites(sites)) // len(jobs)
     return [
         CheckedJob(job, pair, done, llm, _count_checkpoint_bytes(job, pair, llm) + pool_bytes)
@@ -148,7 +148,7 @@ def _check_loss_tokens(job: Job) -> None:
 
 
 def _check_kl(job: Job) -> None:
-    """UserError if `loss.kl` is set but there is no LLM, or not the whole LLM, to measure it."""
+    """UserError if `loss.kl` is set, but no LLM or only its first blocks would be loaded."""
     config = job.config
     if config.loss.kl and not config.data_source.has_llm:
         raise UserError(
@@ -189,7 +189,7 @@ def _count_checkpoint_bytes(job: Job, sites: SitePair, llm: LLMShape) -> int:
 def check_disk_space(jobs: list[CheckedJob]) -> None:
     """UserError if the disk has fewer bytes free than the checkpoints of all jobs need."""
     needed, folder = sum(checked.checkpoint_bytes for checked in jobs), jobs[0].job.folder
-    folder = folder if len(jobs) == 1 else folder.parent  # the sweep's
+    folder = folder if len(jobs) == 1 else folder.parent  # of the run or the sweep
     free = read_free_space(folder)
     if free < needed:
         raise UserError(
@@ -199,29 +199,29 @@ def check_disk_space(jobs: list[CheckedJob]) -> None:
 
 
 def _read_steps_done(job: Job, sites: SitePair, llm: LLMShape, checked_streams: set) -> int:
-    """Updates in the checkpoint of a resumed run, after checking all its parts (UserError if one is
-    damaged or has other settings); 0 if the run was killed before its first checkpoint.
+    """Check the checkpoint of a resumed run, and return the updates done; 0 if the run was killed
+    before its first checkpoint. UserError if a part is damaged or the settings differ.
     `checked_streams` collects the stream files that have been checked."""
     path = locate_checkpoint(job.folder)
     try:
         path.lstat()  # not exists(), which hides broken symbolic links and disk errors
     except FileNotFoundError:
         return 0
-    checkpoint = open_checkpoint(job.folder)
+    checkpoint, source = open_checkpoint(job.folder), job.config.data_source
     expected, settings = job.config.list_fixed_settings(), checkpoint["settings"]
     differing_names = [k for k in expected | settings if expected.get(k) != settings.get(k)]
     if differing_names:
-        name = min(differing_names, key=str)
+        name, count = min(differing_names, key=str), len(differing_names)
+        note = f" ({count} settings differ)" if count > 1 else ""
         raise UserError(
             f"{path} does not fit {CONFIG_FILE}: it was made with {name}={settings.get(name)}, not "
-            f"{expected.get(name)}"
-            + (f" ({len(differing_names)} settings differ)" * (len(differing_names) > 1))
+            f"{expected.get(name)}{note}"
         )
     check_checkpoint(
         checkpoint,
-        lambda: make_head(job, sites, llm),
-        job.config.trainer.steps,
-        lambda state, done: job.config.data_source.check_stream_state(state, sites, llm, done),
-        checked_streams,
+        make_head=lambda: make_head(job, sites, llm),
+        steps=job.config.trainer.steps,
+        check_stream=lambda state, done: source.check_stream_state(state, sites, llm, done),
+        checked_streams=checked_streams,
     )
     return checkpoint["global_step"]

@@ -32,13 +32,13 @@ from sae_lightning.runs.arguments import (
     check_arguments,
     list_tasks,
     quote_texts,
-    sweep_settings_of_swept_groups,
+    wrap_settings_of_swept_groups,
 )
 from sae_lightning.runs.config import DATA_PRESETS, list_options
 from sae_lightning.runs.launchers import find_launched_rank
 from sae_lightning.runs.search import describe_search_error
 from sae_lightning.runs.starts import choose_architecture
-from sae_lightning.runs.translations import translate_setting
+from sae_lightning.runs.translations import advise_on_setting
 from sae_lightning.sae import ARCHITECTURES
 from sae_lightning.stream import SOURCES
 from sae_lightning.terminal import make_visible
@@ -53,19 +53,16 @@ PLUGIN_INSTALLS = {
     "submitit_local": 'pip install -c constraints.txt -e ".[submitit]"',
     "ray": 'pip install -e ".[ray]", in an environment of its own',
 }
-SEVERAL_ERRORS = "nothing was started:\n  "
+SEVERAL_ERRORS = "nothing was started:\n  "  # begins a message with a line for each error
 PROCESS_START = time.time()
 
 
 @contextmanager
 def report_errors(folder: Path | None = None, multirun: bool = False) -> Iterator[None]:
     """Print an error that the user can correct as one line, and exit with code 1. Bugs keep their
-    traceback.
-
-    With SAE_LIGHTNING_DEBUG=1 every error keeps its traceback. `folder`, which Hydra made for the
-    run, is removed if still empty. In a `multirun` the error is only printed, with the folder's
-    name, and other jobs go on.
-    """
+    traceback; with SAE_LIGHTNING_DEBUG=1, every error does. `folder`, which Hydra made for the run,
+    is removed if still empty. In a `multirun` the error is only printed, with the folder's name,
+    and other jobs go on."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt on Ctrl-C
     # otherwise Hydra prints its own shortened traceback and exits before the error gets here
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -99,7 +96,7 @@ def rewrite_command_line() -> None:
 def rewrite_arguments(arguments: list[str]) -> list[str]:
     """The arguments as Hydra takes them, flags first; UserError if Hydra would misread them."""
     arguments = allow_new_dict_keys(quote_texts(check_arguments(arguments)))
-    return sweep_settings_of_swept_groups(choose_architecture(arguments))
+    return wrap_settings_of_swept_groups(choose_architecture(arguments))
 
 
 def refuse_other_ranks() -> None:
@@ -155,7 +152,7 @@ def explain_error(error: BaseException, overrides: list[str]) -> str | None:
             )
     if "group override must be a string" in str(error):
         return _describe_number_for_group(overrides)
-    causes = list_causes(error)
+    causes = list_causes(error)  # Hydra's errors may have the reason in `__context__` only
     for cause in causes:
         if isinstance(cause, UserError):  # raised in a resolver and wrapped by Hydra
             return str(cause)
@@ -166,7 +163,7 @@ def explain_error(error: BaseException, overrides: list[str]) -> str | None:
         if isinstance(cause, OverrideParseException):
             name = cause.override if "=" not in cause.override else ""
             return (
-                translate_setting(name)
+                advise_on_setting(name)
                 or f"cannot read {cause.override!r}: write setting=value, quoted where needed"
             )
         if isinstance(cause, MarkedYAMLError):  # in a user's preset
@@ -202,9 +199,9 @@ def _describe_number_for_group(overrides: list[str]) -> str:
     for override in overrides:
         group, _, value = override.partition("=")
         if group and _list_presets_of(group) and not value.isidentifier():
-            setting = MAIN_SETTINGS.get(group) or (
-                group == "loss" and _find_sparsity_coefficient(overrides)
-            )
+            setting = MAIN_SETTINGS.get(group)
+            if group == "loss":
+                setting = _find_sparsity_coefficient(overrides)
             return (
                 f"{override}: `{group}` chooses a preset ({', '.join(_list_presets_of(group))})"
                 + (f"; for a value write {group}.{setting}={value}" if setting else "")
@@ -246,8 +243,8 @@ def _describe_unknown_setting(error: OmegaConfBaseException, overrides: list[str
         *others, last = [f"{group}={owner}" for owner in owners]
         choices = f"{', '.join(others)} and {last}" if others else last
         return f"{name} has no meaning for this {group}, only for {choices}: leave it out{hint}"
-    matches = (o for o in overrides if re.match(rf"[+~]*{re.escape(name)}[.=]", o))
-    if line := translate_setting(next(matches, name)):
+    typed = [o for o in overrides if re.match(rf"[+~]*{re.escape(name)}[.=]", o)]
+    if line := advise_on_setting(typed[0] if typed else name):
         return line
     if dataclasses.is_dataclass(schema):
         settings = [field.name for field in dataclasses.fields(schema)]
@@ -264,7 +261,7 @@ def _describe_bad_value(error: OmegaConfBaseException, overrides: list[str]) -> 
     override = next((o for o in overrides if o.lstrip("+").startswith(f"{name}=")), name)
     if "Integer" in reason and re.search(r"'[\d.]+' of type 'float'", reason):
         reason = "give a whole number in digits, such as 1000000 or 1_000_000"
-    if "Set[str]" in reason:  # a field of Hydra's class for sweeps, which omegaconf refuses
+    if "Set[str]" in reason:  # Hydra's class for sweeps has a field that omegaconf refuses
         return "choice(...), range(...) and the like cannot be nested or put in a list"
     if re.match(r"Cannot (merge DictConfig with|assign \w+ to Dict)", reason):
         reason = f"give names with their values, as {name}={{name:value}}"

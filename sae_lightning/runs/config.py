@@ -22,7 +22,7 @@ from sae_lightning.llm.sites import LayerConfig
 from sae_lightning.report.experiments import ONLY_ROUNDING
 from sae_lightning.runs.docstrings import read_docstrings
 from sae_lightning.runs.search import BENCHMARK_OBJECTIVES, SweepConfig
-from sae_lightning.runs.translations import translate_setting
+from sae_lightning.runs.translations import advise_on_setting
 from sae_lightning.sae import ARCHITECTURES, Loss, SAEConfig
 from sae_lightning.sae.controls import NOT_FOR_TRANSCODERS, Control
 from sae_lightning.stream import SOURCES, make_source
@@ -201,7 +201,7 @@ class Config:
 
     def list_fixed_settings(self) -> dict[str, Any]:
         """The settings that must be the same on resuming, by dotted name."""
-        # older checkpoints lack loss.kl
+        # older checkpoints lack loss.kl, which was 0
         free = FREE_ON_RESUME if self.loss.kl else (*FREE_ON_RESUME, "loss.kl")
         return {k: v for k, v in self.to_flat_dict().items() if not k.startswith(free)}
 
@@ -254,7 +254,7 @@ def to_dataclass(cfg: DictConfig) -> Any:
     except AttributeError as error:  # `+model.featurs=3`: with +, Hydra adds any key
         name = str(error).split("'")[-2]  # the message ends with: has no attribute 'featurs'
         hint = f"{error}: leave out the +, or correct the setting's name"
-        raise UserError(translate_setting(name) or hint) from error
+        raise UserError(advise_on_setting(name) or hint) from error
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,9 +38,11 @@ def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
     }
     if len(planned.shares) > 1:
         split_count, whole_count = len(planned.split), len(jobs) - len(planned.split)
-        parts = [f"{split_count} of the SAEs split by features"] * bool(split_count)
-        parts += [f"{whole_count} of them whole, each on one device"] * bool(whole_count)
-        lines["devices"] = f"{len(planned.shares)}, {', '.join(parts)}"
+        lines["devices"] = str(len(planned.shares))
+        if split_count:
+            lines["devices"] += f", {split_count} of the SAEs split by features"
+        if whole_count:
+            lines["devices"] += f", {whole_count} of them whole, each on one device"
     if starts := dict.fromkeys(model.start for model in models if model.start):
         lines["starting from"] = ", ".join(str(shorten_path(Path(start))) for start in starts)
     if steps_done:
@@ -51,12 +53,12 @@ def print_plan(planned: PlannedPass, inputs: dict[str, str]) -> None:
 def print_results(job: Job, metrics: dict) -> None:
     """Print the metrics of a finished run, and the commands to run next."""
     speed, dead = metrics["speed"], metrics["training"]["train/dead"]
-    noun = job.config.data_source.noun
+    noun = job.config.data_source.noun  # text, samples or rows
     held_out = scorecard.format_lines(metrics["held_out"], noun)
     training = {"dead features": f"{dead:.1%}", "peak memory": f"{speed['peak_memory_gb']:.1f} GB"}
     if "before_kl" in metrics:
         held_out["with loss.kl"] = _format_kl_effect(metrics["before_kl"], metrics["held_out"])
-    if "fates" in metrics:  # number of features that stayed, died, ...
+    if "fates" in metrics:  # numbers of features that stayed, died, ...
         held_out["since the warm start"] = ", ".join(
             f"{n:,} {name}" for name, n in metrics["fates"].items()
         )

@@ -46,7 +46,8 @@ def count_ranks(config: Config) -> int:
     llm_is_placed = ":" in llm.device or is_spread(llm.load)
     gpus = torch.cuda.device_count() if _uses_gpus(config) else 0
     if launched := find_launched_rank():
-        if (devices or launched.size // trainer.nodes) * trainer.nodes != launched.size:
+        ranks_per_node = devices or launched.size // trainer.nodes
+        if ranks_per_node * trainer.nodes != launched.size:
             raise UserError(
                 f"trainer.devices={trainer.devices}, trainer.nodes={trainer.nodes}: "
                 f"{launched.size} processes were started; leave both out, or start as many"
@@ -112,12 +113,12 @@ class Followers:
         with socket.socket() as probe:  # finds a free port
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         # if torchrun has started this process alone, its settings do not hold for these ranks
         env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
         # torch logs a lost connection with its C++ stack; our own line is enough
-        env |= {"PYTHONPATH": os.pathsep.join(paths), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         for rank in map(str, range(1, size)):
             rank_env = env | {"RANK": rank, "LOCAL_RANK": rank}
             process = subprocess.Popen(self.command, env=rank_env, stdin=subprocess.DEVNULL)
@@ -194,7 +195,7 @@ def release_followers() -> None:
     if not followers.connected:
         followers.connected = True  # try once only
         with suppress(RankLost, RuntimeError):
-            ranks.connect(*find_launched_rank(), patience=END_SECONDS * 6)
+            ranks.connect(*find_launched_rank(), patience=END_SECONDS * 6)  # some may be starting
             followers.end()
 
 

@@ -91,17 +91,18 @@ def _make_added_runs(job: Job) -> Iterator[Job]:
 
 
 def _copy_job(job: Job, setting: str, value: Control | int) -> Job:
-    """`job` with another `model.<setting>`, as if that had been typed, in a folder beside it."""
+    """`job` with another `model.<setting>`, also in its overrides, in a folder beside it."""
     model = replace(job.config.model, **{setting: value})
     name = f"model.{setting}"
     override = f"{name}={value.name if isinstance(value, Control) else value}"
+    other_overrides = [o for o in job.overrides if o.lstrip("+").split("=")[0] != name]
     # if the folder's name has this setting, replace its value there
     folder, replaced = re.subn(rf"(^|,){name}=[^,]*", rf"\1{override}", job.folder.name)
     return replace(
         job,
         config=replace(job.config, model=model),
         folder=job.folder.with_name(folder if replaced else f"{job.folder.name},{override}"),
-        overrides=[*(o for o in job.overrides if o.lstrip("+").split("=")[0] != name), override],
+        overrides=[*other_overrides, override],
     )
 
 

@@ -11,11 +11,11 @@ from sae_lightning.sae.controls import Control
 
 def find_controls(folder: Path) -> dict[Control, Path]:
     """Control -> folder of a finished run of this control, among the runs beside `folder` (those of
-    its sweep). Of several, a run with the same seeds as the SAE in `folder` is chosen."""
+    its sweep). Of several, one with the same seeds as the SAE in `folder` is preferred."""
     # trusted, because only configs are read: no code that comes with an LLM can run
     config = read_job(folder, trusted=True).config
     settings = config.to_flat_dict()
-    experiment = identify_experiment(settings)
+    experiment = identify_experiment(settings)  # the same for an SAE and its controls
     folders: dict[Control, Path] = {}
     for file in sorted(folder.absolute().parent.glob(f"*/{CONFIG_FILE}")):
         try:

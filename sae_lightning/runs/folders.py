@@ -1,4 +1,4 @@
-"""Makes, names and locks run folders; reads and writes their metrics and failures."""
+"""Makes, names and locks run folders; reads their metrics; records and reads failures."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def read_metrics(folder: Path) -> dict | None:
 
 def read_failure(folder: Path) -> dict | None:
     """Why a run failed (`reason`), and whether it `diverged`: its loss or gradient was not finite,
-    so that it would fail again. None without a readable record."""
+    so that it would fail again. None if no record can be read."""
     with suppress(UserError):
         return _read_failure(folder)
     return None
@@ -72,7 +72,7 @@ def make_unique_folder(path: Path) -> Path:
 
 
 def find_sweep_folder(folder: Path) -> Path | None:
-    """The folder of the sweep that the run in `folder` belongs to; None for a single run."""
+    """The folder of the sweep that the run in `folder` belongs to; None for a plain run."""
     return folder.parent if (folder.parent / HYDRA_RECORD).is_file() else None
 
 
@@ -148,6 +148,7 @@ def _read_metrics(folder: Path) -> dict | None:
     if content is None:
         return None
     try:
+        # "fates": numbers of features that stayed, died, ... since a warm start
         for name in ("held_out", "training", "start", "fates", "before_kl"):
             if name in content or name in ("held_out", "training"):  # the others are optional
                 content[name] = {key: _read_number(x) for key, x in content.get(name, {}).items()}
@@ -211,7 +212,7 @@ def claim_folders(folders: list[Path]) -> Iterator[None]:
                 ) from None
             saes = [folder / "sae", *folder.glob("sae-*")]
             subfolders = [*saes, locate_checkpoint(folder).parent]
-            # the user's folder, of a sweep or a plain run, may be a link, but no folder inside it
+            # the folder that the user named may be a link; a folder inside it may not
             is_in_sweep = folder.parent in folders
             for path in [folder, *subfolders] if is_in_sweep else subfolders:
                 refuse_link(path)

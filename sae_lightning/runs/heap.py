@@ -24,7 +24,7 @@ def give_back_freed_memory() -> None:
 
     Kept memory is fragmented: later tensors, which have other sizes, would need much more.
     """
-    # the largest values that glibc chooses by itself, which it stops doing once they are set
+    # once they are set, glibc adapts them no longer: set the largest values that it would choose
     if _set_option(M_MMAP_THRESHOLD, 32 * MIB):
         _set_option(M_TRIM_THRESHOLD, 64 * MIB)
     if trim := _find_in_glibc("malloc_trim"):

@@ -20,7 +20,7 @@ HPARAM_SETTINGS = (
 
 def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
     """The content of the tab for each job. The first columns are the swept settings or, for a
-    single run, the typed ones."""
+    plain run, the typed ones."""
     overrides = [split_overrides(job.overrides) for job in jobs]
     # `job.swept` is empty in resumed jobs and lacks added seeds and controls: compare the jobs, too
     varying_names = find_swept(overrides)
@@ -35,7 +35,7 @@ def make_hparams(jobs: Sequence[Job]) -> list[HParams]:
     settings = list(map(_select_settings, jobs, overrides, swept))
     columns: dict = {}
     for values in settings:
-        columns = values | columns  # in this order, presets that only later jobs have come first
+        columns = values | columns  # presets of a later job come first
     return [
         HParams(values, columns, names, _list_headline_metrics(job))
         for job, values, names in zip(jobs, settings, swept, strict=True)

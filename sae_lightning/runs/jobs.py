@@ -192,12 +192,9 @@ def _make_paths_absolute(config: Config) -> Config:
 
 
 def read_job(folder: Path, trusted: bool = False) -> Job:
-    """The job that an existing run folder describes.
-
-    UserError if the config cannot be read, or names plugins that are not imported, or would run
-    Python code that comes with the LLM: the folder may be untrusted.
-    `trusted`: the user has allowed that code, or no LLM is loaded.
-    """
+    """The job that an existing run folder describes. UserError if the config cannot be read, or
+    names plugins that are not imported, or would run Python code that comes with the LLM: the
+    folder may be untrusted. `trusted`: the user has allowed that code, or no LLM is loaded."""
     file = folder / CONFIG_FILE
     try:
         settings = read_settings(file)

@@ -15,7 +15,7 @@ DESTINATIONS = (("wandb", "entity"), ("mlflow", "tracking_uri"))
 
 
 def refuse_unused_options(config: LoggerConfig, overrides: Sequence[str]) -> None:
-    """UserError for a typed option, other than a default, of a logger that is not used."""
+    """UserError if the options of a logger that is not used are typed and are not its defaults."""
     for override in overrides:
         if option := re.match(r"\+*logger\.(\w+)\.", override):
             logger = getattr(config, option[1])
@@ -35,8 +35,8 @@ def resolve_loggers(config: LoggerConfig, overrides: Sequence[str]) -> LoggerCon
 def change_loggers(
     saved: LoggerConfig, composed: LoggerConfig, overrides: Sequence[str], folder: Path
 ) -> LoggerConfig:
-    """The loggers of a resumed run: the `saved` ones of its `folder`, with the settings that
-    `overrides` names taken from the `composed` config.
+    """The loggers of a resumed run: those `saved` in its `folder`, in which settings that were
+    typed (`overrides`) are replaced by those of the `composed` config.
 
     UserError if the folder says where curves are sent and the command line does not: the folder
     may be a stranger's.
@@ -45,7 +45,7 @@ def change_loggers(
     loggers = saved
     for kind in ("wandb", "csv", "mlflow"):
         options = [name.split(".")[2] for name in names if name.startswith(f"logger.{kind}.")]
-        options += ["use"] if "logger" in names else []
+        options += ["use"] if "logger" in names else []  # `logger=wandb` sets it
         composed_logger = getattr(composed, kind)
         values = {option: getattr(composed_logger, option) for option in options}
         loggers = replace(loggers, **{kind: replace(getattr(loggers, kind), **values)})

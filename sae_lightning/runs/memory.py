@@ -36,7 +36,7 @@ class PassMemory(NamedTuple):
     head_bytes: list[int]
     """Of each SAE: weights, gradients, Adam's state, and copies of decoder rows."""
     hidden_bytes: int
-    """Of each SAE (equal for all): the LLM's last hidden states in evaluation with it in place."""
+    """Of each SAE (equal for all): in evaluation, the LLM's last hidden states with the SAE."""
 
     def count_bytes(
         self, indices: Sequence[int], split: Collection[int] = (), ranks: int = 1
@@ -66,7 +66,8 @@ def _read_free_in_cgroups(
     """Memory that a container or cluster job may still use: the minimum over its cgroup and the
     parent groups, for cgroup v1 and v2; infinite without a limit."""
     free = math.inf
-    for line in membership.read_text().splitlines() if membership.exists() else ():
+    lines = membership.read_text().splitlines() if membership.exists() else []
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):  # v2, v1
             continue
@@ -109,7 +110,7 @@ def estimate_memory(
     ]
     element_bytes = torch.finfo(getattr(torch, config.llm.dtype.name)).bits // 8
     llm_sites = distinct_sites(sites)
-    data = config.data_source.estimate_data_memory(
+    data = config.data_source.estimate_data_memory(  # in rows or elements
         llm_sites, llm, config.eval.tokens, config.eval.loss_tokens
     )
     row_bytes = sum(map(llm.width_at, llm_sites)) * element_bytes
@@ -120,7 +121,7 @@ def estimate_memory(
         for c in configs
     ]
     export_bytes = (16 * n for n in parameter_counts)  # float64 weights, original and folded
-    # of the SAE whose activations and export together take most
+    # of the SAE for which their sum is largest
     activations, export = max(zip(activation_bytes, export_bytes, strict=True), key=sum)
     warm_counts = [n for n, c in zip(parameter_counts, configs, strict=True) if c.model.start]
     shared_parts = {
@@ -169,7 +170,7 @@ def check_memory(
             f"{PROCESS_BYTES / 1e9:.1f} GB: free some, or try all the same with sweep.max_heads=1"
         )
     for index, (config, pair) in enumerate(zip(configs, sites, strict=True)):
-        # `needed` has the shared parts of all SAEs: alone, this one needs no more
+        # `needed` counts the shared parts of all SAEs: alone, this SAE needs at most that
         if needed.count_bytes([index], [index], ranks) <= free:
             continue
         alone = estimate_memory([config], [pair], llm, ranks)

@@ -73,8 +73,8 @@ def train_jobs(jobs: Sequence[Job]) -> HeldOutResults:
             if len(passes) > 1:
                 console.print(f"\npass {number} of {len(passes)}")
             if planned.jobs[0].multirun:
-                # a resumed job goes on without a cache if the disk is full, and its metrics are
-                # read if it finishes before its pass fails
+                # a job marked as resumed goes on without a cache if the disk is full; if its pass
+                # fails after the job has finished, its metrics are read
                 planned = planned._replace(jobs=[replace(j, resumed=True) for j in planned.jobs])
             for job, metrics in zip(planned.jobs, _train_pass(planned), strict=True):
                 results[job.folder] = metrics
@@ -144,7 +144,7 @@ def plan_passes(jobs: Iterable[Job]) -> list[PlannedPass]:
                 controls_lost_leader = True
     if errors:
         lines = "\n  ".join(map(make_visible, errors))
-        raise UserError(SEVERAL_ERRORS * (len(errors) > 1) + lines)
+        raise UserError((SEVERAL_ERRORS if len(errors) > 1 else "") + lines)
     if groups:
         checks.check_disk_space([checked for group in groups.values() for checked in group])
     forget_starts()
@@ -168,8 +168,9 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
     needed = memory.estimate_memory(configs, sites, llm, ranks)
     max_heads = min((c.sweep.max_heads for c in configs if c.sweep.max_heads), default=None)
     if max_heads is None:
-        parts = 1 if splitting is Splitting.none else ranks  # ranks that an SAE may be split over
-        memory.check_memory(needed, configs, sites, llm, free, parts)
+        # ranks that share one SAE if it is split
+        ranks_per_sae = 1 if splitting is Splitting.none else ranks
+        memory.check_memory(needed, configs, sites, llm, free, ranks_per_sae)
         largest_bytes = max(needed.head_bytes) / (ranks if splitting is Splitting.all else 1)
         left = 0.9 * free - needed.shared_bytes  # a tenth in reserve: these are estimates
         per_rank = max(1, int(left // (largest_bytes + needed.hidden_bytes)))  # SAEs on a rank
@@ -232,15 +233,16 @@ def _announce_passes(jobs: list[Job], passes: list[PlannedPass]) -> None:
     """Print the number of jobs and, of each pass, its SAEs, sites and memory."""
     free = _read_free_memory_per_rank(jobs[0].config)
     job_count, pass_count = _format_count(len(jobs), "job"), _format_count(len(passes), "pass")
-    of_llm = " of the LLM" * jobs[0].config.data_source.has_llm
-    per_device = f" for each of {len(passes[0].shares)} devices" * (len(passes[0].shares) > 1)
+    of_llm = " of the LLM" if jobs[0].config.data_source.has_llm else ""
+    devices = len(passes[0].shares)
+    per_device = f" for each of {devices} devices" if devices > 1 else ""
     memory_line = f"{free / 1e9:.1f} GB of memory are free{per_device}"
     console.print(f"{job_count} on {pass_count}{of_llm} ({memory_line})")
     for number, planned in enumerate(passes, 1):
         sites = ", ".join(sorted({str(site) for site in planned.sites}))
         controls = sum(job.config.model.control is not None for job in planned.jobs)
         saes, size = _format_count(len(planned.jobs) - controls, "SAE"), planned.memory / 1e9
-        saes += f" and {_format_count(controls, 'control')}" * bool(controls)
+        saes += f" and {_format_count(controls, 'control')}" if controls else ""
         more = ", more than is free" if planned.memory > free else ""
         console.print(f"  pass {number}: {saes} on {sites}, about {size:.1f} GB{more}")
 

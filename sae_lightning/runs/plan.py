@@ -40,8 +40,8 @@ HeldOutResults = list[dict[str, float] | None]
 
 
 def find_leaders(jobs: Sequence[Job]) -> list[int | None]:
-    """For each control that follows the L0 of an SAE, the index of its leader: the trained SAE of
-    the same experiment and seed. None for other jobs, and if the leader is not among `jobs`."""
+    """For each control that follows the L0 of an SAE, the index of its leader: the trained SAE with
+    the same settings and seed. None for other jobs, and if the leader is not among `jobs`."""
     keys = [(identify_experiment(job.config.to_flat_dict()), job.config.model.seed) for job in jobs]
     is_control = [job.config.model.control is not None for job in jobs]
     sae_indices = {key: index for index, key in enumerate(keys) if not is_control[index]}
@@ -73,8 +73,8 @@ def cut_evenly(groups: Sequence[list[int]], most: int) -> list[list[list[int]]]:
     `most` jobs each. The groups stay whole, so none may have more than `most` jobs."""
     total = sum(map(len, groups))
     ends = [0, *accumulate(map(len, groups))]  # number of jobs in the first n groups
-    for count in range(ceil(total / most), total):
-        limits = [total * n // count for n in range(count + 1)]
+    for part_count in range(ceil(total / most), total):
+        limits = [total * n // part_count for n in range(part_count + 1)]  # in jobs
         cuts = [bisect(ends, limit) - 1 for limit in limits]  # whole groups up to each limit
         parts = [[*groups[a:b]] for a, b in pairwise(cuts) if b > a]
         if all(sum(map(len, part)) <= most for part in parts):
@@ -90,9 +90,9 @@ def assign_jobs(
 ) -> list[list[int]]:
     """Assign jobs to ranks by the jobs' sizes; returns the indices of each rank's jobs.
 
-    A `split` job is on every rank. The others go group by group (None: every job is a group), the
-    largest first, to the rank with the smallest sum so far. A rank that gets none of them trains a
-    copy of the smallest one, and writes nothing.
+    A `split` job is on every rank. Whole jobs go group by group (None: every job is a group), the
+    largest group first, to the rank with the smallest sum so far. A rank without a whole job trains
+    a copy of the smallest one, and does not write it.
     """
 
     def add_up(indices: Iterable[int]) -> int:

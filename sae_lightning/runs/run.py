@@ -60,7 +60,7 @@ def run_pass(planned: PlannedPass) -> HeldOutResults:
     other results are in the run folders.
     """
     if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()  # or an earlier pass would count
+        torch.cuda.reset_peak_memory_stats()  # drop the peak of an earlier pass
     keep_freed_memory()
     # users cannot act on Lightning's messages
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -76,14 +76,13 @@ def run_pass(planned: PlannedPass) -> HeldOutResults:
 
 def _run_pass(planned: PlannedPass) -> HeldOutResults:
     """Open the data, train and close the logs, with threads, warnings and memory already set."""
-    jobs = planned.jobs
-    config = jobs[0].config
+    config = planned.jobs[0].config
     needs = Needs(
         distinct_sites(planned.sites),
         tokens=config.eval.tokens,
         loss_tokens=config.eval.loss_tokens,
         ahead=config.trainer.batch,
-        resumed=jobs[0].resumed,
+        resumed=planned.jobs[0].resumed,
         own_sites=_list_own_sites(planned),
     )
     opened = config.data_source.open_data(needs)
@@ -207,7 +206,7 @@ def score_and_save(planned: PlannedPass, parts: RunParts) -> HeldOutResults:
         head.log.close()
         if head.failure is not None:
             continue
-        export_head(head)
+        export_head(head)  # on every rank, as the parts of a split head are put together
         if not head.writes:
             continue
         with write_atomically(head.folder / DENSITY_FILE) as temporary:

@@ -1,4 +1,4 @@
-"""Measures for the report of a sweep which features come back under another seed."""
+"""Measures which share of an SAE's features comes back under another seed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
         for group in MeansTable(table).members
     ]
     hashes = {path: _hash_files(path) for group in groups if len(group) > 1 for path in group}
-    groups = [[path for path in group if hashes.get(path)] for group in groups]  # with all files
+    groups = [[path for path in group if hashes.get(path)] for group in groups]  # files exist
     seeds = {run.folder: run.settings.get("data.seed") for run in runs}
     pairs = [(a, b) for group in groups for a, b in combinations(group, 2) if seeds[a] == seeds[b]]
     cached = _read_shares(folder / STABLE_FILE) if pairs else {}

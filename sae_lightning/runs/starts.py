@@ -71,10 +71,10 @@ def _open_start(address: str) -> Start:
     return Start(
         address,
         sae.config,
-        (len(sae.W_enc), len(sae.b_dec)),
-        OWN_KEY in sae.metadata,
-        check_metadata(sae.metadata, address),
-        float(norms.max() / norms.min()) if len(norms) else 1.0,
+        widths=(len(sae.W_enc), len(sae.b_dec)),
+        is_ours=OWN_KEY in sae.metadata,
+        metadata=check_metadata(sae.metadata, address),
+        norm_ratio=float(norms.max() / norms.min()) if len(norms) else 1.0,
     )
 
 
@@ -91,7 +91,7 @@ def choose_architecture(arguments: list[str]) -> list[str]:
     if "model.start" not in names or {"model", "resume"} & {*names}:
         return arguments
     forget_starts()  # SAEs that an earlier command of this process has opened
-    first_addresses: dict[str, str] = {}  # architecture -> the first address of such an SAE
+    first_addresses: dict[str, str] = {}  # architecture -> the first address of an SAE with it
     for address in _list_values(arguments[names.index("model.start")]):
         first_addresses.setdefault(find_start(address).config.name, address)
     if len(first_addresses) > 1:
@@ -104,7 +104,7 @@ def choose_architecture(arguments: list[str]) -> list[str]:
 
 
 def _list_values(argument: str) -> list[str]:
-    """The values of an override, without null; none if Hydra will refuse the override."""
+    """The values of an override, without null; empty if Hydra will refuse the override."""
     with suppress(HydraException):
         override = OverridesParser.create().parse_override(argument)
         values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
@@ -139,8 +139,8 @@ def apply_start(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
 def _choose_layer(
     start: Start, layer: DictConfig, typed_names: Collection[str]
 ) -> LayerConfig | DictConfig:
-    """The `layer` settings with which the start was trained or, if they are unknown, those of the
-    config. UserError if typed settings contradict the start, or neither is known."""
+    """The `layer` settings of the start. If it does not record its site, those of the config, where
+    `layer.index` must be typed. UserError also if typed settings contradict the start."""
     try:
         start_layer = read_layer(start.metadata, start.address)
     except UserError:
@@ -157,7 +157,7 @@ def _choose_layer(
         if name == "target":  # null is the source
             typed_value, value = typed_value or layer.source, value or start_layer.source
         if typed_value != value:
-            typed_value, value = (getattr(v, "value", v) for v in (typed_value, value))
+            typed_value, value = (getattr(v, "value", v) for v in (typed_value, value))  # enums
             raise UserError(
                 f"layer.{name}={typed_value}: model.start={start.address} was trained at "
                 f"layer.{name}={value}; leave it out, or choose another start"
@@ -202,7 +202,7 @@ def check_start(config: Config, sites: SitePair, shape: LLMShape) -> str | None:
     it was trained on another LLM, else None."""
     start = find_start(config.model.start)
     widths = tuple(map(shape.width_at, sites))
-    if widths != start.widths:
+    if widths != start.widths:  # printed as 576 or, for a transcoder, 576 -> 768
         start_widths, site_widths = (
             " -> ".join(map(str, dict.fromkeys(pair))) for pair in (start.widths, widths)
         )

@@ -40,7 +40,7 @@ from sae_lightning.terminal import (
 
 class Sweep(Callback):
     """Makes the folder of a run or multirun, and writes the report of a multirun. Checks all jobs
-    first, unless the launcher does or a search chooses them. Set in conf/config.yaml."""
+    first, unless the launcher does or a search chooses them. conf/config.yaml installs it."""
 
     def __init__(self):
         self.resuming = False
@@ -105,8 +105,8 @@ class Sweep(Callback):
         self.config_files = sorted(folder.glob(f"*/{CONFIG_FILE}"))  # one for each run so far
         with suppress(OSError, ValueError):
             self.record = read_regular_file(self.record_file)
-            self._restore_record()  # makes a new file: Hydra would write through a hard link
-        atexit.register(self._restore_record)
+            self._restore_record()  # as a new file: Hydra would write through a hard link
+        atexit.register(self._restore_record)  # after Hydra has overwritten it
 
     def _restore_record(self) -> None:
         """Restore multirun.yaml (remove Hydra's if there was none), unless a run has been added."""
@@ -127,8 +127,8 @@ class Sweep(Callback):
             overrides = [text for name, text in entries if name == "hydra.overrides.task"]
             parsed = OverridesParser.create(loader).parse_overrides(overrides)
             jobs = math.prod(count_values(override) for override in parsed)
-            missing = jobs - len(self.config_files)
-            missing_jobs = f"{missing} of the {jobs} jobs"  # ValueError: too many digits
+            missing = jobs - len(self.config_files)  # too low if the sweep added seeds or controls
+            missing_jobs = f"{missing} of the {jobs} jobs"  # ValueError for thousands of digits
         except UserError:
             raise
         except (ValueError, ArithmeticError, RecursionError, YAMLError, HydraException):
@@ -212,7 +212,8 @@ def _make_new_folder(config: DictConfig, kind: str) -> None:
 def _refuse_special_files(sweep: Path) -> None:
     """UserError if the folder of a sweep holds a symbolic link, a pipe or a device: Hydra and
     sweepers would write through it, or hang."""
-    for file in sweep.iterdir() if sweep.is_dir() else ():
+    files = sweep.iterdir() if sweep.is_dir() else ()
+    for file in files:
         if file.is_symlink() or not (file.is_file() or file.is_dir()):
             raise UserError(
                 f"{file} is a symbolic link, through which files elsewhere could be overwritten, "

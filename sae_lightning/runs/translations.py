@@ -54,9 +54,9 @@ TRANSLATIONS = {
 }
 
 
-def translate_setting(argument: str) -> str | None:
-    """One line that names the setting to use instead of another tool's; None if it is unknown, and
-    always in analyze.py, which has few of these settings."""
+def advise_on_setting(argument: str) -> str | None:
+    """One line that names our setting if `argument` has another tool's name for it, else None.
+    Always None in analyze.py, which has few of these settings."""
     if "task" in ConfigStore.instance().repo:
         return None
     name = argument.lstrip("-+~").partition("=")[0]

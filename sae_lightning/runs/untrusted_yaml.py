@@ -52,10 +52,10 @@ def name_module(name: str) -> str:
 
 
 def parse_scalars(file: Path, text: str) -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, text) of each key and value in the YAML `text` of `file`. An item has the
-    name of its list, a key the name of its group. UserError for anchors, aliases, tags and merge
-    keys."""
-    # for each open mapping its current key (None until it is read), for each open list False
+    """Yield (dotted name, text) of each key and value in the YAML `text` of `file`. The item of a
+    list has the name of the list; a key has the name of the group around it. UserError for anchors,
+    aliases, tags and merge keys."""
+    # one entry per open group (its current key, None until that is read) or open list (False)
     keys: list[str | bool | None] = []
     for event in yaml.parse(text, Loader=yaml.SafeLoader):  # the parser that OmegaConf uses
         name = ".".join(key for key in keys if key)

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sae_lightning.errors import UserError
-from sae_lightning.runs.arguments import allow_new_dict_keys, sweep_settings_of_swept_groups
+from sae_lightning.runs.arguments import allow_new_dict_keys, wrap_settings_of_swept_groups
 from sae_lightning.runs.config import Config, find_conf_folder
 from sae_lightning.runs.jobs import CONFIG_FILE, Job, format_config, make_job, read_job
 from sae_lightning.runs.schemas import register_schemas
@@ -51,7 +51,7 @@ def test_llm_load_is_typed_like_any_setting(typed, load):
 
 def test_llm_load_can_be_swept_over():
     typed = allow_new_dict_keys(["-m", "llm=gpt2,smollm2", "llm.load.device_map=auto"])
-    typed = sweep_settings_of_swept_groups(typed)
+    typed = wrap_settings_of_swept_groups(typed)
     assert typed[2] == "++llm.load.device_map=choice(auto)"
     override = OverridesParser.create().parse_override("++llm.load.device_map=auto,cpu")
     assert override.is_sweep_override() and override.key_or_group == "llm.load.device_map"

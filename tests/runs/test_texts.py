@@ -13,7 +13,7 @@ from sae_lightning.runs.arguments import (
     find_text_settings,
     join_sweep_values,
     quote_texts,
-    sweep_settings_of_swept_groups,
+    wrap_settings_of_swept_groups,
 )
 from sae_lightning.runs.jobs import CONFIG_FILE, format_config, make_job, read_job
 from sae_lightning.runs.schemas import register_schemas
@@ -192,4 +192,4 @@ def test_a_sweep_over_paths_stays_a_sweep():
     ],
 )
 def test_settings_of_a_swept_group_wait_for_it(arguments, taken):
-    assert sweep_settings_of_swept_groups(arguments.split()) == taken.split()
+    assert wrap_settings_of_swept_groups(arguments.split()) == taken.split()
