@@ -9,21 +9,17 @@ MIB = 1 << 20
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep the memory of freed tensors for the next ones.
-
-    By default glibc returns large blocks to the system at once, and the system zeroes every page
-    that the next tensor gets. Zeroing takes an eighth of the LLM's time and a third of an SAE's.
-    """
+    """Make glibc keep the memory of freed tensors for the next ones. By default glibc returns large
+    blocks to the system at once, and the system zeroes every page that the next tensor gets.
+    Zeroing takes an eighth of the LLM's time and a third of an SAE's."""
     # glibc before 2.35 accepts at most 32 MiB
     if _set_option(M_MMAP_THRESHOLD, 1024 * MIB) or _set_option(M_MMAP_THRESHOLD, 32 * MIB):
         _set_option(M_TRIM_THRESHOLD, (1 << 31) - 1)  # the largest int: never trim
 
 
 def give_back_freed_memory() -> None:
-    """Return the kept memory to the system, and stop keeping the memory of freed tensors.
-
-    Kept memory is fragmented: later tensors, which have other sizes, would need much more.
-    """
+    """Return the kept memory to the system, and stop keeping the memory of freed tensors. Kept
+    memory is fragmented: later tensors, which have other sizes, would need much more."""
     # once they are set, glibc adapts them no longer: set the largest values that it would choose
     if _set_option(M_MMAP_THRESHOLD, 32 * MIB):
         _set_option(M_TRIM_THRESHOLD, 64 * MIB)

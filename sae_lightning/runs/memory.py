@@ -148,10 +148,12 @@ def _count_head_bytes(config: Config, sites: SitePair, llm: LLMShape) -> int:
     """Weights, gradients and Adam's two moments in fp32, and the weights in bf16. A warm start also
     keeps its first decoder rows in half precision, a soft-frozen decoder in fp32."""
     parameters = count_parameters(config.model, *map(llm.width_at, sites))
-    row_elements = config.model.features * llm.width_at(sites.target)
-    is_soft = config.model.control is Control.soft_frozen_decoder
-    # W_dec has about half of the parameters: its half-precision copy takes a byte per parameter
-    return 18 * parameters + (parameters if config.model.start else 4 * row_elements * is_soft)
+    total = 18 * parameters
+    if config.model.start:
+        total += parameters  # W_dec has about half of the parameters, and its copy 2 bytes for each
+    elif config.model.control is Control.soft_frozen_decoder:
+        total += 4 * config.model.features * llm.width_at(sites.target)
+    return total
 
 
 def check_memory(

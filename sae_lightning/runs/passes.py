@@ -173,12 +173,12 @@ def _split_group(group: list[CheckedJob]) -> list[PlannedPass]:
         memory.check_memory(needed, configs, sites, llm, free, ranks_per_sae)
         largest_bytes = max(needed.head_bytes) / (ranks if splitting is Splitting.all else 1)
         left = 0.9 * free - needed.shared_bytes  # a tenth in reserve: these are estimates
-        per_rank = max(1, int(left // (largest_bytes + needed.hidden_bytes)))  # SAEs on a rank
-        rank_groups = cut_groups(leader_groups, per_rank)
-        max_heads = per_rank  # with split=all, each rank has a part of every SAE
+        saes_per_rank = max(1, int(left // (largest_bytes + needed.hidden_bytes)))
+        rank_groups = cut_groups(leader_groups, saes_per_rank)
+        max_heads = saes_per_rank  # with split=all, each rank has a part of every SAE
         if splitting is not Splitting.all:  # whole groups on each rank
             largest_group = max(map(len, rank_groups))
-            groups_per_rank = per_rank // largest_group
+            groups_per_rank = saes_per_rank // largest_group
             max_heads = ranks * groups_per_rank * largest_group
     else:
         rank_groups = cut_groups(leader_groups, max_heads)

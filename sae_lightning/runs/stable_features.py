@@ -37,7 +37,7 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
         for group in MeansTable(table).members
     ]
     hashes = {path: _hash_files(path) for group in groups if len(group) > 1 for path in group}
-    groups = [[path for path in group if hashes.get(path)] for group in groups]  # files exist
+    groups = [[path for path in group if hashes.get(path)] for group in groups]  # with files
     seeds = {run.folder: run.settings.get("data.seed") for run in runs}
     pairs = [(a, b) for group in groups for a, b in combinations(group, 2) if seeds[a] == seeds[b]]
     cached = _read_shares(folder / STABLE_FILE) if pairs else {}

@@ -139,7 +139,7 @@ def apply_start(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
 def _choose_layer(
     start: Start, layer: DictConfig, typed_names: Collection[str]
 ) -> LayerConfig | DictConfig:
-    """The `layer` settings of the start. If it does not record its site, those of the config, where
+    """The `layer` settings of the start. If they cannot be read, those of the config, in which
     `layer.index` must be typed. UserError also if typed settings contradict the start."""
     try:
         start_layer = read_layer(start.metadata, start.address)
