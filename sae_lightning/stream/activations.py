@@ -87,7 +87,7 @@ class ActivationsSource(NoLLMSource):
         return LLMShape(layers, max(widths.values()), context=None, vocabulary=0, widths=widths)
 
     def find_sites(self, layer: LayerConfig, shape: LLMShape) -> SitePair:
-        # an LLM with just enough blocks: below, the files decide which sites there are
+        # as for an LLM with just enough blocks; below, the files decide which sites there are
         pair = layer.resolve_sites(layer.index + 1)
         missing = [site for site in pair if site not in shape.widths]
         if missing and list(shape.widths) == [UNNAMED]:

@@ -63,7 +63,7 @@ class BatchStream:
                 with record_function("pool"):
                     rows = self._pool.take(self.batch)
             self._sequence_ids = rows.sequence_ids
-            self._served += 1  # before the yield: a state that is saved then counts this batch
+            self._served += 1  # before the yield: states saved while it is trained on count it
             yield rows.activations
 
     def peek(self, n: int) -> dict[Site, Tensor]:

@@ -219,8 +219,8 @@ class CachedRows(RowStream):
     def _list_shards(self) -> None:
         """List the shards on disk; checksums are verified when a shard is opened."""
         self.shards = []
-        # all ranks use rank 0's list
-        for path in world().broadcast_value(sorted(self.folder.glob("[0-9]" * 8 + SHARD_SUFFIX))):
+        paths = sorted(self.folder.glob("[0-9]" * 8 + SHARD_SUFFIX))
+        for path in world().broadcast_value(paths):  # all ranks use rank 0's list
             try:
                 self.shards.append(Shard(path))
             except DAMAGE_ERRORS:

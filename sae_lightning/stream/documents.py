@@ -166,7 +166,7 @@ def _append_part(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -
     text_type = data.data.schema.field("text").type
     ends = np.array([0, len(part)], np.int64 if pa.types.is_large_string(text_type) else np.int32)
     text = pa.Array.from_buffers(text_type, 1, [None, pa.py_buffer(ends), part])
-    # with zero rows of `data`, datasets counts the table as on disk if `data` is: caches its tokens
+    # with zero rows of `data`, the table counts as on disk if `data` is; then tokens are cached
     table = concat_tables([data.data.slice(0, 0), pa.table({"text": text})])
     key = hashlib.sha256(f"{data._fingerprint} {name} {len(part)}".encode()).hexdigest()[:16]
     return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=key)])

@@ -95,7 +95,8 @@ class HeldOut(HeldOutData):
             if rows:  # a rank without sites has none
                 is_usual = mark_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
             is_usual = torch.stack(world().gather_values(is_usual)).all(dim=0)
-            self._keep = self._keep.masked_scatter(self._keep, is_usual)  # `is_usual` where true
+            # where `_keep` is true, it takes the values of `is_usual`
+            self._keep = self._keep.masked_scatter(self._keep, is_usual)
             rows = {site: x[is_usual.to(x.device)] for site, x in rows.items()}
         self._rows = rows
 

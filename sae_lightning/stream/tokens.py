@@ -39,10 +39,8 @@ class HeldOutTokens(HeldOutSequences):
         Streamed text: its first windows. No window is padded: a short last one is left out or, if
         it is the only one, returned as a shorter sequence."""
         if hasattr(self.data, "__len__"):
-            separator = self.packing.separator
-            flat = tokenise_indexed(
-                self.data, self.tokenizer, separator, "held-out text", self.chat
-            )
+            name, separator = "held-out text", self.packing.separator
+            flat = tokenise_indexed(self.data, self.tokenizer, separator, name, self.chat)
             _check_flat(self.tokenizer, flat, self.where)
             # a text shorter than a window is one short window, an empty text is none
             size = self.packing.window_size

@@ -77,4 +77,4 @@ class TuningText:
         positions = keep.flatten().nonzero().squeeze(1)
         rows = capture(self.llm.model, tokens, self.sites, positions)
         is_usual = mark_usual_rows(rows, compute_medians(rows), self.max_norm).cpu()
-        return keep.masked_scatter(keep, is_usual)  # the next of `is_usual` where `keep` is true
+        return keep.masked_scatter(keep, is_usual)  # takes `is_usual` where `keep` is true
