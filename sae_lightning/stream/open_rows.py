@@ -48,9 +48,8 @@ def open_rows(
     """Open the rows at `sites`: from the LLM, or from the cache if `data.cache` is set.
 
     With several ranks, which run the LLM in turn, this one gets the rows at `own_sites` (None: at
-    all). On a GPU, if there is no cache, `ahead` rows are prefetched while SAEs train. If the disk
-    is too full for the cache, a new run fails at the first `next`, and a `resumed` one adds nothing
-    to the cache."""
+    all). On a GPU without a cache, `ahead` rows are prefetched while SAEs train. If the disk is too
+    full for the cache, a new run fails at the first `next`; a `resumed` one adds nothing to it."""
     settings = {
         "batch": config.batch,
         "max_norm": data.max_norm,
