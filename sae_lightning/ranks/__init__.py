@@ -3,8 +3,7 @@
     rank 0        reads and checks the command, prints, and writes the files that all share
     rank 1, ...   train their share of each pass that rank 0 sends
 
-With a single rank, the methods of `Ranks` communicate nothing, so callers need not know how many
-ranks there are.
+With a single rank, the methods of `Ranks` communicate nothing.
 """
 
 from sae_lightning.ranks.collectives import ALONE, FOREVER, RankLost, Ranks

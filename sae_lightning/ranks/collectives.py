@@ -36,7 +36,7 @@ class Ranks:
         ranks."""
         self.rank, self.size, self.local_rank, self.store = rank, size, local_rank, store
         self.go_first_calls = 0  # calls of `go_first` so far, the same number on all ranks
-        # a second process group: activations need not wait for the all-reduces of GPUs
+        # a second process group for `exchange`, which thus need not wait for all-reduces on GPUs
         self.exchange_group: dist.ProcessGroup | None = None
 
     @property
@@ -48,7 +48,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        self.call(dist.all_gather_object, values, value)
+        self.call_detecting_loss(dist.all_gather_object, values, value)
         return values
 
     def broadcast_value(self, value: Any) -> Any:
@@ -56,7 +56,7 @@ class Ranks:
         if self.size == 1:
             return value
         values = [value]
-        self.call(dist.broadcast_object_list, values, src=0)
+        self.call_detecting_loss(dist.broadcast_object_list, values, src=0)
         return values[0]
 
     def wait(self) -> None:
@@ -69,8 +69,8 @@ class Ranks:
 
     def await_message(self, name: str) -> bytes:
         """Wait, without a time limit, for the message `name`."""
-        self.call(self.store.wait, [name], FOREVER)
-        return self.call(self.store.get, name)
+        self.call_detecting_loss(self.store.wait, [name], FOREVER)
+        return self.call_detecting_loss(self.store.get, name)
 
     @contextmanager
     def go_first(self) -> Iterator[None]:
@@ -89,7 +89,7 @@ class Ranks:
         if self.size == 1:
             return counts
         total = torch.tensor(counts)
-        self.call(dist.all_reduce, total)
+        self.call_detecting_loss(dist.all_reduce, total)
         return total.tolist()
 
     def sum(self, x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Ranks:
         if self.size == 1:
             return x[None]
         parts = x.new_empty(self.size, *x.shape)
-        self.call(dist.all_gather, list(parts.unbind()), x.contiguous())
+        self.call_detecting_loss(dist.all_gather, list(parts.unbind()), x.contiguous())
         return parts
 
     def average(self, mean: float, count: int) -> float:
@@ -136,11 +136,11 @@ class Ranks:
         return self.keep_largest(table, k)[rows, places]
 
     def find_smallest(self, x: Tensor) -> Tensor | None:
-        """Smallest value [] that `keep_largest` has kept on any rank; None if it has kept none.
-        x [n]: its result on this rank, 0 for a value that it dropped."""
-        if self.size == 1:  # `keep_largest` has dropped none
+        """Smallest positive value [] of all ranks' x [n], results of `keep_largest`; else None."""
+        if self.size == 1:  # `keep_largest` has set no value to 0
             return x.min() if len(x) else None
-        smallest = self.stack(pad(x[x > 0], (0, 1), value=torch.inf).min()).min()
+        own_smallest = pad(x[x > 0], (0, 1), value=torch.inf).min()
+        smallest = self.stack(own_smallest).min()
         return smallest if smallest < torch.inf else None
 
     def exchange(
@@ -154,10 +154,10 @@ class Ranks:
                 if other != self.rank and x is not None and x.numel():
                     operations.append(dist.P2POp(operation, x.view(torch.uint8), other, group))
         if operations:
-            for request in self.call(dist.batch_isend_irecv, operations):
-                self.call(request.wait)
+            for request in self.call_detecting_loss(dist.batch_isend_irecv, operations):
+                self.call_detecting_loss(request.wait)
 
-    def call(self, function: Any, *args: Any, **options: Any) -> Any:
+    def call_detecting_loss(self, function: Any, *args: Any, **options: Any) -> Any:
         """Call a function of torch.distributed; RankLost if it fails because a rank is lost."""
         try:
             return function(*args, **options)
@@ -168,8 +168,8 @@ class Ranks:
             raise RankLost(reason) from error
 
     def _explain_failure(self) -> str | None:
-        """Say why a call failed: the reason stored by a failed rank or, if none has stored one,
-        which ranks do not answer; None if all ranks wait, because then none is lost."""
+        """Say why a call failed: the reason of another rank that failed or, if all reasons are
+        WAITING, which ranks gave none; None if every rank gave one, because then none is lost."""
         close_connections()  # makes calls fail on the ranks that wait for this one
         self.store_reason(WAITING)
         others = set(range(self.size)) - {self.rank}
@@ -211,7 +211,7 @@ class Ranks:
 def close_connections() -> None:
     """Close the connections to other ranks, without waiting for those that may be lost."""
     if dist.is_initialized() and torch.cuda.is_available():
-        dist.distributed_c10d._abort_process_group()  # for NCCL only
+        dist.distributed_c10d._abort_process_group()  # GPUs use NCCL, which alone can abort
     elif dist.is_initialized():
         dist.destroy_process_group()
 
@@ -222,7 +222,7 @@ class _Sum(torch.autograd.Function):
         ctx.dtype = x.dtype
         total = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
         total = total.contiguous()
-        ranks.call(dist.all_reduce, total)
+        ranks.call_detecting_loss(dist.all_reduce, total)
         return total
 
     @staticmethod

@@ -35,9 +35,9 @@ def connect(
 ) -> Ranks:
     """Join the process group of `size` ranks; on a machine with GPUs, each rank takes one.
 
-    They connect to a store at `address` and `port`, which rank 0 opens unless `launcher_listens`.
-    `restarts`: how often the launcher has restarted all ranks. Rank 0 gives `patience`, the timeout
-    of all ranks in seconds, and `check`, which is called while they start and raises if one ended.
+    The ranks connect to a store at `address` and `port`, which rank 0 opens unless
+    `launcher_listens`. `restarts`: how often the launcher has restarted all ranks. Rank 0 gives
+    `patience`, the timeout of all ranks in seconds, and `check`, which raises if a rank ended.
     """
     global _world
     backend = "gloo"
@@ -54,14 +54,14 @@ def connect(
         _await_ranks(store, size, check)
     timeout = timedelta(seconds=int(ranks.await_message("patience")))
     options = {"rank": rank, "world_size": size, "timeout": timeout}
-    ranks.call(dist.init_process_group, backend, store=store, **options)
+    ranks.call_detecting_loss(dist.init_process_group, backend, store=store, **options)
     ranks.exchange_group = dist.new_group(timeout=timeout)
     _world = ranks
     return ranks
 
 
 def _await_ranks(store: dist.Store, size: int, check: Callable[[], None]) -> None:
-    """Wait until all ranks have started; RankLost if one has not after START_SECONDS."""
+    """Wait until all ranks have started; RankLost after START_SECONDS. `check` as in `connect`."""
     deadline, missing = monotonic() + START_SECONDS, list(range(size))
     while missing := [rank for rank in missing if not store.check([f"process/{rank}"])]:
         check()

@@ -62,7 +62,8 @@ class FeatureSplit:
             whole = _map_file(file, x, dim, self.features)
             self.slice(whole, dim).copy_(x)
         rows = x.movedim(dim, 0)  # a row for each feature
-        per_message = max(1, MESSAGE_BYTES // max(1, rows[:1].numel() * x.itemsize))
+        row_bytes = max(1, rows[:1].numel() * x.itemsize)
+        per_message = max(1, MESSAGE_BYTES // row_bytes)
         for sender in range(1, self.ranks.size):
             sender_features = range(sender, self.features, self.ranks.size)
             for start in range(0, len(sender_features), per_message):
@@ -84,7 +85,7 @@ def _map_file(file: Path, x: Tensor, dim: int, features: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = features
     with open(file, "wb") as empty:
-        if hasattr(os, "posix_fallocate"):  # otherwise a full disk crashes the process
+        if hasattr(os, "posix_fallocate"):  # without space, writing to the mmap would crash
             os.posix_fallocate(empty.fileno(), 0, math.prod(shape) * x.itemsize)
     flat = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=x.dtype)
     file.unlink()

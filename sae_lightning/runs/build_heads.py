@@ -81,4 +81,4 @@ def open_other_loggers(planned: PlannedPass, heads: Iterable[Head]) -> None:
             settings=job.config.describe_settings(),
             resumed_at=_find_resumed_at(planned, job),
         )
-        head.log.others = open_loggers(job.config.logger, run, notes)
+        head.log.extra_loggers = open_loggers(job.config.logger, run, notes)

@@ -103,7 +103,7 @@ def _run_pass(planned: PlannedPass) -> HeldOutResults:
             is_scored = (head.folder / METRICS_FILE).is_file()
             outcome = "success" if is_scored else unscored_outcome
             outcome = "failed" if head.failure else outcome
-            outcomes += [(logger, outcome) for logger in head.log.others]
+            outcomes += [(logger, outcome) for logger in head.log.extra_loggers]
         finish_loggers(outcomes)
 
 

@@ -32,8 +32,8 @@ class SAEConfig:
     features: int = 10_000
     """Dictionary size (number of features); may be smaller than the site's width."""
     decoder_norm: float = 1.0
-    """Norm of a decoder row at the start. At 0.1 a row is as short as an update, so the first
-    updates turn all rows to the same few directions, and many features become near-copies."""
+    """Norm of a decoder row at the start. At 0.1, the first updates turn all rows to the same few
+    directions, and many features become near-copies."""
     start_bias: float = -1.0
     """Encoder biases at the start, in standard deviations of a pre-activation. With -1, one feature
     in 6 fires on a token at first; with 0, one in 2, and SAEs learn more slowly; with -2, one in
@@ -214,6 +214,7 @@ class SAE(nn.Module):
                 return pre, DenseMatrix(self.activate_batch(pre.values))
             with torch.no_grad():
                 pattern, values = self.find_entries(x)
+            # the same values, with gradients for W_enc and b_enc
             values = sparse.Encode.apply(x, self.W_enc, self.b_enc, pattern, values)
             pre = SparseMatrix(values, pattern)
             return pre, pre.with_values(self.compute_strengths(pre))

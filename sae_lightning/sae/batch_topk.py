@@ -8,8 +8,7 @@ from sae_lightning.sae.base import SAE
 from sae_lightning.sae.sparse import SparsityPattern
 
 THRESHOLD_DECAY = 0.9  # per update, of the threshold's running mean (about 10 updates long)
-# Multiples of the threshold, tried in turn as a lower bound until batch * k values exceed it. The
-# last one, 0, finds all positive values.
+# Multiples of the threshold: lower bounds, tried in turn until batch * k values exceed one.
 BOUND_FACTORS = (0.8, 0.4, 0.0)
 
 
@@ -24,12 +23,12 @@ class BatchTopK(SAE):
 
     architecture = "jumprelu"
     features_compete = True
-    bytes_per_activation = 25
+    bytes_per_activation = 25  # measured peak of an update
 
     def add_parameters(self) -> None:
         # the same value for every feature, in the shape of the saved format
         self.register_buffer("threshold", torch.zeros(len(self.split.own_features)))
-        # bias correction for the initial 0, as in Adam; goes to 1
+        # weight of all updates in `threshold`, to correct for its initial 0, as in Adam
         self.register_buffer("threshold_weight", torch.zeros(()))
 
     def activate(self, pre: Tensor) -> Tensor:
@@ -63,19 +62,19 @@ class BatchTopK(SAE):
         positive = sparse.find_above(pre, 0.0)
         strengths, places = pre[positive].topk(min(k, len(positive)), sorted=False)
         entries = positive[places]
-        strengths = self.split.ranks.keep_largest(strengths, k)  # 0 where other ranks have larger
+        # sets a strength to 0 if it is not among the k largest of all ranks
+        strengths = self.split.ranks.keep_largest(strengths, k)
         self._update_threshold(strengths)
-        kept = entries[sparse.find_above(strengths, 0.0)].sort().values
+        kept = entries[sparse.find_above(strengths, 0.0)].sort().values  # in CSR order
         return SparsityPattern(pattern.flat_indices[kept], *pattern.shape), pre[kept]
 
     def entry_bound(self) -> Tensor:
-        """The bound [features] that `find_entries` tries first, before it keeps the largest."""
+        """The bound [features] that `find_entries` tries first."""
         return BOUND_FACTORS[0] * self.threshold
 
     @torch.no_grad()
     def _update_threshold(self, strengths: Tensor) -> None:
-        """Update the running mean with the smallest strength kept in a batch. `strengths` [n]:
-        this rank's largest; 0 for those that are not among the largest of all ranks."""
+        """Update the running mean with the smallest positive of `strengths` [n] on all ranks."""
         smallest = self.split.ranks.find_smallest(strengths)
         if smallest is None:
             return

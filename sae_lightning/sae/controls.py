@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 
 class Control(Enum):
-    """What a control cannot learn; everything else is trained as in the SAE that it belongs to.
+    """What a control cannot learn; everything else is trained as in its leader.
 
     The first three are the baselines of Korznikov et al. 2026, "Sanity checks for sparse
     autoencoders" (arXiv 2602.14111, figure 1); pca is that of SAEBench (Karvonen et al. 2025, arXiv

@@ -11,10 +11,10 @@ from sae_lightning.sae.matrix import SomeColumns
 def encode_firing(sae: SAE, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """Strengths [batch, n] and ascending indices [n] of the n features that fire on a token of x
     [batch, d_in] where `keep` [batch] is true. On these tokens the strengths are those of
-    `sae.encode`, bit for bit; on the others they are 0.
+    `sae.encode`, bit for bit; on all other tokens they are 0.
 
-    Unless features compete, x W_enc [batch, features], by far the largest tensor, is read only
-    once: for each feature's maximum. Features whose maximum is too small get no strengths.
+    x W_enc [batch, features] is by far the largest tensor. Unless features compete, it is read only
+    once, for each feature's maximum, and strengths are computed only where the maximum suffices.
     """
     if sae.features_compete:
         strengths = sae.encode(x)

@@ -32,7 +32,7 @@ class Gated(SAE):
     """
 
     architecture = "gated"
-    bytes_per_activation = 34
+    bytes_per_activation = 34  # measured peak of an update
     per_feature = SAE.per_feature | {"r_mag": 0, "b_mag": 0}
     biases = ("b_enc", "b_mag")
 
@@ -47,8 +47,7 @@ class Gated(SAE):
         return strengths.relu() * (pre.values > 0)
 
     def training_pass(self, x: Tensor, only_active: bool = False) -> TrainingOutput:
-        """Reconstruct a batch [batch, d_in]; the output holds relu(gate), which two terms of the
-        objective read."""
+        """Reconstruct a batch [batch, d_in] in training; the output also holds relu(gate)."""
         output = super().training_pass(x, only_active)
         return output._replace(relu_gate=output.pre.with_values(output.pre.values.relu()))
 
@@ -86,7 +85,7 @@ class GatedLoss(PenaltyLoss):
         """The terms of `PenaltyLoss` and "gate", the mse of the reconstruction from relu(gate).
         Without it, only the penalty would train b_gate."""
         terms = PenaltyLoss.terms(self, sae, output, target, status)
-        # relu(gate) = f + difference; the reconstruction is f decoded, with b_dec and W_skip
+        # reconstruction from f (with b_dec and W_skip) + (relu(gate) - f) W_dec
         relu_gate, strengths = output.relu_gate, output.features.values.detach()
         difference = relu_gate.with_values(relu_gate.values - strengths)
         decoded_difference = sae.split.ranks.sum(difference @ sae.W_dec.detach())

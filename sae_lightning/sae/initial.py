@@ -28,8 +28,8 @@ def draw_directions(split: FeatureSplit, d: int, generator: Generator) -> Tensor
 
 
 def rescale_strengths(weights: dict[str, Tensor], factors: Tensor) -> dict[str, Tensor]:
-    """The weights of an SAE with the strengths and thresholds of its features multiplied by
-    `factors` [features] and its decoder rows divided by them, which changes no reconstruction."""
+    """The weights of an SAE with strengths and thresholds multiplied by `factors` [features] and
+    decoder rows divided by them. Unless features compete, reconstructions stay the same."""
     scaled = {
         name: weights[name] * factors
         for name in ("W_enc", "b_enc", "b_mag", "threshold")

@@ -40,8 +40,8 @@ class JumpReLUConfig(SAEConfig):
 
 
 class _Jump(torch.autograd.Function):
-    """z * 1[z > threshold]. The threshold's gradient is the jump's, averaged over the window:
-    -threshold / width * 1[|z - threshold| < width / 2]. Thresholds broadcast with z."""
+    """z * 1[z > threshold]. The gradient for the threshold, averaged over a window of this width,
+    is -threshold / width * 1[|z - threshold| < width / 2]. Thresholds broadcast with z."""
 
     @staticmethod
     def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
@@ -83,7 +83,7 @@ class JumpReLU(SAE):
     """
 
     architecture = "jumprelu"
-    bytes_per_activation = 30
+    bytes_per_activation = 30  # measured peak of an update
     per_feature = SAE.per_feature | {"log_threshold": 0}
     biases = ("b_enc", "log_threshold")
 

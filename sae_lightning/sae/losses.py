@@ -3,8 +3,7 @@
 Shapes: batch = tokens, d = width of the target site, features = dictionary size.
 If the features are split over ranks, `features` means those of this rank; `l1`, `lp`, `tanh_l0` and
 `preact` are sums over these features alone.
-Units: normalised activations have a mean square of 1 per element, so that reconstructing all of
-them as 0 has an mse of 1.
+Units: normalised activations, whose mean square is 1 per element.
 """
 
 import torch
@@ -50,9 +49,9 @@ def tanh_l0(features: Tensor, norms: Tensor, scale: float) -> Tensor:
 
 
 def auxk(residual: Tensor, pre: Tensor, rows: Tensor, k: int, ranks: Ranks = ALONE) -> Tensor:
-    """Share of the variance of the residual [batch, d] that the k strongest dead features do not
-    explain (Gao et al. 2024, arXiv 2406.04093, appendix A.2); 0 if no feature is dead or the
-    residual is constant.
+    """Share of the variance of the residual [batch, d] that the k strongest dead features of each
+    token do not explain (Gao et al. 2024, arXiv 2406.04093, appendix A.2); 0 if no feature is dead
+    or the residual is constant.
 
     pre: pre-activations [batch, dead] of this rank's dead features; rows: their decoder rows
     [dead, d]. The residual gets no gradient.

@@ -28,7 +28,7 @@ class Matrix(ABC):
 
     @abstractmethod
     def with_values(self, values: Tensor) -> "Matrix":
-        """A matrix with the same entries and other values, in the shape of `values`."""
+        """A matrix with these `values`, of the shape of `self.values`, at the same positions."""
 
     @abstractmethod
     def broadcast(self, vector: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class SparseMatrix(Matrix):
         return products.unflatten(0, (-1, len(sizes))).unbind(dim=1)  # from [batch * groups, d_out]
 
     def apply_penalty(self, function: Callable[[Tensor, Tensor], Tensor], norms: Tensor) -> Tensor:
-        # the function takes all entries for features of one token, so it does not average them
+        # as one row of a matrix: the function sums over a row, and its mean is over rows
         return function(self.values[None], self.broadcast(norms)) / self.batch_size
 
     def count_positive(self) -> Tensor:

@@ -38,7 +38,7 @@ class MatryoshkaConfig(TopKConfig):
     def sizes(self) -> list[int]:
         """Number of features in each group, including the last."""
         ends = [round(self.features * share) for share in accumulate(self.groups)]
-        return [b - a for a, b in zip([0, *ends], [*ends, self.features], strict=True)]
+        return [stop - start for start, stop in pairwise([0, *ends, self.features])]
 
 
 class Matryoshka(BatchTopK):
@@ -54,16 +54,14 @@ class Matryoshka(BatchTopK):
         without_features = self.b_dec + x @ self.W_skip if self.config.skip else self.b_dec
         with record_function("decode"):
             groups = features.matmul_by_group(self._own_sizes(), self.W_dec)
-            # the first sum is the reconstruction without features
-            _, *prefixes, reconstruction = accumulate(
-                map(self.split.ranks.sum, groups), initial=without_features
-            )
-        return TrainingOutput(x, reconstruction, features, pre, tuple(prefixes))
+            # sums[n]: the reconstruction from the first n groups
+            sums = list(accumulate(map(self.split.ranks.sum, groups), initial=without_features))
+        return TrainingOutput(x, sums[-1], features, pre, tuple(sums[1:-1]))
 
     def _own_sizes(self) -> list[int]:
         """Number of this rank's features in each group."""
         ends = accumulate(self.config.sizes(), initial=0)
-        return [b - a for a, b in pairwise(map(self.split.count_own, ends))]
+        return [stop - start for start, stop in pairwise(map(self.split.count_own, ends))]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -33,8 +33,7 @@ def break_even_density(device: str, dtype: torch.dtype) -> float:
 
 @cache  # called at every update
 def has_sparse_products(device: str) -> bool:
-    """Whether this type of device has these products; CUDA needs Triton, which comes with torch on
-    Linux."""
+    """Whether this type of device has sparse products; CUDA needs Triton."""
     return device == "cpu" or (device == "cuda" and bool(importlib.util.find_spec("triton")))
 
 
@@ -83,7 +82,7 @@ def _pick_dots_from_dense(offsets: Tensor, indices: Tensor, left: Tensor, right:
     starts = offsets[:-1:DENSE_PRODUCT_ROWS].tolist()  # first entry of each chunk
     ends = [*starts[1:], len(indices)]
     rows = torch.repeat_interleave(torch.arange(len(left)), offsets.diff())
-    flat_indices = rows % DENSE_PRODUCT_ROWS * len(right) + indices  # within the chunk
+    flat_indices = (rows % DENSE_PRODUCT_ROWS) * len(right) + indices  # within the chunk
     products = [
         (chunk @ right.T).view(-1).index_select(0, flat_indices[start:end])
         for chunk, start, end in zip(chunks, starts, ends, strict=True)

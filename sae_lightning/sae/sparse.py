@@ -5,10 +5,10 @@ few rows of the batch at a time, and only the entries of [batch, features] with 
 gradient are kept; the decoder and the backward pass are sparse products.
 
     x W_enc -> which entries? -> entries -> activate -> x_hat
-    dense      (choose)          [n entries]           weighted_sums over tokens
+    dense      (choose)          [n entries]           weighted_sums for each token
                                    ^                      | gradient [batch, d]
     W_enc.grad <-- weighted_sums --+------- dots <--------+--> weighted_sums --> W_dec.grad
-                   over features                               over features
+                   for each feature                            for each feature
 
 Shapes: n entries = (token, feature) pairs, ordered by token, then feature. The flat index of an
 entry is token * features + feature.
@@ -101,7 +101,8 @@ def encode_entries(
     autocast's dtype, a few rows at a time: accumulated in float32, then rounded.
     """
     dtype, features = pick_working_dtype(x), W_enc.shape[1]
-    rows = max(1, PRE_ACTIVATIONS_AT_ONCE["cpu" if x.device.type == "cpu" else "other"] // features)
+    device = "cpu" if x.device.type == "cpu" else "other"
+    rows = max(1, PRE_ACTIVATIONS_AT_ONCE[device] // features)
     rounded_shift = shift.to(dtype)
     higher = torch.nextafter(rounded_shift, torch.full_like(rounded_shift, torch.inf))
     # rounded up, so that no positive entry is lost
@@ -125,9 +126,9 @@ def find_positive(x: Tensor) -> Tensor:
         return find_above(x, 0)
     # Few values are positive, so skipping groups that are all 0 after a ReLU halves the time.
     groups = x.relu().view(-1).view(torch.int64).nonzero().squeeze(1)
-    found = find_above(x.view(-1, size).index_select(0, groups), 0)  # flat, in [groups, size]
+    in_groups = find_above(x.view(-1, size).index_select(0, groups), 0)  # in [groups, size]
     shift = size.bit_length() - 1  # i >> shift is i // size, i & (size - 1) is i % size
-    group, place = groups.index_select(0, found >> shift), found & (size - 1)
+    group, place = groups.index_select(0, in_groups >> shift), in_groups & (size - 1)
     return (group << shift) + place
 
 
@@ -165,10 +166,10 @@ class Encode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
+        (x,), W_enc_gradient = ctx.saved_tensors, None
         pattern, gradient = ctx.pattern.without_zeros(gradient)
-        W_enc_gradient = None
         if ctx.needs_input_grad[1]:
-            W_enc_gradient = pattern.transposed_product(gradient, *ctx.saved_tensors).T
+            W_enc_gradient = pattern.transposed_product(gradient, x).T
         return None, W_enc_gradient, pattern.column_sums(gradient), None, None
 
 

@@ -81,11 +81,12 @@ def _find_piece(offsets, cut_rows, cuts, PIECE: tl.constexpr):
     """This program's piece: its row, first entry, end (exclusive), and whether it is a tail.
     Tails come first, since most are longer than first pieces."""
     program = tl.program_id(0).to(tl.int64)
-    tail = program < cuts
-    row = tl.where(tail, tl.load(cut_rows + program, mask=tail, other=0), program - cuts)
-    begin = tl.where(tail, (program + 1) * PIECE, tl.load(offsets + row).to(tl.int64))
-    end = tl.minimum(tl.load(offsets + row + 1).to(tl.int64), (begin // PIECE + 1) * PIECE)
-    return row, begin, end, tail
+    is_tail = program < cuts
+    row = tl.where(is_tail, tl.load(cut_rows + program, mask=is_tail, other=0), program - cuts)
+    begin = tl.where(is_tail, (program + 1) * PIECE, tl.load(offsets + row).to(tl.int64))
+    next_cut = (begin // PIECE + 1) * PIECE
+    end = tl.minimum(tl.load(offsets + row + 1).to(tl.int64), next_cut)
+    return row, begin, end, is_tail
 
 
 # `cuts` changes at each step: Triton must not compile a second kernel for multiples of 16
@@ -95,7 +96,7 @@ def _sum_pieces(
     PIECE: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Store the sums of first pieces in `sums` [rows, d], those of tails in `tails` [cuts, d]."""
-    row, begin, end, tail = _find_piece(offsets, cut_rows, cuts, PIECE)
+    row, begin, end, is_tail = _find_piece(offsets, cut_rows, cuts, PIECE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     within = column < d
     total = tl.full([ENTRIES, COLUMNS], 0.0, tl.float32)
@@ -109,8 +110,8 @@ def _sum_pieces(
         values = tl.load(pointers, mask=valid[:, None] & within[None, :], other=0)
         total += weight[:, None] * values.to(tl.float32)
     result = tl.sum(total, axis=0)
-    tl.store(sums + row * d + column, result, mask=within & (not tail))
-    tl.store(tails + tl.program_id(0).to(tl.int64) * d + column, result, mask=within & tail)
+    tl.store(sums + row * d + column, result, mask=within & (not is_tail))
+    tl.store(tails + tl.program_id(0).to(tl.int64) * d + column, result, mask=within & is_tail)
 
 
 @triton.jit
@@ -123,7 +124,7 @@ def _add_tails(
     row = tl.load(cut_rows + cut)
     first_cut = tl.load(offsets + row).to(tl.int64) // PIECE  # the first one after the row's start
     if cut == first_cut:
-        # exclusive: the number of cuts up to the row's last entry
+        # the cuts first_cut, ..., end_cut - 1 lie inside this row
         end_cut = (tl.load(offsets + row + 1).to(tl.int64) - 1) // PIECE
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         within = column < d

@@ -52,7 +52,7 @@ class HeadCheckpoints(CheckpointIO):
         with ExitStack() as renames:  # when it ends, all files are renamed into place
             for index, head in heads.items():
                 part = _extract_head(checkpoint, index)
-                file = Path()
+                file = Path()  # unused on a rank that does not write
                 if head.writes:
                     file = renames.enter_context(write_atomically(locate_checkpoint(head.folder)))
                 part = _convert_split_tensors(part, head, partial(_gather, head, file.parent))
@@ -206,7 +206,8 @@ def _join_heads(parts: list[dict[str, Any]]) -> dict[str, Any]:
     for index, part in enumerate(parts):
         for name, value in part["state_dict"].items():
             weights[re.sub(r"^heads\.0\.", f"heads.{index}.", name)] = value
-        renumbered = _renumber(*part["optimizer_states"], count, index)
+        (head_adam,) = part["optimizer_states"]
+        renumbered = _renumber(head_adam, count, index)
         count += sum(len(group["params"]) for group in renumbered["param_groups"])
         adam["state"] |= renumbered["state"]
         adam["param_groups"] += renumbered["param_groups"]

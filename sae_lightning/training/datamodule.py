@@ -10,8 +10,7 @@ class ActivationData(L.LightningDataModule):
     """Batches {site: [batch, d_site]} of activations for training, and held-out data.
 
     The stream itself is the data loader. It has a length, so Lightning does not prefetch a batch
-    and the saved cursor matches training. It has a `state_dict`, which Lightning saves with its
-    loops, so the shuffle pool is written only once.
+    and the saved position matches training. Lightning saves its `state_dict` with the loops.
     """
 
     def __init__(self, stream: BatchStream, held_out: HeldOutData):

@@ -42,15 +42,13 @@ class StepResult(NamedTuple):
 
 
 class Head(nn.Module):
-    """An SAE in training: its objective, its source and target sites, and its state. Every tensor
-    that evolves is a buffer, so that resuming and moving to a device need no extra code."""
+    """An SAE in training: its objective, its source and target sites, and its state."""
 
     settings: dict[str, Any]
     """Settings of the run that must not change on resuming, by dotted name."""
     metadata: dict[str, Any]
     """Metadata of the saved SAE, under SAELens' keys and ours."""
     log: HeadLog
-    """Where the head's curves are written."""
 
     def __init__(
         self,
@@ -116,7 +114,8 @@ class Head(nn.Module):
         self.register_buffer("l0_target", torch.tensor(-1.0) if can_follow else None)
         if sae.config.control is Control.soft_frozen_decoder:
             # not in checkpoints: the seed makes them again
-            self.register_buffer("random_rows", normalize(sae.W_dec.detach()), persistent=False)
+            directions = normalize(sae.W_dec.detach())
+            self.register_buffer("initial_directions", directions, persistent=False)
         # each head has its own RNG, so that training heads together changes no random number
         generator_state = Generator().manual_seed(seed).get_state()
         self.register_buffer("generator_state", generator_state)
@@ -150,9 +149,8 @@ class Head(nn.Module):
         for name, coefficient in self.effective_coefficients.items():
             loss = loss + coefficient * terms[name]
         l0 = self._count_firing(output.features)
-        if self.products is Products.auto and break_even_density(
-            x.device.type, pick_working_dtype(x)
-        ):
+        limit = break_even_density(x.device.type, pick_working_dtype(x))
+        if self.products is Products.auto and limit:  # for `use_sparse_products` at the next update
             self.active_density = self.sae.estimate_density(output)
         self.last_step = StepResult(
             loss.detach(),
@@ -165,9 +163,9 @@ class Head(nn.Module):
 
     def tune(self, llm: nn.Module, runs: Sequence[CleanRun]) -> Tensor:
         """The term of the loss [] that `loss.kl` = kl adds: kl / (1 + kl) * (mse' / KL') * KL, with
-        mse' and KL' without gradients. Call it after `forward`. `runs` are those of the LLM without
-        an SAE, on the text of this update. The SAE runs as in evaluation: in float32, a BatchTopK
-        SAE with its threshold."""
+        mse' and KL' without gradients. Call it after `forward`. `runs`: the LLM's forward passes
+        without an SAE on the text of this update. The SAE runs as in evaluation: in float32, and a
+        BatchTopK SAE with its threshold."""
         sites, ranks = (self.source, self.target), self.sae.split.ranks
         kl = measure_spliced_kl(llm, runs, *sites, lambda x: self.run_raw(x).reconstruction, ranks)
         result, weight = self.last_step, self.loss.kl
@@ -196,10 +194,10 @@ class Head(nn.Module):
     @torch.no_grad()
     def _count_firing(self, features: Matrix) -> Tensor:
         """Update `tokens_since_fired`; returns the mean number of active features per token."""
-        fired = features.count_positive()
+        counts = features.count_positive()  # tokens on which each feature fires
         silent = self.tokens_since_fired + features.batch_size
-        self.tokens_since_fired.copy_(silent.masked_fill(fired > 0, 0))
-        return self.sae.split.ranks.sum(fired.sum()) / features.batch_size
+        self.tokens_since_fired.copy_(silent.masked_fill(counts > 0, 0))
+        return self.sae.split.ranks.sum(counts.sum()) / features.batch_size
 
     @property
     def dead(self) -> Tensor:
@@ -228,8 +226,8 @@ class Head(nn.Module):
         return state
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the state from a checkpoint. UserError if an earlier version made it: Adam's
-        moments then have another memory layout."""
+        """Restore the state from a checkpoint. UserError if an earlier version made the checkpoint,
+        whose moments of Adam then have another memory layout."""
         if "occupied" not in state:
             raise UserError(
                 f"resume={self.folder}: an earlier version of sae_lightning made this checkpoint; "

@@ -1,4 +1,8 @@
-"""Checks a whole checkpoint before a resumed run changes a file or loads an LLM."""
+"""Checks a whole checkpoint before a resumed run changes a file or loads an LLM.
+
+`expect` compares a value with a type, a range, an equal value, a tensor of this shape and dtype, or
+a dict of these; ValueError if it differs.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +48,7 @@ def check_checkpoint(
         _expect_progress(checkpoint, step, steps)
         _expect_weights(checkpoint["state_dict"], head)
         extra = checkpoint["state_dict"]["heads.0._extra_state"]
-        if "occupied" in extra:  # else `set_extra_state` refuses it
+        if "occupied" in extra:  # active_density; `set_extra_state` refuses `extra` without it
             expected = {"training_metrics": dict, "occupied": float}
             if head.sae.config.start:
                 expected |= {"start_metrics": dict, "adam_steps": ANY_COUNT}
@@ -53,7 +57,8 @@ def check_checkpoint(
             expect(extra, expected, "_extra_state")
             for name in expected.keys() & {"training_metrics", "start_metrics", "before_kl"}:
                 for key, value in extra[name].items():
-                    expect(value, int if type(value) is int else float, f"{name}.{key}")
+                    if type(value) is not int:
+                        expect(value, float, f"{name}.{key}")
         adam_steps = step + extra.get("adam_steps", 0)  # 0 without a warm start
         _expect_adam(checkpoint["optimizer_states"][0], adam["param_groups"], head, adam_steps)
     head.set_extra_state(extra)
@@ -92,24 +97,25 @@ def _report_damage(path: Path, problem: str) -> Iterator[None]:
 
 def _expect_progress(checkpoint: dict[str, Any], step: int, steps: int) -> None:
     """Check the progress that Lightning reads: the updates done, and its loops' counters."""
-    done, seen = ("ready", "completed"), ("ready", "started", "processed")  # Lightning's counters
-    optimizer = {"step": _list_counters(*done), "zero_grad": _list_counters(*done, "started")}
+    # Lightning saves within the last batch, which is processed but not completed
+    begun, ends = ("ready", "started", "processed"), ("ready", "completed")
+    optimizer = {"step": _list_counters(*ends), "zero_grad": _list_counters(*ends, "started")}
     loops = {
-        "state_dict": {"combined_loader": []},
-        "epoch_progress": _list_counters(*done, *seen),
+        "state_dict": {"combined_loader": []},  # its entry is in the stream file
+        "epoch_progress": _list_counters(*begun, "completed"),
         "epoch_loop.state_dict": dict,
-        "epoch_loop.batch_progress": _list_counters(*seen, count=step) | {"is_last_batch": bool},
-        "epoch_loop.scheduler_progress": _list_counters(*done),
+        "epoch_loop.batch_progress": _list_counters(*begun, count=step) | {"is_last_batch": bool},
+        "epoch_loop.scheduler_progress": _list_counters(*ends),
         "epoch_loop.automatic_optimization.optim_progress": {"optimizer": optimizer},
-        "epoch_loop.manual_optimization.optim_step_progress": _list_counters(*done, count=step),
-        "epoch_loop.val_loop.batch_progress": _list_counters(*done, *seen)
+        "epoch_loop.manual_optimization.optim_step_progress": _list_counters(*ends, count=step),
+        "epoch_loop.val_loop.batch_progress": _list_counters(*begun, "completed")
         | {"is_last_batch": bool},
     }
     expected = {
         "global_step": range(1, steps + 1),  # nothing is saved before the first update
         "epoch": 0,  # a run is one epoch for Lightning, however often it reads the text
         "pytorch-lightning_version": str,
-        "callbacks": {},
+        "callbacks": dict,
         "lr_schedulers": [],  # the callback `Schedule` sets learning rates
         "state_dict": dict,
         "optimizer_states": list,

@@ -29,12 +29,13 @@ class CSVCurves(ExtraLogger):
         # `row`: the points at `tokens`, which are not written yet
         self.path, self.row, self.tokens = folder / "metrics.csv", {}, 0
         kept = [] if run.resumed_at is None else _read_rows(self.path, run.resumed_at)
-        with convert_write_errors(self.path):  # deletes the earlier table, or a link in its place
+        with convert_write_errors(self.path):  # CSVLogger deletes an earlier table, or link
             self.logger = CSVLogger(
                 run.folder, name="", version="csv", flush_logs_every_n_steps=sys.maxsize
             )
             for row in kept:
-                self.logger.log_metrics(row, int(row.pop("step")))
+                tokens = int(row.pop("step"))
+                self.logger.log_metrics(row, tokens)
             self.logger.save()
 
     def add_scalars(self, values: dict[str, float], tokens: int) -> None:

@@ -28,7 +28,7 @@ GLANCE = "At a glance"
 TensorBoard shows this group first, because it sorts names with capitals before lower case."""
 EVENT_FORMAT = "brain.Event:2"
 FLUSH_SECONDS = 120
-# The histogram bins of TensorBoard's own writer.
+# The histogram bins of TensorBoard's own writer: 1e-12 * 1.1^i below 1e20, their negatives, and 0.
 _edges_above_0 = [*takewhile(lambda edge: edge < 1e20, accumulate(repeat(1.1), mul, initial=1e-12))]
 BIN_EDGES = [*(-edge for edge in reversed(_edges_above_0)), 0, *_edges_above_0]
 
@@ -125,7 +125,7 @@ class ExtraLogger:
 class HeadLog:
     """Writes a head's curves to its run folder for TensorBoard, and to other loggers if used."""
 
-    others: Sequence[ExtraLogger] = ()
+    extra_loggers: Sequence[ExtraLogger] = ()
 
     def __init__(self, folder: Path, hparams: HParams, resumed_at: int | None):
         """`resumed_at`: the tokens after which a resumed run replaces earlier points; None for a
@@ -146,8 +146,8 @@ class HeadLog:
         glance = {tag: values[name] for name, tag in self.glance_tags.items() if name in values}
         for tag, value in (glance | values).items():
             self.events.write(Event(summary=scalar(tag, value), step=tokens))
-        for other in self.others:
-            other.add_scalars(values, tokens)
+        for logger in self.extra_loggers:
+            logger.add_scalars(values, tokens)
 
     def add_histogram(self, tag: str, values: Tensor, tokens: int) -> None:
         """Add the distribution of `values` at `tokens` training tokens."""
@@ -155,8 +155,8 @@ class HeadLog:
         if values.numel():
             summary = histogram(tag, values, BIN_EDGES)
             self.events.write(Event(summary=summary, step=tokens))
-            for other in self.others:
-                other.add_histogram(tag, values, tokens)
+            for logger in self.extra_loggers:
+                logger.add_histogram(tag, values, tokens)
 
     def add_density(self, density: Tensor, tokens: int) -> None:
         """Add the histogram of log10 firing rates; features that never fired are left out."""
@@ -165,8 +165,8 @@ class HeadLog:
     def flush(self) -> None:
         """Write buffered points to disk."""
         self.events.flush()
-        for other in self.others:
-            other.flush()
+        for logger in self.extra_loggers:
+            logger.flush()
 
     def close(self) -> None:
         """Close the event file; it cannot be written to afterwards."""
@@ -193,7 +193,7 @@ def _make_summaries(hparams: HParams) -> list[Summary]:
     data = columns.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(data.content)
     for info in content.experiment.hparam_infos:
-        info.differs = info.name in hparams.swept  # the tab shows only five columns at first: these
+        info.differs = info.name in hparams.swept  # columns that differ are shown first
     data.content = content.SerializeToString()
     _, *values = summarize_hparams(hparams.settings, {})
     return [columns, *values]

@@ -42,7 +42,7 @@ class RemoteLogger(ExtraLogger):
         self.run, self.config, self.notes = run, config, notes
         self.id_path = run.folder / f"{self.kind}.json"
         self.queue: SimpleQueue = SimpleQueue()
-        self.closed = False  # whether nothing more is sent: after an error or the end
+        self.closed = False  # True after an error or the end: then nothing is sent
         self.sent = 0  # number of queued actions done so far
         self.logger: WandbLogger | MLFlowLogger | None = None  # None until `_start` has opened it
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -134,12 +134,13 @@ class WandbCurves(RemoteLogger):
         import wandb
 
         refuse_link(self.run.folder / "wandb")
-        run_id, server = self._read_id() or secrets.token_hex(4), "Weights & Biases"
+        run_id = self._read_id() or secrets.token_hex(4)
+        server = "Weights & Biases"
         try:
             wandb_run = self._make_run(run_id, self.config.offline or server in self.notes)
         except wandb.errors.CommError as error:
             self.notes.add(server)
-            run_id = secrets.token_hex(4)  # the failed attempt keeps the first one in use
+            run_id = secrets.token_hex(4)  # the failed attempt keeps the first id in use
             wandb_run = self._make_run(run_id, offline=True)
             self._print(f"{error}; curves are kept on disk: {_format_upload(wandb_run)}")
         write_json(self.id_path, {"run": run_id})
@@ -149,7 +150,7 @@ class WandbCurves(RemoteLogger):
         wandb_run.define_metric("*", step_metric=X_AXIS)
         if wandb_run.offline:
             return
-        page = wandb_run.project_url if self.run.group else wandb_run.url
+        page = wandb_run.project_url if self.run.group else wandb_run.url  # one for a sweep
         if page and page not in self.notes:
             self.notes.add(page)
             console.print(f"Weights & Biases: {make_visible(page)}")
@@ -223,7 +224,7 @@ class MLflowCurves(RemoteLogger):
             self._open(uri)
 
     def _open(self, uri: str) -> None:
-        """Open the run at `uri`; of a resumed one, read where each curve ends."""
+        """Open the run at `uri`. If it is resumed, read where each of its curves ends."""
         run, earlier_id = self.run, self._read_id()
         self.last: dict[str, int] = {}  # tokens of each curve's last point
         self.logger = MLFlowLogger(

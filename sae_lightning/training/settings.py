@@ -56,7 +56,7 @@ class Precision(Enum):
     auto = "auto"
     fp32 = "32-true"
     bf16 = "bf16-mixed"
-    vars()["32-true"] = vars()["32"] = "32-true"  # Lightning's names as aliases
+    vars()["32-true"] = vars()["32"] = "32-true"  # aliases: Lightning's names, not identifiers
     vars()["bf16-mixed"] = "bf16-mixed"
 
     @classmethod

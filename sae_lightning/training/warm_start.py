@@ -21,7 +21,7 @@ from sae_lightning.stream.states import ANY_COUNT, expect
 from sae_lightning.training.head import Head
 from sae_lightning.training.settings import locate_checkpoint
 
-STAYED_COSINE = 0.9  # above it, a feature with decoder rows of this cosine then and now stayed
+STAYED_COSINE = 0.9  # of decoder rows at the start and now; above it, a feature has stayed
 # Settings in which a run must agree with the one it starts from for Adam's moments to fit.
 ADAM_SETTINGS = (
     "llm.name",
@@ -47,7 +47,7 @@ def start_head(head: Head, optimizer: Optimizer) -> str:
     they belong to.
     """
     start_sae, checkpoint = load_sae(head.start), _open_checkpoint(head.start)
-    differing_name = checkpoint and _find_differing_setting(head, checkpoint["settings"])
+    differing_name = _find_differing_setting(head, checkpoint["settings"]) if checkpoint else None
     with_adam = checkpoint is not None and differing_name is None
     if with_adam:
         try:

@@ -4,7 +4,7 @@ Hooks follow one another from left to right, callbacks within a hook from top to
 
                 fit_start  train_start   batch_start   before_optimizer_step  batch_end   train_end
                            |             |<----------- every update ------------------->|
-    StopOnSignal           listen        defer signals                        share       restore
+    StopOnSignal           listen        defer signals                        tell ranks  restore
     Normalize              mean, scale
     WarmStart              weights
     Schedule                             lr, penalty
@@ -40,7 +40,7 @@ from sae_lightning.training.settings import EvalConfig, TrainerConfig
 
 
 def make_callbacks(trainer: TrainerConfig, eval: EvalConfig) -> list[L.Callback]:
-    """Make the callbacks of a run, in order: Throughput stops its clock before the slower ones,
+    """Make the callbacks of a run, in order: Throughput stops its clock before the slow callbacks,
     curves are logged before resampling changes what they show, the checkpoint is saved last."""
     pauses = (eval.every, trainer.checkpoint_every, trainer.keep_every)
     return [

@@ -21,7 +21,7 @@ def export_head(head: Head, folder: Path | None = None) -> None:
 
 
 class Checkpoint(L.Callback):
-    """Saves checkpoints and SAEs every `every` tokens, at the end, and when asked to stop; keeps
+    """Saves checkpoints and SAEs every `every` tokens, at the end, and after a signal; keeps
     another copy of the SAEs every `keep_every` tokens."""
 
     def __init__(self, every: int, keep_every: int | None):

@@ -47,7 +47,7 @@ def _record_scores(head: Head, card: Scorecard, tokens: int) -> None:
         fires = card.quality.density > 0
         if tokens == 0:  # the evaluation before the first update
             head.start_metrics = head.held_out_metrics
-            is_in_start = head.start_rows.any(dim=1)  # not the features that only the head has
+            is_in_start = head.start_rows.any(dim=1)  # False for features that only the head has
             head.start_fired.copy_(head.sae.split.slice(fires.to(is_in_start.device)) & is_in_start)
         head.fates = count_fates(head, fires)
         head.log.add_scalars({f"start/{name}": n for name, n in head.fates.items()}, tokens)

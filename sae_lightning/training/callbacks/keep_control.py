@@ -41,7 +41,7 @@ class KeepControl(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         for head in module.training_heads:
             if head.sae.config.control is Control.soft_frozen_decoder:
-                head.sae.W_dec.copy_(limit_turn(head.sae.W_dec, head.random_rows))
+                head.sae.W_dec.copy_(limit_turn(head.sae.W_dec, head.initial_directions))
 
 
 def measure_moments(x: Tensor) -> Moments:
@@ -55,8 +55,8 @@ def measure_moments(x: Tensor) -> Moments:
 
 
 def set_principal_directions(head: Head, mean: Tensor, directions: Tensor) -> None:
-    """Make `directions` [2 d, d] the encoder columns and decoder rows of a head whose raw
-    activations have this mean [d]. Features beyond 2 d have zero weights and never fire."""
+    """Make `directions` [2 d, d], of both signs, the encoder columns and decoder rows of a head.
+    `mean` [d]: of raw activations. Features beyond 2 d have zero weights and never fire."""
     sae = head.sae
     rows = sae.split.slice(directions[: sae.config.features]).to(sae.W_dec)  # those of this rank
     # the mean in the head's units: 0 if its normalisation subtracts it

@@ -28,7 +28,6 @@ class ProgressBar(L.Callback):
         )
         self.live = show_live(self.bar)
         self.live.__enter__()
-        # the number of the bar's only line, which rich calls a task
         self.task = self.bar.add_task(
             "training", total=module.steps, completed=trainer.global_step, text=""
         )

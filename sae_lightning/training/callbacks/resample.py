@@ -21,8 +21,8 @@ def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int
     For each dead feature, a token is drawn with probability proportional to the square of its loss.
     The encoder column gets the direction of the token's normalised input (`x` [n, d_in]), the
     decoder row that of its target (`target` [n, d_out]). The row gets the mean norm of the rows of
-    live features, the column 0.2 times the mean norm of their columns. Other parameters are reset,
-    and Adam's moments become 0.
+    live features, the column 0.2 times the mean norm of their columns. The feature's other
+    parameters are reset, and its moments in Adam's state become 0.
     """
     sae, split = head.sae, head.sae.split
     all_dead = split.join(head.dead)
@@ -34,7 +34,7 @@ def resample(head: Head, optimizer: Optimizer, x: Tensor, target: Tensor) -> int
     generator.set_state(head.generator_state.cpu())
     weights = loss.cpu().double().square()
     # a token is drawn twice only if there are fewer tokens than dead features
-    tokens = torch.multinomial(weights, count, count > len(x), generator=generator)
+    tokens = torch.multinomial(weights, count, replacement=count > len(x), generator=generator)
     head.generator_state.copy_(generator.get_state())
 
     # this rank's features only, while `all_dead` covers those of all ranks

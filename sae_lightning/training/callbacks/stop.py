@@ -49,13 +49,11 @@ class StopOnSignal(L.Callback):
         self.updating = True
 
     def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
-        """Stop on all ranks if rank 0 got a signal, and print which heads have failed.
-
-        UserError if no head is left.
-        """
+        """Tell all ranks if rank 0 got a signal, on which `Checkpoint` ends training, and print
+        which heads have failed. UserError if no head is left."""
         training = sum(head.writes for head in module.training_heads)
-        counts = [module.received_signal or 0, training]
-        signal_number, remaining = world().sum_counts(counts)  # only rank 0 gets signals
+        counts = [module.received_signal or 0, training]  # other ranks than 0 ignore signals
+        signal_number, remaining = world().sum_counts(counts)
         if signal_number:
             module.stopped_by = signal.Signals(signal_number)
         if remaining < self.remaining:

@@ -32,10 +32,9 @@ class Throughput(L.Callback):
     CPU           stream SAEs | others | stream SAEs | others | ...      counted: all but others
     accelerator   stream SAEs others stream SAEs | pause | ...           counted: all but pauses
 
-    "others" are the callbacks that follow, a "pause" is an evaluation or a checkpoint. The time in
-    which the pool is first filled is counted. An accelerator runs asynchronously. Synchronising at
-    every update would slow training down, so it is synchronised only at log points and before
-    pauses, and the shares are not measured (use a profiler).
+    "others" are the callbacks that follow, a "pause" is an evaluation or a checkpoint. An
+    accelerator runs asynchronously. Synchronising at every update would slow training down, so it
+    is synchronised only at log points and before pauses, and no shares are measured.
     """
 
     def __init__(self, log_every: int, pause_every: Collection[int]):
@@ -62,12 +61,12 @@ class Throughput(L.Callback):
         step, devices = trainer.global_step, {module.device, trainer.datamodule.stream.device}
         on_cpu = all(device.type == "cpu" for device in devices)
         is_log_point = step % self.log_every == 0 or step >= module.steps
-        pauses = on_cpu or step in module.tuning_starts
-        pauses |= any(is_due(step, module.batch, every) for every in self.pause_every)
-        if not on_cpu and (is_log_point or pauses):
+        pause_begins = on_cpu or step in module.tuning_starts
+        pause_begins |= any(is_due(step, module.batch, every) for every in self.pause_every)
+        if not on_cpu and (is_log_point or pause_begins):
             torch.accelerator.synchronize()
         now = self._read_clock(trainer)
-        self.pause_start = now if pauses else None
+        self.pause_start = now if pause_begins else None
         if not is_log_point:
             return
         recent = _compute_speed(self.last, now, module.batch, shares=on_cpu)

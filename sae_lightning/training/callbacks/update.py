@@ -92,7 +92,7 @@ def _clip(head: Head) -> Tensor:
 
 class TargetL0(L.Callback):
     """Adjusts `head.steering`, a factor of the sparsity coefficient, so that L0 approaches
-    `loss.target_l0` or, in a control, the L0 of the trained SAE.
+    `loss.target_l0` or, in a control, the L0 of its leader.
 
     It starts after the penalty's warm-up, during which L0 is large at any coefficient.
     """
@@ -100,16 +100,17 @@ class TargetL0(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: SAEModule, *_) -> None:
         for head in module.training_heads:
             target = getattr(head.loss, "target_l0", None)
-            # read together: each read makes the host wait for the GPU
+            follows_leader = head.l0_target is not None
+            if target is None and not follows_leader:
+                continue
             buffers = [head.last_step.l0, head.l0_error, head.penalty_factor]
-            if head.l0_target is not None:
+            if follows_leader:
                 _follow_leader(head, module)
                 buffers.append(head.l0_target)
-            elif target is None:
-                continue
-            l0, last_error, warmup, *followed = torch.stack(buffers).tolist()
-            target = followed[0] if followed else target
-            if warmup < 1 or target < 0:  # -1: the trained SAE's L0 is not known yet
+            # read together: each read makes the host wait for the GPU
+            l0, last_error, warmup, *leader_l0 = torch.stack(buffers).tolist()
+            target = leader_l0[0] if follows_leader else target
+            if warmup < 1 or target < 0:  # -1: the leader's L0 is not known yet
                 continue
             error = measure_l0_error(l0, target)
             last_error = error if last_error > 1 else last_error  # above 1: there is none yet
@@ -119,7 +120,7 @@ class TargetL0(L.Callback):
 
 
 def _follow_leader(control: Head, module: SAEModule) -> None:
-    """Make the trained SAE's L0 at this update the control's target. Both counted it on the same
+    """Make the leader's L0 at this update the control's target. Both have counted L0 on the same
     batch, so that differences between batches hardly matter."""
     if control.leader is None:
         return
