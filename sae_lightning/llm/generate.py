@@ -79,10 +79,8 @@ def generate(
     ids = prompt.to(find_computing_device(llm.model)).expand(sequences, -1)
 
     def continue_prompt(use_cache: bool) -> Tensor:
-        with (
-            mute_libraries(),
-            replace_activations(llm.model, *sites, _apply_after_bos(function, sequences)),
-        ):
+        replace = _apply_after_bos(function, sequences)
+        with mute_libraries(), replace_activations(llm.model, *sites, replace):
             return llm.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -1,7 +1,7 @@
 """The runs of a sweep averaged over seeds: one row for the runs that differ in seeds only."""
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -9,6 +9,9 @@ from sae_lightning.report.experiments import identify_experiment
 from sae_lightning.report.figures import find_pareto_front
 from sae_lightning.report.noise import Estimates, differ_significantly
 from sae_lightning.report.sweep_table import METRIC_COLUMNS, SweepRun, SweepTable, make_natural_key
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SEED_SETTINGS = ("seed", "data.seed", "model.seed")
 CONTROL_SETTING = "model.control"
@@ -68,15 +71,18 @@ class MeansTable:
         the maximum)."""
         for row, group in enumerate(self.members):
             if len(group) > 1:
-                runs, reasons = table.frame.loc[group], table.frame.reason[group].dropna()
                 self.frame.loc[row, table.metrics] = _average(measured[finished[row]])
-                self.frame.at[row, "tokens"] = max(runs.tokens.dropna(), default=None)
-                self.frame.at[row, "status"] = _count_statuses(runs.status)
-                self.frame.at[row, "reason"] = "; ".join(dict.fromkeys(reasons)) or None
+                self._combine_runs(row, table.frame.loc[group])
         self.best = pd.DataFrame({name: self._find_best(name) for name in METRIC_COLUMNS})
         """Frame of [rows] bool for each metric, from `_find_best`."""
         self.front = self.find_front("explained_variance")
         """[rows] bool: on the Pareto front of L0 and EV, of the trained SAEs or of the controls."""
+
+    def _combine_runs(self, row: int, runs: "pd.DataFrame") -> None:
+        """Set the columns of `row` that are no metrics from those of its `runs`."""
+        self.frame.at[row, "tokens"] = max(runs.tokens.dropna(), default=None)
+        self.frame.at[row, "status"] = _count_statuses(runs.status)
+        self.frame.at[row, "reason"] = "; ".join(dict.fromkeys(runs.reason.dropna())) or None
 
     def estimate(self, name: str) -> Estimates:
         """Mean, spread and number of seeds of a metric, for all rows."""

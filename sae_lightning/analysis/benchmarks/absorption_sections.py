@@ -49,6 +49,10 @@ def make_absorption_sections(
         "No controls of this SAE are known: train it in a sweep with sweep.controls=true."
     )
     tested = int(samples.parts.test.sum())
+    rows = []
+    for name, concepts in results.items():
+        scores = [_format_mean(concepts, field) for field in columns.values()]
+        rows.append([name, f"{means[name]['features']:.1f}", *scores])
     return [
         Section(
             title="Absorption and splitting",
@@ -62,17 +66,7 @@ def make_absorption_sections(
                 "without own features": without_own_note if without_own else "",
                 "note": "" if controls else control_note,
             },
-            table=ResultTable(
-                ["", "own features", *columns],
-                [
-                    [
-                        name,
-                        f"{means[name]['features']:.1f}",
-                        *(_format_mean(concepts, field) for field in columns.values()),
-                    ]
-                    for name, concepts in results.items()
-                ],
-            ),
+            table=ResultTable(["", "own features", *columns], rows),
         ),
         _make_concepts_section(samples.noun, results[sae_name], columns),
     ]
