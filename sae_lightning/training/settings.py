@@ -92,8 +92,8 @@ class TrainerConfig:
     """Where the SAEs train; `llm.device` says where the LLM runs."""
     devices: Any = "auto"
     """Devices of one machine that train together, with a process each; auto is all visible GPUs,
-    or 1 on a CPU. Only the speed depends on it (and a split SAE's rounding); it may change when a
-    run is resumed."""
+    or 1 on a CPU. It may change when a run is resumed. The speed depends on it, and otherwise only
+    rounding: of a split SAE, and of all SAEs unless `threads` is set."""
     nodes: int = 1
     """Machines with `devices` each; their processes are started by torchrun, srun or submitit."""
     split: Splitting = Splitting.auto
