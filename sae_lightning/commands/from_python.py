@@ -64,7 +64,7 @@ def train_sweep(*arguments: str, config_dir: str | os.PathLike | None = None) ->
     possible. In the list, the runs that `sweep.seeds` and `sweep.controls` add follow their SAE.
     UserError: as in `train`, or because some SAEs failed; finished SAEs are in their folders."""
     results = _run_hydra(arguments, config_dir, sweep=True)
-    # one_pass sets working_dir to the run folder; a run that several jobs have added is listed once
+    # one_pass sets working_dir to the run folder, which appears twice if two jobs added one run
     folders = dict.fromkeys(Path(result.working_dir).absolute() for result in results)
     return [Run(folder) for folder in folders]
 

@@ -30,7 +30,7 @@ def train_from_command_line() -> None:
 
 @hydra.main(version_base="1.3", config_path=find_conf_folder(), config_name="config")
 def train_composed(cfg: DictConfig) -> float | None:
-    """Train the job that a composed config describes; returns the objective of a search.
+    """Train the job that a composed config describes; returns the value that a search maximises.
 
     Returns None if the job failed and printed why, so that the other jobs of a multirun go on.
     (Hydra's launcher `one_pass` does not call this function: it trains all jobs together.)
@@ -43,11 +43,11 @@ def train_composed(cfg: DictConfig) -> float | None:
     with report_errors(folder, multirun):
         import_plugins(cfg.plugins)  # a process that submitit started has not done so
         job = make_composed_job(cfg)
-        # late, so that a mistyped setting is reported at once; a benchmark may be the objective
+        # imported late, so that a mistyped setting is reported at once
         with phase("starting"):
             from sae_lightning.analysis.benchmarks.benchmark_objective import train_and_score
 
-        (metrics,) = train_and_score([job])
+        (metrics,) = train_and_score([job])  # train_jobs, then a benchmark if it is the objective
         return None if metrics is None else compute_objective(metrics, job.config.sweep)
     return None
 

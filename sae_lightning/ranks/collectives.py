@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 from sae_lightning.errors import UserError
 
 FOREVER = timedelta(days=365)
-WAITING = "waiting for another rank"  # the reason of a rank that did not fail itself
-REASON_SECONDS = 10  # to wait for the other ranks' reasons when a call fails
+WAITING = "waiting for another rank"  # stored as its reason by a rank that did not fail itself
+REASON_SECONDS = 10  # to wait for reasons, once a call has failed or hung for trainer.patience
 
 
 class RankLost(UserError):
@@ -93,8 +93,8 @@ class Ranks:
         return total.tolist()
 
     def sum(self, x: Tensor) -> Tensor:
-        """All-reduce: sum of `x` over the ranks, in float32 or wider. The gradient of `x` is that
-        of the sum, because all ranks compute the same loss from it."""
+        """All-reduce: sum of `x` over the ranks; with several, in float32 or wider. The gradient of
+        `x` is that of the sum, because all ranks compute the same loss from it."""
         return x if self.size == 1 else _Sum.apply(x, self)
 
     def stack(self, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Ranks:
         return self.keep_largest(table, k)[rows, places]
 
     def find_smallest(self, x: Tensor) -> Tensor | None:
-        """Smallest positive value [] of all ranks' x [n], results of `keep_largest`; else None."""
+        """Smallest positive value [] of all ranks' x [n], from `keep_largest`; None without one."""
         if self.size == 1:  # `keep_largest` has set no value to 0
             return x.min() if len(x) else None
         own_smallest = pad(x[x > 0], (0, 1), value=torch.inf).min()
@@ -168,8 +168,8 @@ class Ranks:
             raise RankLost(reason) from error
 
     def _explain_failure(self) -> str | None:
-        """Say why a call failed: the reason of another rank that failed or, if all reasons are
-        WAITING, which ranks gave none; None if every rank gave one, because then none is lost."""
+        """Say why a call failed: the error of another rank or, if no other rank has stored one,
+        which ranks do not answer. None if all ranks are WAITING: then no rank is lost."""
         close_connections()  # makes calls fail on the ranks that wait for this one
         self.store_reason(WAITING)
         others = set(range(self.size)) - {self.rank}
@@ -220,8 +220,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, ranks: Ranks) -> Tensor:
         ctx.dtype = x.dtype
-        total = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-        total = total.contiguous()
+        total = x.to(torch.promote_types(x.dtype, torch.float32), copy=True).contiguous()
         ranks.call_detecting_loss(dist.all_reduce, total)
         return total
 

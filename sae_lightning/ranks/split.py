@@ -89,5 +89,5 @@ def _map_file(file: Path, x: Tensor, dim: int, features: int) -> Tensor:
             os.posix_fallocate(empty.fileno(), 0, math.prod(shape) * x.itemsize)
     flat = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=x.dtype)
     file.unlink()
-    is_transposed = x.ndim > 1 and not x.is_contiguous()
+    is_transposed = x.ndim > 1 and not x.is_contiguous()  # such as W_enc, column-major
     return flat.view(shape[::-1]).T if is_transposed else flat.view(shape)

@@ -107,10 +107,10 @@ def refuse_sweep(arguments: list[str]) -> None:
 
 def quote_texts(arguments: list[str]) -> list[str]:
     """The arguments with the values of text settings (prompts, names, paths) quoted for Hydra, so
-    that numbers such as `1e3` and quotes are text. `${...}` keeps its meaning, and so does `null`
+    that `1e3` and `'a'` reach the config as typed. `${...}` is still Hydra syntax, and so is `null`
     if the setting may be null.
 
-    In a path or a sweep, quotes keep their meaning, too. In a path, a leading `~` is expanded,
+    In a path or a sweep, quotes are Hydra syntax, too. In a path, a leading `~` is expanded,
     which shells do not do after `=`. In a sweep, commas separate values, and functions such as
     choice(a,b) keep their meaning.
     """

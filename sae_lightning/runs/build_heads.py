@@ -36,8 +36,8 @@ def build_heads(planned: PlannedPass, modules: dict[Site, str]) -> list[Head]:
 
 
 def _find_resumed_at(planned: PlannedPass, job: Job) -> int | None:
-    """Tokens that the job has trained on; None for a new plain run. (`passes.py` marks every job of
-    a multirun as resumed, so there a new job has 0.)"""
+    """Tokens that the job has trained on; None for a new plain run. A new run of a multirun has 0:
+    without earlier logs in its folder, loggers treat 0 like None."""
     return planned.steps_done * job.config.trainer.batch if job.resumed else None
 
 

@@ -36,8 +36,9 @@ def add_stable_features(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun
         [table.runs[i].folder for i in group if table.is_finished[i]]
         for group in MeansTable(table).members
     ]
-    hashes = {path: _hash_files(path) for group in groups if len(group) > 1 for path in group}
-    groups = [[path for path in group if hashes.get(path)] for group in groups]  # with files
+    groups = [group for group in groups if len(group) > 1]
+    hashes = {path: _hash_files(path) for group in groups for path in group}
+    groups = [[path for path in group if hashes[path]] for group in groups]  # both files exist
     seeds = {run.folder: run.settings.get("data.seed") for run in runs}
     pairs = [(a, b) for group in groups for a, b in combinations(group, 2) if seeds[a] == seeds[b]]
     cached = _read_shares(folder / STABLE_FILE) if pairs else {}
@@ -75,7 +76,7 @@ def _read_live_rows(folder: Path) -> Tensor:
 
 
 def _measure_shares(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Share of the rows of `a` that match a row of `b`, and vice versa; 0 if there are no rows."""
+    """Match rows one to one; returns the matched share of `a` and that of `b` (0 without rows)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matched = count_matches(a.to(device), b.to(device))
     return matched / max(len(a), 1), matched / max(len(b), 1)

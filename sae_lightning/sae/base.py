@@ -1,7 +1,7 @@
 """The base class of all sparse autoencoders.
 
-Shapes: d_in, d_out = widths of the source and target site; features = dictionary size;
-batch = tokens. One orientation everywhere: a feature is a column of W_enc and a row of W_dec.
+Shapes: d_in, d_out = widths of source and target site; features = dictionary size; batch = tokens.
+A tensor `features` holds strengths. A feature is a column of W_enc and a row of W_dec everywhere.
 """
 
 import math
@@ -241,7 +241,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def restart(self, indices: Tensor, columns: Tensor, rows: Tensor) -> None:
         """Give the features at `indices` [n] new encoder columns [n, d_in] and decoder rows
-        [n, d_out], and reset their other parameters."""
+        [n, d_out]. Their b_enc becomes 0, not `start_bias`; subclasses reset their parameters."""
         self.W_enc[:, indices] = columns.T
         self.b_enc[indices] = 0
         self.W_dec[indices] = rows

@@ -84,9 +84,9 @@ class LoggerConfig:
         return [name for name in ("wandb", "csv", "mlflow") if getattr(self, name).use]
 
     def resolve(self) -> "LoggerConfig":
-        """Replace null by its value in this environment, so that a run resumed in another
-        environment continues the same curves. `MLFLOW_TRACKING_URI` stays in the environment,
-        because it may hold a password."""
+        """Set null projects, experiments and addresses of used loggers from this environment,
+        so that a run keeps them when it is resumed in another environment. `WANDB_ENTITY` is not
+        copied, nor is `MLFLOW_TRACKING_URI`, because it may hold a password."""
         wandb, mlflow = self.wandb, self.mlflow
         if wandb.use:
             project = wandb.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT

@@ -56,7 +56,7 @@ class Precision(Enum):
     auto = "auto"
     fp32 = "32-true"
     bf16 = "bf16-mixed"
-    vars()["32-true"] = vars()["32"] = "32-true"  # aliases: Lightning's names, not identifiers
+    vars()["32-true"] = vars()["32"] = "32-true"  # aliases that are not valid Python names
     vars()["bf16-mixed"] = "bf16-mixed"
 
     @classmethod
@@ -220,7 +220,7 @@ class Normalization(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class NormalizeConfig:
-    """Activations are shifted and scaled to a mean square of 1 per element."""
+    """By default, activations are shifted and scaled to a mean square of 1 per element."""
 
     mode: Normalization = Normalization.standardize
     """standardize (subtract the mean, divide by one scalar), scale (divide only), or none."""

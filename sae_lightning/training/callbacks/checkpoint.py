@@ -36,7 +36,7 @@ class Checkpoint(L.Callback):
             trainer.should_stop = True
         if module.stopped_by or step == module.steps or is_due(step, module.batch, self.every):
             heads = module.training_heads
-            for head in heads:  # before saving: a resumed run logs only later points
+            for head in heads:  # first: a resumed run logs only points after its checkpoint
                 head.log.flush()
             trainer.save_checkpoint("all")  # saves all heads, each in its folder
             for head in heads:

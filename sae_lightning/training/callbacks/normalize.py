@@ -71,6 +71,6 @@ class Normalize(L.Callback):
                 scale.copy_(estimates[key][1])
             if settings.mode is Normalization.none:
                 # scale `model.start_bias`, which is meant for a mean square of 1: with smaller
-                # activations few features would fire, or none
+                # inputs few features would fire. (WarmStart then sets b_enc of loaded features.)
                 x = trainer.datamodule.stream.peek(settings.tokens)[head.source]
                 head.sae.b_enc.data *= x.float().square().mean().sqrt()
