@@ -33,7 +33,8 @@ print(f"feature {best} fires on", [vocabulary[t] for t in token_set if t >= 0])
 for example in features.top.tokens[best, :3]:
     print("".join(vocabulary[t] for t in example if t >= 0))
 
-effect = lens(subject, text=text.train).effect  # of every feature
+# tokens that it makes more likely, measured in excerpts of the text
+effect = lens(subject, text=text.train, features=[best]).effect
 print("it promotes", [vocabulary[t] for t in effect.promoted[best]])
 for token in annotate(subject, "My lord, the king is dead"):
     print(token.text, token.features[:3], token.strengths[:3])
