@@ -126,7 +126,7 @@ class Subject:
         source = self.config.data_source
         if not source.has_llm:
             remedy = ""
-            if source.accepts_text:
+            if source.may_be_from_llm:
                 remedy = "; if an LLM made them, name it and a text with llm=... data=..."
             raise UserError(
                 f"{self.folder} was trained on {source.origin} and names no LLM: only "
@@ -162,7 +162,7 @@ def open_subject(
         config = config_from_metadata(sae, run, settings, given_settings)
     shape = config.data_source.read_shape()
     sites = config.data_source.find_sites(config.layer, shape)
-    # resumed: without the checks of files and cache that only a new run needs
+    # resumed=True leaves out checks of files and cache, which only a new run needs
     config.data_source.check_before_loading(shape, resumed=True)
     widths = {"reads": len(sae.W_enc), "writes": len(sae.b_dec)}
     for (verb, width), site in zip(widths.items(), sites, strict=True):
@@ -203,11 +203,12 @@ def _read_run_config(
 ) -> Config:
     """Read a run's config, and replace what `given_settings` names, a setting or a whole group, by
     the value in `settings`."""
-    # TRUST_SETTING allows the Python code of the run's LLM; with llm=..., that code does not run
-    config = read_job(run_folder, trusted=bool({"llm", TRUST_SETTING} & {*given_settings})).config
+    # the Python code of the run's LLM is allowed, or does not run because llm=... replaces the LLM
+    trusted = TRUST_SETTING in given_settings or "llm" in given_settings
+    config = read_job(run_folder, trusted).config
     source = config.data_source
     groups = sorted({"llm", "data", "layer"} & {*given_settings})
-    if groups and not source.accepts_text:
+    if groups and not source.may_be_from_llm:
         raise UserError(
             f"{groups[0]}=... has no meaning for {run_folder}, which was trained on "
             f"{source.origin}: leave it out"

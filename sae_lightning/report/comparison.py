@@ -29,7 +29,7 @@ ADDED_BY_TRAINING = {
 
 
 class Comparison(NamedTuple):
-    """A metric of a trained SAE and of its best control, as `compare_with_controls` chooses it."""
+    """A metric of a trained SAE and of the control that `compare_with_controls` chooses."""
 
     trained: int
     """Row of the trained SAE in the `MeansTable`."""
@@ -43,9 +43,9 @@ class Comparison(NamedTuple):
 
 
 def compare_with_controls(means: MeansTable) -> list[Comparison]:
-    """Compare each trained SAE with its best control in every metric that has a better direction.
-    A control whose L0 is within 10 % of the trained SAE's is preferred to all others. Metrics that
-    are NaN are left out."""
+    """Compare each trained SAE with its best control in every metric where higher values are better
+    (`column.better` is 1) or lower ones (-1). A control whose L0 is within 10 % of the trained
+    SAE's is preferred to all others. Metrics that are NaN are left out."""
     comparisons = []
     for row, kind in enumerate(means.kinds):
         if kind != TRAINED:

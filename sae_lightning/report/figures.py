@@ -84,24 +84,22 @@ def find_pareto_front(l0: Estimates, quality: Estimates) -> np.ndarray:
     return front
 
 
-def plot_tradeoff(
-    points: "pd.DataFrame", quality: str, grouping: str | None = None
-) -> "Figure | None":
-    """Plot `quality` against L0 with the Pareto front of trained SAEs as a line, and that of
-    controls as a dotted line; None without finite points. With several seeds, points are means,
-    trained SAEs have error bars of one spread, and fronts have bands of the same width.
+def plot_tradeoff(points: "pd.DataFrame", y: str, grouping: str | None = None) -> "Figure | None":
+    """Plot the column `quality`, with axis title `y`, against L0. The Pareto front of trained SAEs
+    (all but controls) is a line, that of controls a dotted line. With several seeds, points are
+    means, and error bars and the bands of fronts show the spread. None without finite points.
 
-    Columns of `points`: `l0`, `quality` (higher is better), their spreads `l0_spread` and `spread`,
-    `seeds` (number of runs), `control` ("" for a trained SAE), `group` ("" if there are no groups),
-    `label` (distinguishes the points of a group) and `details` (lines of text shown on hover).
-    `grouping` names the setting whose values are the groups.
+    Columns of `points`: `l0`, `quality` (higher is better), `l0_spread` and `spread` (their
+    standard deviations over seeds), `seeds` (number of runs), `control` ("" for a trained SAE),
+    `group` ("" if there are no groups), `label` (distinguishes the points of a group) and `details`
+    (lines of text shown on hover). `grouping` names the setting whose values are the groups.
     """
     points = points[np.isfinite(points[["l0", "quality"]]).all(axis=1)]
     if points.empty:
         return None
     figure = make_figure(
         "L0 (active features per token)",
-        quality,
+        y,
         legend_title={"text": _escape(_shorten(grouping or "")), "font": {"size": 13}},
         xaxis=_make_l0_axis(points.l0.min(), points.l0.max()),
     )

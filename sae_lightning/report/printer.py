@@ -82,12 +82,12 @@ def _make_heading(catalogue: Catalogue, unit: int) -> Text:
     # a score is NaN if the unit fires too rarely, and below 0 if its set predicts worse than chance
     if token_sets is not None and float(token_sets.score[unit]) >= 0:
         ids = [i for i in token_sets.tokens[unit].tolist() if i >= 0][:5]  # -1 is padding
-        after = "after " if token_sets.previous[unit] else ""
+        after = "after " if token_sets.previous[unit] else ""  # fires after the ids, or on them
         tokens = " ".join(isolate(f"‘{show_token(catalogue.vocabulary[i])}’") for i in ids)
         score = f", token score {float(token_sets.score[unit]):.2f}: {after}{tokens}"
         heading.append(score, "not bold")
     if catalogue.copy_of is not None:
-        copies = int((catalogue.copy_of == unit).sum()) - 1  # without itself
+        copies = int((catalogue.copy_of == unit).sum()) - 1  # without itself; a copy gets -1
         text = f", and {copies} {'copy' if copies == 1 else 'copies'}" if copies > 0 else ""
         heading.append(text, "not bold")
     return heading

@@ -33,7 +33,7 @@ class ColouredText(NamedTuple):
     tokens: list[str]
     """Decoded tokens with their leading spaces."""
     strengths: list[float]
-    """Strength of each token; 0 is not coloured."""
+    """Strength of each token. 0 is not coloured; a value below 0 has another colour."""
 
 
 class ResultTable(NamedTuple):
@@ -51,7 +51,7 @@ class Section(NamedTuple):
     lead: str
     """What the result says, in a few sentences."""
     numbers: dict[str, str] = {}
-    """Name -> formatted number, words or a sentence."""
+    """Label -> what stands beside it: a formatted number, words or a sentence."""
     table: ResultTable | None = None
     texts: list[ColouredText] = []
     figures: dict[str, "Figure"] = {}
@@ -62,5 +62,5 @@ class Section(NamedTuple):
 
     @property
     def max_strength(self) -> float:
-        """Largest absolute strength in `texts`, the scale of their colours; 1 if all are 0."""
+        """Largest absolute value of `strengths`, which gets the full colour; 1 if all are 0."""
         return max((abs(s) for text in self.texts for s in text.strengths), default=0) or 1

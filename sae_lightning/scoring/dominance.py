@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_lightning.stream.rows import compute_norms
 
 FEW_TOKENS_SHARE = 1e-3  # "a few tokens": at most this share of all tokens
-DOMINANT_SHARE = 0.1  # of the variance: a few tokens, or one dimension, with more are dominant
+DOMINANT_SHARE = 0.1  # a few tokens, or one dimension, dominate above this share of the variance
 # Share of the tokens -> share of the variance. The tokens of largest norm dominate if they hold
 # more than this share of the variance, and more than ten times their share of the tokens. Llama 2
 # needs the second entry: the first full stop of each short sequence holds nearly all the variance.
@@ -23,7 +23,7 @@ VARIANCE_LIMITS = {FEW_TOKENS_SHARE: DOMINANT_SHARE, 0.05: 0.5}
 class DominantTokens(NamedTuple):
     """The few tokens of largest norm that dominate the variance of a set of n tokens."""
 
-    others: Tensor
+    usual: Tensor
     """[n] bool: true for all tokens that are not dominant."""
     share: float
     """Share of the variance that the dominant tokens hold."""
@@ -33,7 +33,7 @@ class DominantTokens(NamedTuple):
     @property
     def token_count(self) -> int:
         """Number of dominant tokens in the set."""
-        return int((~self.others).sum())
+        return int((~self.usual).sum())
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def find_dominant_tokens(x: Tensor) -> DominantTokens | None:
     None if no token is dominant, or x is not finite.
 
         |x|      100  97     11  10   9  ...   1
-                 dominant    └─── others ─────┘     max_norm * median: between 11 and 97
+                 dominant    └──── usual ─────┘     max_norm * median: between 11 and 97
     """
     norms, order = compute_norms(x).cpu().sort(descending=True)
     mean = x.mean(dim=0, dtype=torch.float32)

@@ -12,17 +12,17 @@ from torch.nn.functional import normalize
 from sae_lightning.ranks import FeatureSplit
 
 COPY_COSINE = 0.9  # above this cosine two decoder rows count as copies
-MAX_LIVE_FEATURES = 16_384  # live features that are compared with all rows: bounds time
+MAX_FIRING_FEATURES = 16_384  # features that are compared with all rows: bounds time
 BLOCK_ROWS = 1024  # rows compared with as many other rows at a time: bounds memory
 
 
 class Copies(NamedTuple):
-    """Cosine of each live feature (one that fires on held-out data) with its nearest other decoder
-    row, live or dead; NaN if no feature is live. Above 16,384 live features, a random sample of
-    16,384 is measured, drawn with a fixed seed."""
+    """For each feature that fires on held-out data, the cosine of its decoder row with the nearest
+    row of any other feature is measured. Both fields are NaN if no feature fires. If more than
+    16,384 fire, a random sample of 16,384 is measured, drawn with a fixed seed."""
 
     duplicates: float
-    """Share of live features with a cosine above 0.9."""
+    """Share of the cosines above 0.9."""
     nearest_cosine: float
     """Median of the cosines."""
 
@@ -31,9 +31,9 @@ class Copies(NamedTuple):
 def measure_copies(W_dec: Tensor, density: Tensor, split: FeatureSplit | None = None) -> Copies:
     """Measure copies among decoder rows [features, d_out], given each feature's density: the share
     of tokens on which it fires [features]. With a `split`, W_dec has this rank's rows only."""
-    live = density.nonzero().squeeze(1)
-    order = torch.randperm(len(live), generator=Generator().manual_seed(0))
-    sample = live[order[:MAX_LIVE_FEATURES]]
+    firing = density.nonzero().squeeze(1)
+    order = torch.randperm(len(firing), generator=Generator().manual_seed(0))
+    sample = firing[order[:MAX_FIRING_FEATURES]]
     if split is None or split.ranks.size == 1:
         nearest = find_nearest_cosines(W_dec, sample.to(W_dec.device))
     else:

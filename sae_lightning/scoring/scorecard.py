@@ -21,16 +21,16 @@ MAX_TOKENS_AT_ONCE = 4096
 MAX_ACTIVATIONS_AT_ONCE = 1 << 26
 
 
-class WithoutDominantTokens(NamedTuple):
-    """Explained variance without the few tokens that dominate the variance."""
+class UsualTokens(NamedTuple):
+    """Explained variance of the usual tokens: all but the few that dominate the variance."""
 
     explained_variance: float
     dropped: int
-    """Number of dominant tokens left out."""
+    """Number of dominant tokens."""
     share: float
-    """Share of the variance that they hold."""
+    """Share of the variance that the dominant tokens hold."""
     max_norm: float
-    """The `data.max_norm` that leaves them out."""
+    """The `data.max_norm` that leaves the dominant tokens out."""
 
 
 class Scorecard(NamedTuple):
@@ -43,15 +43,15 @@ class Scorecard(NamedTuple):
     data, the recovery of its concepts."""
     fidelity: Fidelity | None = None
     """Size and kind of the error, if requested."""
-    without_dominant: WithoutDominantTokens | None = None
-    """Explained variance without the few tokens that dominate it, if there are any."""
+    usual: UsualTokens | None = None
+    """None if no token is dominant."""
 
     def scalars(self) -> dict[str, float]:
         """All numbers but those of `fidelity`, by name, for `metrics.json`, curves and tables."""
         numbers = self.quality._asdict() | self.copies._asdict()
         del numbers["density"], numbers["dimension"]
-        # prefix "usual": without the dominant tokens; "dimension": without the dominant dimension
-        parts = {"usual": self.without_dominant, "dimension": self.quality.dimension}
+        # `share` is that of the dominant tokens or dimension, `explained_variance` of all others
+        parts = {"usual": self.usual, "dimension": self.quality.dimension}
         for prefix, part in parts.items():
             if part:
                 numbers |= {f"{prefix}_{name}": value for name, value in part._asdict().items()}
@@ -90,15 +90,16 @@ def score_saes(
             _measure_reconstruction(sae, x, y, dominant, fidelity, tokens, split)
             for sae, split in zip(saes, splits, strict=True)
         ]
-        qualities, all_sums, without_dominant = zip(*measured, strict=True)
+        qualities, all_sums, usual_tokens = zip(*measured, strict=True)
         copies = [
             measure_copies(decoder, quality.density, split)
             for decoder, quality, split in zip(decoders, qualities, splits, strict=True)
         ]
+        # for the LLM's loss with the error alone: reconstructions are replaced by their mean
         means = [sums.mean_reconstruction.float().to(y.device) for sums in all_sums if sums]
         scores = held_out.measure_saes(source, target, saes, weights, tokens, splits, means)
     fidelities = [sums.result() if sums else None for sums in all_sums]
-    parts = zip(qualities, copies, scores, fidelities, without_dominant, strict=True)
+    parts = zip(qualities, copies, scores, fidelities, usual_tokens, strict=True)
     return [Scorecard(*part) for part in parts]
 
 
@@ -110,27 +111,27 @@ def _measure_reconstruction(
     fidelity: bool,
     tokens: int,
     split: FeatureSplit,
-) -> tuple[Quality, FidelitySums | None, WithoutDominantTokens | None]:
+) -> tuple[Quality, FidelitySums | None, UsualTokens | None]:
     """Measure an SAE on inputs x [n, d_in] and targets y [n, d_out], `tokens` rows at a time."""
-    quality_sums, others_sums = QualitySums(), QualitySums()
+    quality_sums, usual_sums = QualitySums(), QualitySums()
     fidelity_sums = FidelitySums(y.cpu().double().mean(dim=0)) if fidelity else None
-    others = torch.zeros(len(x), dtype=torch.bool) if dominant is None else dominant.others
-    parts = zip(x.split(tokens), y.split(tokens), others.split(tokens), strict=True)
-    for part, target, keep in parts:
+    usual = dominant.usual if dominant else torch.ones(len(x), dtype=torch.bool)
+    parts = zip(x.split(tokens), y.split(tokens), usual.split(tokens), strict=True)
+    for part, target, is_usual in parts:
         output = sae(part.float())
         quality_sums.add(target, output.reconstruction, output.features)
-        if keep.any():
-            others_sums.add(target[keep], output.reconstruction[keep], output.features[keep])
+        if dominant and is_usual.any():
+            reconstruction, features = output.reconstruction[is_usual], output.features[is_usual]
+            usual_sums.add(target[is_usual], reconstruction, features)
         if fidelity_sums is not None:
             fidelity_sums.add(target, output.reconstruction)
-    without_dominant = dominant and WithoutDominantTokens(
-        others_sums.result().explained_variance,
+    usual_tokens = dominant and UsualTokens(
+        usual_sums.result().explained_variance,
         dominant.token_count,
         dominant.share,
         dominant.max_norm,
     )
-    quality = quality_sums.result(split.join)
-    return quality, fidelity_sums, without_dominant
+    return quality_sums.result(split.join), fidelity_sums, usual_tokens
 
 
 def format_lines(scalars: dict[str, float], noun: str = "text") -> dict[str, str]:
@@ -188,7 +189,7 @@ def _format_recovery(scalars: dict[str, float]) -> dict[str, str]:
         "strengths": f"{scalars['feature_readout']:.1%} of their variance read by features, "
         f"{scalars['projection_readout']:.1%} by projection",
         "encoder and decoder": f"cosine {scalars['encoder_agreement']:.4f}, "
-        f"{scalars['negative_bias']:.1%} of biases (minus thresholds) negative"
+        f"{scalars['negative_bias']:.1%} of biases below the threshold (0 if none)"
         if scalars["recovered"]
         else "no concept recovered",
     }

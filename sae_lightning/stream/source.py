@@ -217,7 +217,7 @@ class DataSource(ABC):
     """Whether an LLM computes the activations."""
     origin: ClassVar[str]
     """Follows "trained on" in messages: text, synthetic concepts."""
-    accepts_text: ClassVar[bool] = True
+    may_be_from_llm: ClassVar[bool] = True
     """Whether an LLM may have computed the activations, so that analysis can be given a text."""
     metrics: ClassVar[frozenset[str]]
     """Held-out metrics that only this kind of data has and that depend on the SAE."""

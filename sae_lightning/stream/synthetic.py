@@ -234,7 +234,7 @@ class SyntheticSource(NoLLMSource):
     data: SyntheticConfig
     settings = SyntheticConfig
     noun, where = "samples", "data=synthetic"
-    origin, accepts_text = "synthetic concepts", False
+    origin, may_be_from_llm = "synthetic concepts", False
     metrics = frozenset(Recovery._fields) - CONCEPT_METRICS
     headline = "recovered"
 

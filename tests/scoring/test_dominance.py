@@ -41,7 +41,7 @@ def test_tokens_nine_times_as_long_dominate_where_all_share_a_long_mean():
     # 5 (10.7)^2 = 572 of 572 + 8,128 / 100 = 654
     assert dominant.share == pytest.approx(572 / 654, abs=0.01)
     kept = mark_usual_rows({SITE: x}, compute_medians({SITE: x}), dominant.max_norm)
-    assert torch.equal(kept, dominant.others)
+    assert torch.equal(kept, dominant.usual)
     assert (~kept).nonzero().squeeze(1).tolist() == [0, 1, 2, 3, 4]
 
 

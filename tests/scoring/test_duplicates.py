@@ -66,7 +66,7 @@ def test_blocks_change_nothing(live, monkeypatch):
 
 def test_of_more_live_features_than_can_be_compared_some_stand_for_all(monkeypatch):
     """Every fourth of 4,000 has a copy that is dead: a quarter of the 1,000 that are compared."""
-    monkeypatch.setattr(duplicates, "MAX_LIVE_FEATURES", 1_000)
+    monkeypatch.setattr(duplicates, "MAX_FIRING_FEATURES", 1_000)
     compared = []
 
     def nearest(W_dec, which):

@@ -38,7 +38,7 @@ def run_absorption(subject: Subject) -> BenchmarkResult:
     among synthetic concepts. The score is the mean F1 of own features, not a rate of absorption: an
     SAE that has no features for the concepts cannot absorb them, and would seem best."""
     controls = open_controls(subject, None, limit=None)  # all that the sweep has
-    is_text = subject.config.data_source.accepts_text  # else data=synthetic
+    is_text = subject.config.data_source.may_be_from_llm  # else data=synthetic
     samples = read_first_letters(subject) if is_text else sample_parents(subject)
     saes, results = {"this SAE": subject.sae} | controls, {}
     with phase("counting absorption", total=len(saes)) as advance:

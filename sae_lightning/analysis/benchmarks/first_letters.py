@@ -31,7 +31,7 @@ from sae_lightning.terminal import phase
 MAX_READ_WORDS = 16_384
 WORDS_IN_PROMPT = 32
 EXAMPLES = 4  # words at the start of a prompt that are not read
-FIT_SHARE, CHOOSE_SHARE = 0.6, 0.2  # shares of the prompts; the last 0.2 are the test part
+FIT_END, CHOOSE_END = 0.6, 0.8  # shares of the prompts where two parts of `SampleParts` end
 MIN_WORDS = 10  # a letter is left out if fewer words in one of the parts begin with it
 MIN_F1 = 0.6  # a letter is left out if the F1 of its probe is lower (SAEBench)
 L2_PENALTY = 1e-3  # 1e-4 and 3e-3 change the mean F1 of SmolLM2's probes by 0.01
@@ -70,13 +70,13 @@ def read_first_letters(subject: Subject) -> ConceptSamples:
     if subject.context is not None:  # the LLM's limit
         size = min(size, (subject.context - 1) // line_tokens)  # without BOS
     word_lists = [words[i : i + size] for i in range(0, len(words), size)]  # one for each prompt
-    samples, shares = [], []  # share of each sample: index of its prompt / number of prompts
+    samples, shares = [], []  # for each sample, the share of the prompts that precede its own
     for i, listed in enumerate(word_lists):
         samples += listed[EXAMPLES:]
         shares += [i / len(word_lists)] * len(listed[EXAMPLES:])
-    share = torch.tensor(shares)
-    fit = share < FIT_SHARE
-    choose = ~fit & (share < FIT_SHARE + CHOOSE_SHARE)
+    share_before = torch.tensor(shares)
+    fit = share_before < FIT_END
+    choose = ~fit & (share_before < CHOOSE_END)
     parts = SampleParts(fit, choose, ~fit & ~choose)
     labels = torch.tensor([[word[0] == letter for letter in ascii_lowercase] for word in samples])
     frequent = torch.stack([labels[part].sum(dim=0) >= MIN_WORDS for part in parts]).all(dim=0)
@@ -167,6 +167,6 @@ def _check_any(subject: Subject, letters: Tensor, why: str) -> None:
 
 def _encode_answer(subject: Subject, letter: str) -> list[int]:
     """Token ids of the text that a prompt has after each word that begins with `letter`."""
-    encode, word = subject.tokenizer.encode, "a"  # any word, which is cut off again
+    encode, word = subject.tokenizer.encode, "a"  # any word; its tokens are cut off below
     line = encode(f"{word} has the first letter: {letter.upper()}\n", add_special_tokens=False)
     return line[len(encode(word, add_special_tokens=False)) :]

@@ -79,7 +79,7 @@ class Endpoint(ChatModel):
         self.url, self.model, self.key_env, self.concurrency = url, model, key_env, concurrency
         self.name, self.key = f"{url} {model}", read_key(key_env)
         is_local = check_url(url, self.key)
-        for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
+        for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):  # old and new versions
             # otherwise hydra.verbose=true would log headers, which hold the key
             logging.getLogger(name).setLevel(logging.WARNING)
         self._client = openai.OpenAI(
@@ -87,7 +87,7 @@ class Endpoint(ChatModel):
             base_url=url,
             max_retries=retries,
             timeout=TIMEOUT,
-            # no redirect carries the key elsewhere, and no proxy an unencrypted key
+            # no redirects, and no proxy to a local server, which may get the key unencrypted
             http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_local),
         )
         # `complete` changes both for a reasoning model, which calls the limit on tokens
@@ -153,7 +153,7 @@ class Endpoint(ChatModel):
             case openai.APIStatusError() if 300 <= error.status_code < 400:
                 remedy = "it redirects requests; if you trust the new address, give that one"
             case openai.APIStatusError():
-                remedy = "if the question is too long, lower together or examples"
+                remedy = "if the question is too long, lower together=... or examples=..."
             case _:
                 remedy = "check the address, which usually ends in /v1"
         return UserError(censor(f"{setting}: {message}; {remedy}", self.key))
