@@ -34,7 +34,7 @@ SUBMODULES = {
 def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
     """Read a folder of dictionary_learning; its SAEs take raw activations."""
     cfg, tensors = files.settings, files.tensors
-    trainer = drop_nulls(cfg["trainer"])  # settings of training
+    trainer = drop_nulls(cfg["trainer"])  # settings of training, which the metadata will include
     layouts, dict_class = DICTIONARY_LEARNING.layouts, trainer["dict_class"]
     check_readable(files.settings_file, "dict_class", dict_class, layouts)
     layout = layouts[dict_class]
@@ -55,7 +55,7 @@ def read_dictionary_learning(files: SavedFiles) -> StoredSAE:
         hook = f"resid_post_layer_{trainer['layer']}"
     metadata = {"model_name": trainer.get("lm_name"), "hook_name": hook}
     metadata["context_size"] = cfg.get("buffer", {}).get("ctx_len")
-    return StoredSAE(settings, weights, drop_nulls(metadata) | trainer, layout.centred)
+    return StoredSAE(settings, weights, drop_nulls(metadata) | trainer, layout.subtracts_b_dec)
 
 
 def make_dictionary_learning_settings(sae: SAE, key: str, origin: Origin) -> SettingsAndTensors:
@@ -99,13 +99,13 @@ DICTIONARY_LEARNING = Format(
     files=("ae.pt", "config.json"),
     read=read_dictionary_learning,
     layouts={
-        "AutoEncoder": Layout("relu", LINEAR | {"bias": "b_dec"}, centred=True),
+        "AutoEncoder": Layout("relu", LINEAR | {"bias": "b_dec"}, subtracts_b_dec=True),
         "AutoEncoderNew": Layout("relu", LINEAR | {"decoder.bias": "b_dec"}),
-        "AutoEncoderTopK": Layout("topk", BIASED, centred=True),
-        "BatchTopKSAE": Layout("batch_topk", BIASED, centred=True),
-        "MatryoshkaBatchTopKSAE": Layout("matryoshka", PLAIN, centred=True),
+        "AutoEncoderTopK": Layout("topk", BIASED, subtracts_b_dec=True),
+        "BatchTopKSAE": Layout("batch_topk", BIASED, subtracts_b_dec=True),
+        "MatryoshkaBatchTopKSAE": Layout("matryoshka", PLAIN, subtracts_b_dec=True),
         "JumpReluAutoEncoder": Layout("jumprelu", PLAIN | {"threshold": "threshold"}),
-        "GatedAutoEncoder": Layout("gated", GATED, centred=True),
+        "GatedAutoEncoder": Layout("gated", GATED, subtracts_b_dec=True),
     },
     autoencoders={
         "relu": "AutoEncoderNew",

@@ -39,7 +39,7 @@ class StoredSAE(NamedTuple):
     """Name -> float32 tensor; `log_threshold` may stand for `threshold`."""
     metadata: dict[str, Any]
     """What the SAE was trained on, under SAELens' keys."""
-    centred: bool = False
+    subtracts_b_dec: bool = False
     """The encoder reads x - b_dec; a skip connection still reads x."""
     scale_in: float = 1.0
     scale_out: float = 1.0
@@ -66,7 +66,7 @@ class Layout(NamedTuple):
     """Its name in ARCHITECTURES."""
     names: dict[str, str] = {}
     """The format's names of its tensors -> ours; ".T": stored transposed."""
-    centred: bool = False
+    subtracts_b_dec: bool = False
     """The encoder reads x - b_dec."""
 
 

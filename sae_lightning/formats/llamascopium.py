@@ -153,8 +153,8 @@ def read_llama_scope(files: SavedFiles) -> StoredSAE:
     metadata = {"model_name": "meta-llama/Llama-3.1-8B", "hook_name": cfg["hook_point_in"]}
     if cfg.get("hook_point_out", metadata["hook_name"]) != metadata["hook_name"]:
         metadata["hook_name_out"] = cfg["hook_point_out"]
-    centred = cfg.get("apply_decoder_bias_to_pre_encoder", False)
-    return StoredSAE({"name": "jumprelu"}, weights, metadata, centred, scale_in, scale_out)
+    subtracts_b_dec = cfg.get("apply_decoder_bias_to_pre_encoder", False)
+    return StoredSAE({"name": "jumprelu"}, weights, metadata, subtracts_b_dec, scale_in, scale_out)
 
 
 LLAMA_SCOPE = Format(

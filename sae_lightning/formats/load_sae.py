@@ -70,12 +70,12 @@ def _find_weights(path: Path) -> tuple[Format, Path, Path]:
     folders = [root, *(root / name for name in subfolders)]
     files = [file for folder in folders for file in folder.glob("*") if file.is_file()]
     names = [file.relative_to(root).as_posix() for file in files]
-    saes = find_saes(path_in_root, names)
+    saes = find_saes(path_in_root, names)  # all paths are relative to `root`
     if not saes:
-        patterns = ", ".join(dict.fromkeys(entry.files[0] for entry in FORMATS.values()))
+        weights_names = dict.fromkeys(entry.files[0] for entry in FORMATS.values())
         raise UserError(
             f"{path} holds no saved SAE: give a run folder (outputs/<day>/<time>), or a folder or "
-            f"file of another tool ({patterns})"
+            f"file of another tool ({', '.join(weights_names)})"
         )
     entry, folder, weights, _ = saes[0]
     if len(saes) > 1:
@@ -86,11 +86,11 @@ def _find_weights(path: Path) -> tuple[Format, Path, Path]:
 
 
 def _read_files(entry: Format, folder: Path, file: Path) -> SavedFiles:
-    """Read settings and weights; FileNotFoundError if the settings are needed and missing."""
-    settings_file, settings = file, {}  # of a format without a settings file
+    """Read settings and weights; FileNotFoundError if required settings are missing."""
+    settings_file, settings = file, {}  # for error messages, if the format has no settings file
     if entry.settings_file:
         settings_file = folder / entry.settings_file
-        if entry.settings_file in entry.files or settings_file.exists():
+        if entry.settings_file in entry.files or settings_file.exists():  # `files` are required
             settings = read_settings_file(settings_file)
     return SavedFiles(file, settings_file, settings, read_weights(file))
 
@@ -113,7 +113,7 @@ def _build(stored: StoredSAE) -> SAE:
         if shapes[name] != expected[name]:
             raise ValueError(f"{name} is {shapes[name]} and should be {expected[name]}")
     sae.load_weights(stored.weights)
-    if not stored.centred:
+    if not stored.subtracts_b_dec:
         return sae
     # the encoder was trained on x - b_dec
     if d_in != d_out:

@@ -71,28 +71,28 @@ def read_saelens(files: SavedFiles) -> StoredSAE:
     weights = rename_tensors(SAELENS, files.tensors)
     metadata = cfg.get("metadata", cfg)  # older versions write it among the settings
     # SAELens' defaults, where keys are missing; SAELens 2 had center_writing_weights=True
-    centred = "transcoder" not in architecture and cfg.get("apply_b_dec_to_input", True)
+    subtracts_b_dec = "transcoder" not in architecture and cfg.get("apply_b_dec_to_input", True)
     options = metadata.get("model_from_pretrained_kwargs", {})
     has_layernorm = str(metadata.get("model_name")).startswith(LAYERNORM_MODELS)
     if has_layernorm and options.get("center_writing_weights", is_saelens_2):
-        weights |= _fold_mean_subtraction(weights, centred)
+        weights |= _fold_mean_subtraction(weights, subtracts_b_dec)
     return StoredSAE(
         settings,
         weights,
         metadata,
-        centred=centred,
+        subtracts_b_dec=subtracts_b_dec,
         scale_in=scale,
         scale_out=scale,
         rescale=cfg.get("rescale_acts_by_decoder_norm", "batchtopk" in architecture),
     )
 
 
-def _fold_mean_subtraction(weights: dict[str, Tensor], centred: bool) -> dict[str, Tensor]:
+def _fold_mean_subtraction(weights: dict[str, Tensor], subtracts_b_dec: bool) -> dict[str, Tensor]:
     """Convert the encoder of an SAE that was trained on x - mean(x), the mean over dimensions, to
     raw x: (x - mean(x)) @ W_enc = x @ (W_enc - W_enc.mean(0)). TransformerLens subtracts mean(x)
     with `center_writing_weights`."""
     W_enc, b_enc = weights["W_enc"], weights["b_enc"]
-    if centred:  # load_sae will subtract b_dec @ (new W_enc); correct it to b_dec @ W_enc
+    if subtracts_b_dec:  # load_sae will subtract b_dec @ (new W_enc); correct it to b_dec @ W_enc
         b_enc = b_enc - weights["b_dec"].mean() * W_enc.sum(dim=0)
     return {"W_enc": W_enc - W_enc.mean(dim=0), "b_enc": b_enc}
 

@@ -27,14 +27,14 @@ def read_sparsify(files: SavedFiles) -> StoredSAE:
     folder = files.settings_file.absolute().parent
     run_file = folder.with_name("config.json")
     run_settings = read_settings_file(run_file) if run_file.is_file() else {}
-    centred = not cfg.get("transcode", False)
+    subtracts_b_dec = not cfg.get("transcode", False)
     # The first transcoders read x - b_dec, and their cfg.json has no `transcode`. The config.json
     # of their run has it, or a skip connection shows that they are transcoders.
     is_transcoder = cfg.get("transcode", run_settings.get("transcode", settings["skip"]))
     llm = {"model_name": run_settings.get("model"), "context_size": run_settings.get("ctx_len")}
     metadata = drop_nulls(llm) | name_hooks(folder.name, is_transcoder) | cfg
     weights = rename_tensors(SPARSIFY, files.tensors)
-    return StoredSAE(settings, weights, metadata, centred)
+    return StoredSAE(settings, weights, metadata, subtracts_b_dec)
 
 
 def name_hooks(module: str, is_transcoder: bool) -> dict[str, str]:
@@ -74,7 +74,7 @@ SPARSIFY = Format(
     optional=("../config.json",),
     read=read_sparsify,
     layouts={
-        "autoencoder": Layout("topk", SPARSIFY_NAMES, centred=True),
+        "autoencoder": Layout("topk", SPARSIFY_NAMES, subtracts_b_dec=True),
         "transcoder": Layout("topk", SPARSIFY_NAMES),
     },
     autoencoders={"topk": "autoencoder"},

@@ -79,7 +79,7 @@ def choose_layout(name: str, sae: SAE, origin: Origin) -> str:
 def convert_weights(layout: Layout, sae: SAE) -> dict[str, Tensor]:
     """The weights of `sae` under the names and in the orientation of `layout`."""
     weights = sae.weights()
-    if layout.centred:
+    if layout.subtracts_b_dec:
         weights = center_encoder(sae)
     if "threshold" in weights:
         smallest = torch.finfo(torch.float32).tiny  # the logarithm of 0 is not finite

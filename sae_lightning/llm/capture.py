@@ -28,9 +28,9 @@ def capture(
     flattened tokens, restricts the result to [n, d_site]; None keeps all. Neither the LM head nor
     blocks after the deepest site run; all hooks are removed.
     """
-    device = find_computing_device(model)
-    tokens = tokens.to(device, torch.long)
-    positions = positions if positions is None else positions.to(device)
+    input_device, output_device = find_computing_device(model), find_activation_device(model)
+    tokens = tokens.to(input_device, torch.long)
+    positions = positions if positions is None else positions.to(input_device)
     activations: dict[Site, Tensor | None] = dict.fromkeys(sites)
     scales = {site: measure_branch_scale(model, site) for site in sites}
 
@@ -59,7 +59,7 @@ def capture(
     for site, x in activations.items():
         if x is None:
             raise _make_skipped_error(model, site)
-    return {site: x.to(find_activation_device(model)) for site, x in activations.items()}
+    return {site: x.to(output_device) for site, x in activations.items()}
 
 
 def _make_skipped_error(model: nn.Module, site: Site) -> UserError:
@@ -101,8 +101,8 @@ def replace_activations(
 
 
 def measure_branch_scale(model: nn.Module, site: Site) -> float:
-    """The factor with which a block adds the output of the module at `site` to the residual stream:
-    1 except in Granite and a few others. Measured once per model and site.
+    """The factor with which a block adds its branch at `site` (attention or MLP) to the residual
+    stream: 1 in most models, not in Granite; 1 at other sites. Measured once per model and site.
 
     UserError if the block does more than scale the output and add it.
     """
@@ -138,7 +138,7 @@ def _measure_scale(model: nn.Module, site: Site) -> float:
         scale = 1.0
     # if the block only scales, the ratios are equal, up to a few rounding errors
     scales_only = scale > 0 and (ratios - scale).abs().max().item() < 8 * rounding * scale
-    # where `other` is missing, an unknown branch in its place may add to the output
+    # not checked in a block without `other`: it may hold a third branch, which adds to the output
     adds_only = not other or (_run_block(model, c, zero_branches) == c).all()
     if not (scales_only and adds_only):
         block = find_decoder_stack(model)[site.layer]

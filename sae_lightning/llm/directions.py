@@ -8,8 +8,7 @@ W_U (gain * centred(v)) / scale(r) along the direct path (Elhage et al. 2021, "A
 framework for transformer circuits"). scale(r) is positive, so it changes no ranking of tokens.
 `measure_response` measures the effect of v through all later blocks as well.
 
-Shapes: d = width of the residual stream; contexts = token sequences, each of `length` tokens and
-beginning with BOS.
+Shapes: d = width of the residual stream.
 """
 
 import copy
@@ -113,8 +112,8 @@ def _measure_norm(module: nn.Module, width: int) -> Norm | None:
         return None
     y_of_ones = apply(torch.ones(width)) - bias  # 0 if the mean is subtracted
     centres = bool(y_of_ones.abs().max() < 1e-3 * y.abs().max())
-    x = (signs - signs.mean() if centres else signs).to(y.device)
-    # the norm divides x by its root mean square, before the gain
+    centred = signs - signs.mean() if centres else signs
+    x = centred.to(y.device)  # y = gain * x / (root mean square of x)
     return Norm(gain=y * x.square().mean().sqrt() / x, centres=centres)
 
 
@@ -148,27 +147,28 @@ def measure_response(
     advance: Callable[[int], None],
 ) -> Tensor:
     """How the unembedding's input changes [n, d] when each of `directions` [n, d_target] is added
-    to the activation at `target`, as a mean over contexts.
+    to the activation at `target`, as a mean over the sequences of `tokens`.
 
         BOS  It  was  the  best   of     a direction is added at this last token only, and the
          .    .   .    .    .     *      output there is compared with the unchanged LLM's
 
-    tokens: [contexts, length]. A direction is scaled to `share` of the activation's norm. `advance`
-    is called with the number of directions just done, in all 1 + n for each context: the unchanged
-    LLM runs with a direction of zeros.
+    tokens: [sequences, length]. A direction is scaled to `share` of the activation's norm.
+    `advance` is called with the number of directions just done, in all 1 + n for each sequence: the
+    unchanged LLM runs with a direction of zeros.
     """
     device = find_activation_device(model)
     unit = nn.functional.normalize(directions.to(device))
     additions = torch.cat([torch.zeros_like(unit[:1]), share * unit])
     total = torch.zeros(())
-    for context in tokens.to(find_computing_device(model), torch.long):
-        cache = _fill_cache(model, context[None, :-1])
-        ids = context if cache is None else context[-1:]  # the cache holds all tokens before
+    for sequence in tokens.to(find_computing_device(model), torch.long):
+        cache = _fill_cache(model, sequence[None, :-1])
+        ids = sequence if cache is None else sequence[-1:]  # the cache holds all tokens before
         outputs = []
         for part in additions.split(DIRECTIONS_PER_PASS):
             # copied, because a forward pass writes to its cache
             past = {} if cache is None else {"past_key_values": copy.deepcopy(cache)}
             with replace_activations(model, target, target, _make_edit(part)):
+                # as many as the cache holds, also for a smaller last part
                 batch = ids.expand(DIRECTIONS_PER_PASS, -1)
                 output = run_body(model, batch, use_cache=bool(past), **past)
             outputs.append(output.last_hidden_state[: len(part), -1].float())

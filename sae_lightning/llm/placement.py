@@ -61,7 +61,7 @@ def check_arguments_of_load(load: dict[str, Any]) -> None:
         if name in TENSOR_PARALLEL:
             raise UserError(
                 f"llm.load.{name}: tensor parallelism needs several processes that all run the LLM "
-                "on the same text, and alone it does nothing; use llm.load.device_map=auto"
+                "on the same text; use llm.load.device_map=auto"
             )
         if name not in ARGUMENTS:
             raise UserError(
@@ -119,7 +119,7 @@ def find_computing_device(module: nn.Module) -> torch.device:
 
 
 def find_activation_device(model: nn.Module) -> torch.device:
-    """The device that `llm.device` names, to which the activations of all sites are moved."""
+    """Device of all activations: `llm.device`. Without `llm.load`, the LLM computes on it too."""
     return getattr(model, "activation_device", None) or find_computing_device(model)
 
 
@@ -128,7 +128,7 @@ def read_weight(module: nn.Module) -> Tensor:
     from accelerate.utils import align_module_device
 
     with align_module_device(module):
-        return module.weight
+        return module.weight  # leaving `with` takes it out of the module, but does not free it
 
 
 def read_tensors(model: nn.Module, name: str, tensor: Tensor) -> list[Tensor]:
@@ -140,7 +140,7 @@ def read_tensors(model: nn.Module, name: str, tensor: Tensor) -> list[Tensor]:
         tensor = load_offloaded_parameter(model, name)
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    parts, _ = tensor.__tensor_flatten__()
+    parts, _ = tensor.__tensor_flatten__()  # in memory, so no name is looked up for them
     return [x for part in parts for x in read_tensors(model, part, getattr(tensor, part))]
 
 

@@ -83,8 +83,8 @@ def _differentiate(
         return leaf.to(x.device)
 
     clean_hidden = run.output.last_hidden_state
-    device = clean_hidden.device
-    sequence, position = (x.to(device) for x in run.keep[:, 1:].nonzero(as_tuple=True))
+    # `position` predicts the kept token at position + 1
+    sequence, position = (x.to(clean_hidden.device) for x in run.keep[:, 1:].nonzero(as_tuple=True))
     keep = run.keep.to(find_activation_device(model))
     with replace_activations(model, source, target, splice_kept(keep, reconstruct)):
         hidden = run_body(model, run.tokens).last_hidden_state[sequence, position]

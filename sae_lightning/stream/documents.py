@@ -1,4 +1,4 @@
-"""Splits the documents of a text into training and held-out ones, in data sets of one column."""
+"""Splits the documents of a text into training and held-out documents."""
 
 import hashlib
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ class Documents(NamedTuple):
 
     data: "Dataset | IterableDataset"
     first_row: dict | None
-    """{column: value}, or None if there is no document. Of local files every value is None."""
+    """{column: value}, or None if there is no document. For local files, every value is None."""
     where: str
     """The setting that names the data, with its value: the beginning of messages."""
 
@@ -166,7 +166,7 @@ def _append_part(data: "Dataset", rows: np.ndarray, part: "Buffer", name: str) -
     text_type = data.data.schema.field("text").type
     ends = np.array([0, len(part)], np.int64 if pa.types.is_large_string(text_type) else np.int32)
     text = pa.Array.from_buffers(text_type, 1, [None, pa.py_buffer(ends), part])
-    # with zero rows of `data`, the table counts as on disk if `data` is; then tokens are cached
+    # zero rows of `data` bring its `cache_files`, even if `rows` is empty: tokens are then cached
     table = concat_tables([data.data.slice(0, 0), pa.table({"text": text})])
     key = hashlib.sha256(f"{data._fingerprint} {name} {len(part)}".encode()).hexdigest()[:16]
     return concatenate_datasets([data.select(rows), Dataset(table, fingerprint=key)])
@@ -213,7 +213,7 @@ def summarise_cause(error: Exception) -> str:
 
 
 def concerns_copy(error: Exception) -> bool:
-    """Whether an error is about the copy of a text that `datasets` writes, or its folder."""
+    """Whether an error is a failed write or lock, or names a path in or above `datasets`' cache."""
     from datasets.config import HF_DATASETS_CACHE
 
     error = error.__cause__ or error

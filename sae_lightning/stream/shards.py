@@ -60,7 +60,7 @@ class Shard:
         self.path, self.first = path, int(path.stem)
         self._header, self._crc32 = metadata["about"], metadata["crc32"]
         about = json.loads(self._header)
-        state = {"tokens": dict, "llm_batches": self.first}
+        state = {"tokens": dict, "llm_batches": self.first}  # the expected type, the expected value
         expect(about, {"rows": list, "epochs": list, "texts": list, "state": state}, "about")
         allowed = {"rows": range(2**31), "epochs": ANY_COUNT, "texts": range(2**32)}
         for name, numbers in allowed.items():
