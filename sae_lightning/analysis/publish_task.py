@@ -116,8 +116,7 @@ class PublishTask(Task):
 def collect_files(folder: Path) -> dict[str, bytes | Path]:
     """Collect the files to upload, {path in the repository: content or file}: the SAE and, of a run
     folder, its settings and results. Paths of this machine are replaced by their last part."""
-    sae_folder = folder / "sae" if (folder / "sae").is_dir() else folder
-    cfg_file = sae_folder / CFG
+    cfg_file = _find_file(folder, f"sae/{CFG}")
     cfg = json.loads(read_regular_file(cfg_file)) if cfg_file.is_file() else {}
     if OWN_KEY not in cfg:  # the SAE may need centring or scaling, which the card's code leaves out
         raise UserError(
@@ -134,18 +133,22 @@ def collect_files(folder: Path) -> dict[str, bytes | Path]:
     results = [folder / METRICS_FILE, *(folder / "analysis" / name for name in RESULT_FILES)]
     for file in filter(Path.is_file, results):
         texts[file.relative_to(folder).as_posix()] = cut_paths(read_regular_file(file), paths)
-    files = {f"sae/{WEIGHTS}": sae_folder / WEIGHTS}
+    files = {f"sae/{WEIGHTS}": _find_file(folder, f"sae/{WEIGHTS}")}
     files |= {name: text.encode() for name, text in texts.items()}
     # data of a page that is too large for one file
     blocks = [file for file in folder.glob("analysis/index-*/*.js") if file.is_file()]
     return files | {file.relative_to(folder).as_posix(): file for file in sorted(blocks)}
 
 
+def _find_file(folder: Path, name: str) -> Path:
+    """The file that is called `name` in the repository; `folder` is a run's or its `sae/`."""
+    return folder / (name if (folder / "sae").is_dir() else name.removeprefix("sae/"))
+
+
 def refuse_links(folder: Path, names: Collection[str]) -> None:
     """UserError if one of the files in `folder` lies elsewhere: a link could lead to secrets."""
-    is_run = (folder / "sae").is_dir()  # otherwise `folder` is the sae folder itself
     for name in names:
-        file = folder / (name if is_run else name.removeprefix("sae/"))
+        file = _find_file(folder, name)
         if not file.resolve().is_relative_to(folder.resolve()):
             raise UserError(
                 f"{file} is a symbolic link to a file elsewhere, which would be "
